@@ -1,0 +1,108 @@
+"""The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
+
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmx.errors import RmxError
+
+app = typer.Typer(
+    help="ReasonMaxxer: rollouts of a base model become a small adapter that reasons better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override, as in --set train.epochs=2")]
+Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
+
+
+def _stage(name: str, help_text: str) -> None:
+    def command(config: ConfigPath, set_: Overrides = None, again: Again = False) -> None:
+        from rmx.config import load_config
+        from rmx.pipeline import Run
+        from rmx.progress import console
+
+        run = Run(load_config(config, set_))
+        with run.locked():
+            if not again and name != "report" and run.is_done(name):
+                console.print(f"{run.dir}: {name} is done; --again redoes it")
+                return
+            run.execute(name, again)
+
+    app.command(name, help=help_text)(command)
+
+
+_stage("problems", "Build the training and the held-out problems.")
+_stage("rollouts", "Sample completions of the training problems from the base model.")
+_stage("verify", "Reward each completion 0 or 1.")
+_stage("score", "Base entropy, log-prob and top-k at every completion token.")
+_stage("select", "Choose mixed problems, advantages and decision tokens.")
+_stage("train", "Train the adapter.")
+_stage("evaluate", "Held-out accuracy, base against tuned.")
+_stage("report", "Draw report.png.")
+
+
+def _run(config: Path, overrides: list[str] | None) -> None:
+    from rich.console import Console
+
+    from rmx import report
+    from rmx.config import load_config
+    from rmx.pipeline import Run
+
+    run = Run(load_config(config, overrides))
+    result = run.run()
+    out = Console()
+    out.print(report.table(result))
+    out.print(report.verdict(result), highlight=False)
+    spent = {name: stage["seconds"] for name, stage in run.stages().items()}
+    words = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items() if seconds >= 0.5)
+    out.print(f"{words}; {sum(spent.values()):.0f} s in all", highlight=False, soft_wrap=True)
+    out.print(f"adapter: {run.path('adapter')}   picture: {run.path('report.png')}", highlight=False, soft_wrap=True)
+
+
+@app.command("run")
+def run_command(config: ConfigPath, set_: Overrides = None) -> None:
+    """Run all stages; started again, continue after the last finished one."""
+    _run(config, set_)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="of problems, sampling, adapter and order")] = 0,
+    run_dir: Annotated[str, typer.Option(help="default: runs/demo-SEED")] = "",
+    set_: Overrides = None,
+) -> None:
+    """Train SmolLM2-135M-Instruct on small arithmetic and show what it gained; some minutes on two cores."""
+    with as_file(files("rmx") / "demo.yaml") as config:
+        _run(config, [f"seed={seed}", f"run_dir={run_dir or f'runs/demo-{seed}'}", *(set_ or [])])
+
+
+@app.command("backends")
+def backends_command() -> None:
+    """Which kernel implementations run here, and why the others do not."""
+    from rmx_kernels import backends
+
+    for backend in backends().values():
+        state = f"runs here, {len(backend.operators)} operators" if backend.available else f"no: {backend.reason}"
+        print(f"{backend.name:<10} {state}")
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one line on standard error, exit code 1."""
+    try:
+        app()
+    except RmxError as fault:
+        print(f"rmx: error: {fault}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as fault:  # a full disk, a folder that cannot be written: nothing half-written is left behind
+        print(f"rmx: error: {fault}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

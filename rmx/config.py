@@ -1,0 +1,190 @@
+"""The configuration of a run: YAML in, validated settings out.
+
+An unknown key or a wrong type is an error that names it. The defaults are the published settings (arXiv 2605.06241).
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from rmx.artefacts import describe
+from rmx.errors import RmxError
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class ConfigError(RmxError):
+    """The configuration does not say what it must, or says it wrongly."""
+
+
+class Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    name: str  # Hugging Face name, directory, .gguf file, or package:NAME for a GGUF inside an installed package
+    gguf_file: str | None = None  # the GGUF to take from a directory or hub repository
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
+    trust_remote_code: bool = False
+
+
+class PromptConfig(Section):
+    style: Literal["chat", "boxed", "qa"] = "chat"  # see rmx.prompts
+    system: str | None = None
+    suffix: str = ""  # appended to every question
+
+
+class ProblemSource(Section):
+    jsonl: str | None = None  # lines of {"question", "answer", optional "problem_id", "category"}
+    task: str | None = None  # a reasoning-gym data set
+    params: dict[str, Any] = {}  # its settings
+    split: Literal["train", "evaluate", "both"] = "both"  # both: divided between the two
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> "ProblemSource":
+        if (self.jsonl is None) == (self.task is None):
+            raise ValueError("expected exactly one of jsonl and task")
+        return self
+
+
+class ProblemsConfig(Section):
+    sources: Annotated[list[ProblemSource], Field(min_length=1)]
+    train_count: PositiveInt = 200
+    evaluate_count: PositiveInt = 200
+
+
+class Sampling(Section):
+    samples: PositiveInt
+    temperature: Annotated[float, Field(ge=0)] = 0.6  # 0: greedy
+    top_p: Probability = 0.95
+    top_k: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 8192
+    batch_size: PositiveInt = 128  # sequences decoded at a time
+
+
+class RolloutsConfig(Sampling):
+    samples: PositiveInt = 20
+
+
+class VerifyConfig(Section):
+    workers: PositiveInt = 2
+    timeout_s: PositiveFloat = 10.0
+
+
+class ScoreConfig(Section):
+    top_k: Annotated[int, Field(ge=0)] = 8
+    token_budget: PositiveInt = 16384  # padded tokens a forward pass
+
+
+class SelectConfig(Section):
+    max_problems: PositiveInt = 50
+    max_sequences: PositiveInt = 1000
+    max_completion_tokens: PositiveInt | None = None
+    min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # exclusive bounds of the pass rates that are used
+    max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
+    advantage_clip: PositiveFloat = 2.5
+    tau: PositiveFloat | None = None  # gate: base entropy > tau, nats
+    budget: Probability | None = None  # or the share of completion tokens to gate, from which tau follows
+
+    @pydantic.model_validator(mode="after")
+    def _one_gate(self) -> "SelectConfig":
+        if (self.tau is None) == (self.budget is None):
+            raise ValueError("expected exactly one of tau and budget")
+        return self
+
+
+class LoraConfig(Section):
+    r: PositiveInt = 32
+    alpha: PositiveFloat = 64.0
+    targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class TrainConfig(Section):
+    epochs: PositiveFloat = 1.2
+    sequences_per_step: PositiveInt = 8
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: PositiveFloat = 1.0  # of the gradient norm
+    anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
+    anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
+    negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative
+    token_budget: PositiveInt = 16384  # padded tokens a forward pass
+
+
+class EvaluateConfig(Sampling):
+    samples: PositiveInt = 4
+    bootstrap: PositiveInt = 10_000
+
+
+class Config(Section):
+    run_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig
+    prompt: PromptConfig = PromptConfig()
+    problems: ProblemsConfig
+    rollouts: RolloutsConfig = RolloutsConfig()
+    verify: VerifyConfig = VerifyConfig()
+    score: ScoreConfig = ScoreConfig()
+    select: SelectConfig = SelectConfig(tau=1.4)
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; YAML 1.2, and whoever writes it, means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read YAML and apply ``key.path=value`` overrides (values are YAML too).
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type; the message names file and key.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from fault
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path}: not YAML: {fault}") from fault
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as fault:
+        raise ConfigError(f"{path}: {describe(fault)}") from fault
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: expected key.path=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        else:
+            raise ConfigError(f"--set {text}: {parent!r} is not a section")
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {text}: {last!r} has no section to be in")
+    try:
+        node[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as fault:
+        raise ConfigError(f"--set {text}: not a YAML value: {fault}") from fault

@@ -1,0 +1,193 @@
+"""Low-rank adapters on linear layers, stored as PEFT stores them.
+
+Master weights are float32 over a base of any dtype; the low-rank product is computed in float32 and rounded once,
+with the result, to the dtype of the base layer (as PEFT does).
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from rmx.artefacts import replacing
+from rmx.config import LoraConfig
+from rmx.errors import RmxError
+
+PREFIX = "base_model.model."  # of PEFT's tensor names
+
+
+class AdapterError(RmxError):
+    """The adapter does not fit the model, cannot be read, or is not worth saving."""
+
+
+class LoraLinear(nn.Module):
+    r"""A frozen linear layer plus a low-rank update.
+
+    .. math:: y = W x + b + \frac{\alpha}{r} B A x, \qquad A \in R^{r \times in},\; B \in R^{out \times r}
+
+    A starts random (Kaiming uniform), B at zero, so that the layer starts as the base layer (arXiv 2106.09685).
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.base, self.scaling, self.enabled = base, alpha / r, True
+        bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
+        A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        update = nn.functional.linear(nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return (y + update * self.scaling).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapted layers of one model, by module path."""
+
+    layers: dict[str, LoraLinear]
+    config: LoraConfig
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model is its own base: the same weights, no second copy."""
+        before = [layer.enabled for layer in self.layers.values()]
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer, enabled in zip(self.layers.values(), before, strict=True):
+                layer.enabled = enabled
+
+
+def attach(model: nn.Module, config: LoraConfig, seed: int) -> Adapter:
+    """Replace each linear layer whose last name (or dotted end) is in ``config.targets``.
+
+    Raises:
+        AdapterError: a target names no layer, or one that is not linear, or one that is adapted already.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, nn.Module] = {}
+    for target in config.targets:
+        matches = {n: m for n, m in model.named_modules() if n == target or n.endswith(f".{target}")}
+        if not matches:
+            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise AdapterError(
+                f"lora.targets: {target!r} names no layer; this model's linear layers: {', '.join(linear)}"
+            )
+        found |= matches
+    layers = {}
+    for name, module in model.named_modules():  # the order of the model, whatever that of the targets
+        if name not in found:
+            continue
+        if not isinstance(module, nn.Linear):
+            raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
+        layers[name] = LoraLinear(module, config.r, config.alpha, generator)
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    return Adapter(layers, config)
+
+
+def detach(model: nn.Module, adapter: Adapter) -> None:
+    """Put the base layers back."""
+    for name, layer in adapter.layers.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.base)
+
+
+def save_adapter(adapter: Adapter, path: Path, base_model: str) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory ``path``, whole or not at all.
+
+    Raises:
+        AdapterError: the adapter changes nothing, or holds values that are not finite.
+    """
+    tensors = {}
+    for name, layer in adapter.layers.items():
+        for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            tensors[f"{PREFIX}{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise AdapterError(f"{path}: not saved: {bad[0]} holds values that are not finite")
+    if not any(bool(layer.lora_A.any()) and bool(layer.lora_B.any()) for layer in adapter.layers.values()):
+        raise AdapterError(f"{path}: not saved: the adapter changes nothing (every product B A is zero)")
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.config.r,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(adapter.config.targets),
+        "inference_mode": True,
+    }
+    with replacing(path) as aside:
+        aside.mkdir()
+        (aside / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model: nn.Module, path: Path) -> Adapter:
+    """Attach an adapter that :func:`save_adapter` or PEFT (plain LoRA) wrote.
+
+    Raises:
+        AdapterError: no such adapter, another kind of adapter, or shapes that belong to another model.
+    """
+    try:
+        description: dict[str, Any] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as fault:
+        raise AdapterError(f"{path}: cannot be read as an adapter: {fault}") from fault
+    unknown = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False}
+    for key, plain in unknown.items():
+        if description.get(key, plain) != plain:
+            raise AdapterError(f"{path}: {key} is {description[key]!r}; only {plain!r} is supported")
+    for key in ("rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+        if description.get(key):
+            raise AdapterError(f"{path}: {key} is not supported")
+    try:
+        targets = description["target_modules"]
+        config = LoraConfig(
+            r=description["r"], alpha=float(description["lora_alpha"]), targets=sorted(targets) if targets else []
+        )
+    except (KeyError, TypeError, ValueError) as fault:
+        raise AdapterError(f"{path}/adapter_config.json: {fault}") from fault
+    adapter = attach(model, config, seed=0)
+    expected = {
+        f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
+        for name, layer in adapter.layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    if set(expected) != set(tensors):
+        odd = sorted(set(expected) ^ set(tensors))[0]
+        detach(model, adapter)
+        raise AdapterError(f"{path}: belongs to another model: {odd} is only on one side")
+    for name, parameter in expected.items():
+        if parameter.shape != tensors[name].shape:
+            detach(model, adapter)
+            raise AdapterError(
+                f"{path}: belongs to another model: {name} has shape {tuple(tensors[name].shape)}, "
+                f"this model needs {tuple(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
+    return adapter

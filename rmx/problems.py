@@ -1,0 +1,129 @@
+"""Problems from JSONL files and reasoning-gym tasks, split so that no question is both trained and evaluated on."""
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rmx.artefacts import ArtefactError, read_lines
+from rmx.config import ProblemsConfig, ProblemSource
+from rmx.errors import RmxError
+from rmx.records import Problem, Split
+
+STALE_DRAWS = 300  # a generator that repeats itself this often in a row has no new question left
+CHUNK = 100
+SEED_STRIDE = 10_000_019
+
+
+class ProblemsError(RmxError):
+    """The sources do not give the problems that were asked for."""
+
+
+def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
+    """The training problems, then the held-out ones; disjoint by question text (white space folded).
+
+    A source with split "both" is divided between the two in the proportion of their counts; within each split the
+    sources take turns until the count is reached.
+
+    Raises:
+        ProblemsError: a source gives too few questions. ArtefactError: a broken file, with its line.
+    """
+    wanted: dict[Split, int] = {"train": config.train_count, "evaluate": config.evaluate_count}
+    total = sum(wanted.values())
+    pools: dict[Split, list[list[Problem]]] = {"train": [], "evaluate": []}
+    seen: set[str] = set()
+    # Files with a split of their own speak first: a shared source may not take a question away from them.
+    for source in sorted(config.sources, key=lambda s: s.split == "both"):
+        fresh = _unique(_read(source, total, seed), seen)
+        random.Random(seed).shuffle(fresh)
+        if source.split != "both":
+            pools[source.split].append(fresh)
+            continue
+        cut = round(len(fresh) * wanted["train"] / total)
+        pools["train"].append(fresh[:cut])
+        pools["evaluate"].append(fresh[cut:])
+    problems = []
+    for split, count in wanted.items():
+        taken = _take_turns(pools[split], count)
+        if len(taken) < count:
+            raise ProblemsError(
+                f"problems: {count} {split} problems wanted, but the sources hold only {len(taken)} distinct "
+                f"questions for it; lower problems.{split}_count or add a source"
+            )
+        problems += [_in_split(problem, split) for problem in taken]
+    if len({problem.problem_id for problem in problems}) < len(problems):
+        raise ProblemsError("problems: two questions share a problem_id")
+    return problems
+
+
+def _in_split(problem: Problem, split: Split) -> Problem:
+    return Problem(problem.problem_id, problem.question, problem.answer, problem.category, split, problem.entry)
+
+
+def _take_turns(pools: Sequence[Sequence[Problem]], count: int) -> list[Problem]:
+    turns = [pool[i] for i in range(max(map(len, pools), default=0)) for pool in pools if i < len(pool)]
+    return turns[:count]
+
+
+def _unique(problems: Iterable[Problem], seen: set[str]) -> list[Problem]:
+    fresh = []
+    for problem in problems:
+        key = " ".join(problem.question.split())
+        if key not in seen:
+            seen.add(key)
+            fresh.append(problem)
+    return fresh
+
+
+def _read(source: ProblemSource, limit: int, seed: int) -> list[Problem]:
+    if source.jsonl is not None:
+        return read_jsonl(Path(source.jsonl).expanduser())
+    assert source.task is not None
+    return generate(source.task, source.params, limit, seed)
+
+
+def read_jsonl(path: Path) -> list[Problem]:
+    """Lines of {"question": str, "answer": str or number, optional "problem_id", "category"}."""
+    problems = []
+    for number, row in read_lines(path):
+        if not isinstance(row, dict):
+            raise ArtefactError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+        for key in ("question", "answer"):
+            value = row.get(key)
+            if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+                raise ArtefactError(f"{path}:{number}: {key}: expected text or a number, got {value!r}")
+        problem_id, category = row.get("problem_id", f"{path.stem}-{number}"), row.get("category", path.stem)
+        problems.append(Problem(str(problem_id), str(row["question"]), str(row["answer"]), str(category)))
+    if not problems:
+        raise ArtefactError(f"{path}: holds no problem")
+    return problems
+
+
+def generate(task: str, params: dict[str, Any], limit: int, seed: int) -> list[Problem]:
+    """Up to ``limit`` distinct questions of a reasoning-gym task; fewer where the task has no more."""
+    import reasoning_gym  # imports dozens of task modules, so only where a task is used
+
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    stale = 0
+    for chunk in range(limit + STALE_DRAWS):
+        try:
+            # item i of a data set is drawn from seed + i, so chunks must lie CHUNK seeds apart
+            data = reasoning_gym.create_dataset(task, seed=seed * SEED_STRIDE + chunk * CHUNK, size=CHUNK, **params)
+        except (TypeError, ValueError, AssertionError) as fault:
+            raise ProblemsError(f"problems: reasoning-gym task {task!r} with {params}: {fault}") from fault
+        for entry in data:
+            if entry["question"] in seen:
+                stale += 1
+                if stale >= STALE_DRAWS:
+                    return problems
+                continue
+            stale = 0
+            seen.add(entry["question"])
+            name = f"{task}-{len(problems)}"
+            problems.append(
+                Problem(name, entry["question"], str(entry["answer"]), f"reasoning_gym:{task}", entry=entry)
+            )
+            if len(problems) == limit:
+                return problems
+    return problems

@@ -1,0 +1,103 @@
+"""The records that stages hand on. Each shape is stated once, here. T = number of completion tokens of a rollout.
+
+Index rule: the distribution at position p predicts token p + 1. Completion token t is predicted from position
+``len(prompt_ids) - 1 + t``; every per-token value below belongs to completion token t and its predicting position.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Split = Literal["train", "evaluate"]
+Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    problem_id: str
+    question: str
+    answer: str  # ground truth
+    category: str = ""
+    split: Split = "train"
+    entry: dict[str, Any] = field(default_factory=dict)  # reasoning-gym's own record, which its scorer needs
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion, as token ids; they are never made again from text."""
+
+    problem_id: str
+    sample: int  # 0 .. samples - 1
+    prompt_ids: list[int]
+    completion_ids: list[int]  # T ids; ends with EOS where the model stopped by itself
+    finish_reason: Literal["stop", "length"]
+    text: str  # decoded completion, for the verifier and the reader
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    problem_id: str
+    sample: int
+    outcome: Outcome
+    answer: str | None  # what was extracted
+    reason: str = ""  # why, where the outcome is not "right"
+
+    @property
+    def reward(self) -> float | None:
+        """1 or 0; None where the verifier itself failed, which says nothing about the answer."""
+        return {"right": 1.0, "wrong": 0.0, "no_answer": 0.0}.get(self.outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The frozen base model's view of one rollout, from one teacher-forced pass; float32, nats."""
+
+    problem_id: str
+    sample: int
+    entropy: torch.Tensor  # [T]
+    logprob: torch.Tensor  # [T]     of the sampled token
+    lse: torch.Tensor  # [T]
+    topk_ids: torch.Tensor  # [T, K] int32
+    topk_logprobs: torch.Tensor  # [T, K]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSequence:
+    problem_id: str
+    sample: int
+    prompt_ids: list[int]
+    completion_ids: list[int]  # T ids
+    reward: float
+    advantage: float
+    decision_tokens: list[int]  # ascending t with base entropy > tau: the gate
+    base_logprob: list[float]  # T, nats
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Base against tuned on the same held-out problems, sampled with the same settings and random numbers."""
+
+    problems: int
+    samples: int
+    base: Interval  # pass@1
+    tuned: Interval
+    gain: Interval  # tuned - base, paired over problems
+    base_tokens: float  # mean completion length, tokens
+    tuned_tokens: float
+    base_truncated: float  # share of completions that hit the length limit
+    tuned_truncated: float
+    unverified: int  # samples left out because a verifier timed out or crashed
+    categories: dict[str, tuple[float, float]]  # category -> (base, tuned) pass@1

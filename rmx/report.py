@@ -1,0 +1,109 @@
+"""The final table and the picture of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from rmx.artefacts import replacing
+from rmx.records import Evaluation
+from rmx.train import StepMetrics
+
+BASE, TUNED, GATE = "#7a8ca3", "#d1495b", "#edae49"
+
+
+def table(result: Evaluation) -> Table:
+    """Base against tuned, pass@1 with 95 % intervals."""
+    grid = Table(title=f"{result.problems} held-out problems x {result.samples} samples, pass@1 [95 % interval]")
+    for heading in ("", "base", "tuned", "gain"):
+        grid.add_column(heading, justify="left" if not heading else "right")
+    grid.add_row("all", str(result.base), f"[bold]{result.tuned}[/]", f"[bold]{result.gain}[/]")
+    for category, (before, after) in result.categories.items():
+        grid.add_row(category.removeprefix("reasoning_gym:"), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    grid.add_section()
+    lengths = result.base_tokens, result.tuned_tokens
+    grid.add_row("mean tokens", f"{lengths[0]:.1f}", f"{lengths[1]:.1f}", f"{lengths[1] - lengths[0]:+.1f}")
+    cut = result.base_truncated, result.tuned_truncated
+    grid.add_row("truncated", f"{cut[0]:.1%}", f"{cut[1]:.1%}", f"{100 * (cut[1] - cut[0]):+.1f} pt")
+    if result.unverified:
+        grid.add_row("not verified", str(result.unverified), "", "")
+    return grid
+
+
+def verdict(result: Evaluation) -> str:
+    """The outcome in one sentence, whichever way it came out."""
+    gain = result.gain
+    if gain.low > 0:
+        return f"The tuned model is better: {gain} with a 95 % interval above zero."
+    if gain.high < 0:
+        return f"The tuned model is worse: {gain} with a 95 % interval below zero."
+    return f"No clear difference: the 95 % interval of the gain, {gain}, holds zero."
+
+
+def plot(path: Path, entropy: np.ndarray, tau: float, history: Sequence[StepMetrics], result: Evaluation) -> None:
+    """PNG of three panels: base entropy with the gate, training curves, accuracy.
+
+    Args:
+        entropy: base entropies of all rollout tokens, nats. tau: the gate, nats.
+    """
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    gate, curves, bars = figure.subplots(1, 3)
+    _plot_gate(gate, entropy, tau)
+    _plot_training(curves, history)
+    _plot_accuracy(bars, result)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def _plot_gate(axes, entropy: np.ndarray, tau: float) -> None:  # type: ignore[no-untyped-def]
+    edges = np.linspace(0, max(float(entropy.max()), tau) * 1.02 + 1e-6, 61)
+    for mask, colour, label in (
+        (entropy <= tau, BASE, "anchored"),
+        (entropy > tau, GATE, f"gated: {np.mean(entropy > tau):.1%} of {entropy.size:,} tokens"),
+    ):
+        axes.hist(entropy[mask], bins=edges, color=colour, label=label)
+    axes.axvline(max(tau, 0), color="black", linestyle="--", linewidth=1, label=f"tau = {tau:.2f} nats")
+    axes.set(
+        title="Where the base model is unsure", xlabel="base entropy (nats)", ylabel="completion tokens", yscale="log"
+    )
+    axes.legend(frameon=False)
+
+
+def _plot_training(axes, history: Sequence[StepMetrics]) -> None:  # type: ignore[no-untyped-def]
+    steps = [m.step for m in history]
+    for name, colour, label in (
+        ("positive_shift", TUNED, "right rollouts, decision tokens"),
+        ("negative_shift", BASE, "wrong rollouts, decision tokens"),
+    ):
+        values = np.array([getattr(m, name) for m in history], dtype=float)  # None becomes NaN: a gap
+        axes.plot(steps, values, color=colour, label=label)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set(title="Training", xlabel="step", ylabel="change of log-prob since the base (nats)")
+    other = axes.twinx()
+    other.plot(steps, [m.anchor_kl for m in history], color=GATE, linestyle=":", label="anchor KL (right axis)")
+    other.set_ylabel("KL(base || tuned) at anchors (nats)")
+    other.set_ylim(bottom=0)
+    lines = [*axes.get_lines()[:2], *other.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="best")
+
+
+def _plot_accuracy(axes, result: Evaluation) -> None:  # type: ignore[no-untyped-def]
+    names = ["all", *(category.removeprefix("reasoning_gym:") for category in result.categories)]
+    base = [result.base.mean, *(before for before, _ in result.categories.values())]
+    tuned = [result.tuned.mean, *(after for _, after in result.categories.values())]
+    at = np.arange(len(names))
+    for values, offset, colour, label in ((base, -0.2, BASE, "base"), (tuned, 0.2, TUNED, "tuned")):
+        drawn = axes.bar(at + offset, values, 0.38, color=colour, label=label)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=8)
+    for interval, offset in ((result.base, -0.2), (result.tuned, 0.2)):
+        error = [[interval.mean - interval.low], [interval.high - interval.mean]]
+        axes.errorbar([offset], [interval.mean], yerr=error, color="black", capsize=3, linewidth=1)
+    axes.set_xticks(at, names)
+    axes.set(
+        title=f"Held-out pass@1, gain {result.gain}", ylabel="accuracy", ylim=(0, min(1.15, max(base + tuned) + 0.2))
+    )
+    axes.legend(frameon=False, loc="upper right")

@@ -1,0 +1,181 @@
+"""Reward of each rollout: extract an answer, compare it with the ground truth in worker processes that can be killed.
+
+math-verify and reasoning-gym parse what a model wrote, which can take for ever or crash; either is an outcome of its
+own and never "wrong". Workers import neither torch nor the model.
+"""
+
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from rmx.records import Outcome, Problem, Rollout, Verdict
+
+# (verdict outcome, extracted answer, reason)
+Judgement = tuple[Outcome, str | None, str]
+
+NUMBER = re.compile(r"(?:(?<![\d)])-)?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
+PHRASE = re.compile(r"\banswer\b[^.:=\n]{0,80}?(?:\bis\b|:|=)[:\s]*(.+)", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+START_LIMIT_S = 120.0  # a worker's imports; not counted against its first answer
+
+
+def extract_answer(text: str) -> str | None:
+    """The last boxed expression, else what follows the last "answer is", else the last number; None without any."""
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed.strip() or None
+    phrases = PHRASE.findall(text)
+    if phrases:
+        sentence = SENTENCE_END.split(phrases[-1])[0]
+        said = _last_number(sentence) or sentence.strip(" *$`")
+        if said:
+            return said
+    return _last_number(text)
+
+
+def _last_number(text: str) -> str | None:
+    numbers = NUMBER.findall(text)
+    return numbers[-1].replace("$", "").replace(",", "") if numbers else None
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    begin = start + len("\\boxed{")
+    depth = 1
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin:end]
+    return ""  # cut off inside the box: no answer was given
+
+
+def judge(problem: Problem, text: str) -> Judgement:
+    """Compare in this process; may take for ever, which is why :func:`verify` runs it in a worker."""
+    answer = extract_answer(text)
+    if answer is None:
+        return "no_answer", None, "no boxed answer, answer phrase or number"
+    if answer == problem.answer.strip():
+        return "right", answer, ""
+    if problem.category.startswith("reasoning_gym:"):
+        import reasoning_gym
+
+        score = reasoning_gym.get_score_answer_fn(problem.category.split(":", 1)[1])(answer, problem.entry)
+        right = score == 1.0  # the task's own score gives partial credit
+        return ("right" if right else "wrong"), answer, "" if right else f"expected {problem.answer}, score {score:g}"
+    import math_verify
+
+    def parse(value: str) -> list[Any]:
+        # no timeout of its own: math-verify's uses SIGALRM, the worker is killed instead
+        return math_verify.parse(value if "$" in value else f"${value}$", parsing_timeout=None)
+
+    right = math_verify.verify(parse(problem.answer), parse(answer), timeout_seconds=None)
+    return ("right" if right else "wrong"), answer, "" if right else f"expected {problem.answer}"
+
+
+def verify(
+    problems: Sequence[Problem],
+    rollouts: Sequence[Rollout],
+    *,
+    workers: int = 2,
+    timeout_s: float = 10.0,
+    judge: Callable[[Problem, str], Judgement] = judge,
+    on_done: Callable[[int], None] = lambda _: None,
+) -> list[Verdict]:
+    """One verdict a rollout, in their order. ``judge`` must be importable (workers are spawned)."""
+    by_id = {problem.problem_id: problem for problem in problems}
+    # Short answers repeat: the same text for the same problem is judged once.
+    jobs = list(dict.fromkeys((rollout.problem_id, rollout.text) for rollout in rollouts))
+    found: dict[tuple[str, str], Judgement] = {}
+    todo = iter(jobs)
+    pool = [_Worker(judge) for _ in range(min(workers, len(jobs)))]
+    idle = list(pool)
+    try:
+        while len(found) < len(jobs):
+            while idle and (job := next(todo, None)) is not None:
+                idle.pop().start(job, by_id[job[0]], timeout_s)
+            busy = [worker for worker in pool if worker.job is not None]
+            nearest = min(worker.deadline for worker in busy)
+            ready = wait([worker.pipe for worker in busy], timeout=max(0.0, nearest - time.monotonic()))
+            for worker in busy:
+                if worker.pipe in ready or time.monotonic() >= worker.deadline:
+                    job = worker.job
+                    assert job is not None
+                    found[job] = worker.finish()
+                    idle.append(worker)
+                    on_done(len(found))
+    finally:
+        for worker in pool:
+            worker.stop()
+    return [
+        Verdict(rollout.problem_id, rollout.sample, *found[rollout.problem_id, rollout.text]) for rollout in rollouts
+    ]
+
+
+class _Worker:
+    """A process that judges one job at a time; killed and replaced when it is late or dies."""
+
+    def __init__(self, judge: Callable[[Problem, str], Judgement]) -> None:
+        self.judge = judge
+        self.spawn()
+
+    def spawn(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.judge), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: tuple[str, str] | None = None
+        try:
+            ready = self.pipe.poll(START_LIMIT_S) and self.pipe.recv()
+        except EOFError:
+            ready = False
+        if not ready:
+            self.process.kill()
+            raise RuntimeError("a verifier process did not start; its own message stands above")
+
+    def start(self, job: tuple[str, str], problem: Problem, timeout_s: float) -> None:
+        self.job, self.timeout_s = job, timeout_s
+        self.deadline = time.monotonic() + timeout_s
+        self.pipe.send((problem, job[1]))
+
+    def finish(self) -> Judgement:
+        self.job = None
+        if not self.pipe.poll():
+            self.stop()
+            self.spawn()
+            return "timeout", None, f"no verdict within {self.timeout_s:g} s"
+        try:
+            judgement: Judgement = self.pipe.recv()
+            return judgement
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            self.stop()
+            self.spawn()
+            return "crash", None, f"the verifier process died with exit code {code}"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement]) -> None:
+    import math_verify  # noqa: F401  paid before the first job's clock starts
+    import reasoning_gym  # noqa: F401
+
+    pipe.send("ready")
+    while True:
+        try:
+            problem, text = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(judge(problem, text))
+        except Exception as fault:  # whatever a parser throws at model output is this rollout's outcome, kept in full
+            pipe.send(("crash", None, f"{type(fault).__name__}: {fault}"))

@@ -1,0 +1,29 @@
+"""Fused operators over the vocabulary: entropy, top-k, log-probs, and the gated contrastive loss.
+
+Every operator takes ``impl=None`` (best available), ``"reference"``, ``"cpu"`` or ``"triton"``;
+:func:`backends` says which of them run here and why the others do not.
+"""
+
+from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
+from rmx_kernels.entropy_topk.api import entropy_topk
+from rmx_kernels.gated_contrastive_loss.api import gated_contrastive_loss
+from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
+from rmx_kernels.linear_gated_contrastive_loss.api import linear_gated_contrastive_loss
+from rmx_kernels.linear_logprob_kl.api import linear_logprob_kl
+from rmx_kernels.results import ContrastiveLoss, LogprobKL, VocabStats
+from rmx_kernels.version import __version__
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "ContrastiveLoss",
+    "LogprobKL",
+    "VocabStats",
+    "__version__",
+    "backends",
+    "entropy_topk",
+    "gated_contrastive_loss",
+    "linear_entropy_topk",
+    "linear_gated_contrastive_loss",
+    "linear_logprob_kl",
+]

@@ -1,0 +1,116 @@
+"""Input checks, made once at the public door. Each error names the argument, what was expected and what came."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def floating(name: str, value: object, min_dims: int) -> None:
+    """A floating-point tensor with at least ``min_dims`` dimensions and a last one that is not empty."""
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {value.dtype}")
+    if value.dim() < min_dims:
+        raise ValueError(f"{name}: expected at least {min_dims} dimension(s), got shape {tuple(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {tuple(value.shape)}")
+
+
+def like(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """A tensor with the shape, dtype and device of another."""
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.shape != other.shape:
+        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+    same_device(name, value, other_name, other)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
+
+
+def frozen(name: str, value: Tensor, why: str) -> None:
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, {why}; pass {name}.detach()")
+
+
+def targets(target: object, rows: Sequence[int], vocab: int, device: torch.device, used: Tensor | None = None) -> None:
+    """Token ids of shape ``rows`` in [0, vocab); where ``used`` is given, only its True rows are looked at."""
+    is_tensor("target", target)
+    assert isinstance(target, Tensor)
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target: expected int64 or int32 token ids, got {target.dtype}")
+    if tuple(target.shape) != tuple(rows):
+        raise ValueError(f"target: expected one id a row, shape {tuple(rows)}, got {tuple(target.shape)}")
+    if target.device != device:
+        raise ValueError(f"target: expected device {device}, got {target.device}")
+    if device.type != "cpu":
+        return  # a range check would wait for the device; device kernels return NaN in such rows instead
+    bad = (target < 0) | (target >= vocab)
+    if used is not None:
+        bad = bad & used
+    if bad.any():
+        raise ValueError(f"target: expected ids in [0, {vocab}), got {int(target[bad].flatten()[0])}")
+
+
+def row_weights(name: str, value: object, rows: Sequence[int], device: torch.device) -> None:
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if tuple(value.shape) != tuple(rows):
+        raise ValueError(f"{name}: expected one weight a row, shape {tuple(rows)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    frozen(name, value, "weights are constants (use linear_logprob_kl for differentiable ones)")
+
+
+def head(hidden: Tensor, weight: object, bias: object) -> None:
+    """weight [V, H] and bias [V] of the dtype and device of hidden [..., H]."""
+    floating("weight", weight, 2)
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}], got {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    same_device("weight", weight, "hidden", hidden)
+    if bias is None:
+        return
+    floating("bias", bias, 1)
+    assert isinstance(bias, Tensor)
+    if tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if bias.dtype != hidden.dtype:
+        raise TypeError(f"bias: expected the dtype of hidden, {hidden.dtype}, got {bias.dtype}")
+    same_device("bias", bias, "hidden", hidden)
+
+
+def scaling(temperature: object, softcap: object) -> None:
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if name == "softcap" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def top_k(k: object, vocab: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if not 0 <= k <= vocab:
+        raise ValueError(f"k: expected 0 <= k <= V = {vocab}, got {k}")

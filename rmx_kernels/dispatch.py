@@ -1,0 +1,81 @@
+"""Which implementation of an operator runs where, and the loading of it. No silent fallback."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+OPERATORS = (
+    "entropy_topk",
+    "linear_entropy_topk",
+    "gated_contrastive_loss",
+    "linear_gated_contrastive_loss",
+    "linear_logprob_kl",
+)
+IMPLS = ("triton", "cpu", "reference")  # the order in which impl=None tries them
+
+
+class BackendUnavailable(RuntimeError):
+    """The implementation that was named cannot run this operator on this machine or device."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: does it run here, on which device types, for which operators, and if not, why."""
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    operators: tuple[str, ...]
+    reason: str  # "" where available
+
+
+def _shipped(impl: str) -> tuple[str, ...]:
+    return tuple(op for op in OPERATORS if importlib.util.find_spec(f"rmx_kernels.{op}.{impl}") is not None)
+
+
+def _describe(impl: str) -> Backend:
+    operators = _shipped(impl)
+    devices = {"triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda", "mps", "xpu")}[impl]
+    reason = ""
+    if not operators:
+        reason = f"this version of rmx_kernels ships no {impl} implementation"
+    elif impl == "triton" and importlib.util.find_spec("triton") is None:
+        reason = "the triton package is not installed"
+    elif impl == "triton" and not torch.cuda.is_available():
+        reason = "torch sees no CUDA or ROCm device"
+    return Backend(impl, reason == "", devices, operators, reason)
+
+
+def backends() -> dict[str, Backend]:
+    """Return every implementation by name: whether it runs here, for what, and why not otherwise.
+
+    >>> for backend in backends().values():
+    ...     print(backend.name, backend.available, backend.reason)  # doctest: +SKIP
+    """
+    return {impl: _describe(impl) for impl in IMPLS}
+
+
+def load(op: str, impl: str | None, device: torch.device) -> ModuleType:
+    """Return the module whose ``run`` computes ``op`` for tensors on ``device``.
+
+    Raises:
+        ValueError: ``impl`` is not None or one of :data:`IMPLS`.
+        BackendUnavailable: the implementation that was named cannot run here; the message says why.
+    """
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
+    for name in IMPLS if impl is None else (impl,):
+        backend = _describe(name)
+        reason = backend.reason
+        if not reason and op not in backend.operators:
+            reason = f"this version of rmx_kernels ships no {name} implementation of {op}"
+        if not reason and name != "reference" and device.type not in backend.devices:
+            reason = f"the tensors are on {device.type!r}, it runs on {', '.join(backend.devices)}"
+        if not reason:
+            return importlib.import_module(f"rmx_kernels.{op}.{name}")
+        if impl is not None:
+            raise BackendUnavailable(f"impl={impl!r} cannot run {op} here: {reason}")
+    raise AssertionError("unreachable: the reference runs on every device")

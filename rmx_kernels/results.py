@@ -1,0 +1,30 @@
+"""What the operators return. B... stands for the leading dimensions of the input, K for top-k."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class VocabStats(NamedTuple):
+    """Row statistics of a distribution over the vocabulary; fields that were not asked for are None."""
+
+    lse: Tensor  # [B...]     log-sum-exp of the scaled logits, nats
+    entropy: Tensor  # [B...]     nats
+    logprob: Tensor | None  # [B...]     log p(target), nats; None without a target
+    topk_logprobs: Tensor | None  # [B..., K]  descending, nats; None where k = 0
+    topk_ids: Tensor | None  # [B..., K]  int64, ties to the lower id; None where k = 0
+
+
+class ContrastiveLoss(NamedTuple):
+    """The weighted sum, and its detached parts for metrics (NaN in rows where they were not computed)."""
+
+    loss: Tensor  # []      differentiable, nats
+    logprob: Tensor  # [B...]  log p_student(target); NaN where both weights are zero
+    kl: Tensor  # [B...]  KL(p_base || p_student); NaN where kl_weight is zero
+
+
+class LogprobKL(NamedTuple):
+    """Both differentiable with respect to the student."""
+
+    logprob: Tensor  # [B...]  log p_student(target), nats
+    kl: Tensor  # [B...]  KL(p_base || p_student), nats, never negative

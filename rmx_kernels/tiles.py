@@ -1,0 +1,194 @@
+"""The eager core that every ``reference`` implementation shares: logits one [rows, columns] tile at a time.
+
+Scratch memory is bounded by a few tiles of TILE_BYTES each, whatever N and V; only what is returned (gradients,
+row statistics) grows with the input. Arithmetic is fp32, or fp64 for fp64 inputs: low-precision products are
+computed from upcast operands, so the logits are never rounded to bf16.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_COLUMNS = 8192  # fixed, so that the order of summation in a row never depends on the number of rows
+TILE_BYTES = 8 << 20  # of one fp32 tile; about five are alive at once
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class VocabTiles:
+    """Scaled logits z = cap(x) / temperature (or of x @ weight.T + bias), for the rows in ``index`` only.
+
+    x [N, V] without a weight, [N, H] with weight [V, H] and bias [V]; cap(u) = softcap * tanh(u / softcap).
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        self.temperature, self.softcap = float(temperature), softcap
+        self.index = index
+        self.dtype = compute_dtype(x.dtype)
+        self.N = x.shape[0] if index is None else index.shape[0]
+        self.V = x.shape[1] if weight is None else weight.shape[0]
+
+    def columns(self) -> Iterator[slice]:
+        width = TILE_COLUMNS
+        if self.weight is not None:  # the upcast slice of the head is scratch as well
+            width = min(width, max(256, TILE_BYTES // (4 * self.weight.shape[1])))
+        for start in range(0, self.V, width):
+            yield slice(start, min(start + width, self.V))
+
+    def rows(self) -> Iterator[slice]:
+        width = TILE_COLUMNS if self.weight is None else max(TILE_COLUMNS, self.weight.shape[1])
+        step = max(1, TILE_BYTES // (4 * width))
+        for start in range(0, self.N, step):
+            yield slice(start, min(start + step, self.N))
+
+    def head(self, cols: slice) -> Tensor | None:
+        """The slice of the head that a tile needs, upcast once for all row chunks."""
+        return None if self.weight is None else self.weight[cols].to(self.dtype)
+
+    def take(self, rows: slice) -> Tensor | slice:
+        """Positions in x of a chunk of (selected) rows."""
+        return rows if self.index is None else self.index[rows]
+
+    def __call__(self, rows: slice, cols: slice, head: Tensor | None) -> Tensor:
+        """z [rows, cols] in the compute dtype."""
+        if head is None:
+            x = self.x[rows, cols] if self.index is None else self.x[:, cols].index_select(0, self.index[rows])
+            z = x.to(self.dtype, copy=True)
+        else:
+            z = self.x[self.take(rows)].to(self.dtype) @ head.T
+            if self.bias is not None:
+                z += self.bias[cols].to(self.dtype)
+        if self.softcap is not None:
+            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z.div_(self.temperature) if self.temperature != 1.0 else z
+
+    def unscale(self, dz: Tensor, z: Tensor) -> Tensor:
+        """Gradient with respect to the raw logits, in place: dz * (1 - (cap / softcap)^2) / temperature."""
+        if self.softcap is not None:
+            dz *= 1 - (z * (self.temperature / self.softcap)).square_()
+        return dz.div_(self.temperature) if self.temperature != 1.0 else dz
+
+
+class GradientSink:
+    """Adds up d loss / d (x, weight, bias) from gradient tiles; holds only the gradients that were asked for."""
+
+    def __init__(self, tiles: VocabTiles, need_x: bool, need_weight: bool, need_bias: bool) -> None:
+        self.tiles = tiles
+        linear = tiles.weight is not None
+        self.x = self.weight = self.bias = None
+        if need_x:  # a linear dx is a sum over tiles, so it is held in the compute dtype
+            self.x = torch.zeros_like(
+                tiles.x, dtype=tiles.dtype if linear else tiles.x.dtype, memory_format=torch.contiguous_format
+            )
+        if need_weight and tiles.weight is not None:
+            self.weight = torch.zeros_like(tiles.weight, memory_format=torch.contiguous_format)
+        if need_bias and tiles.bias is not None:
+            self.bias = torch.zeros_like(tiles.bias)
+
+    @property
+    def active(self) -> bool:
+        return self.x is not None or self.weight is not None or self.bias is not None
+
+    def open(self, cols: slice, head: Tensor | None) -> None:
+        self.cols, self.head = cols, head
+        width = cols.stop - cols.start
+        if self.weight is not None:
+            self.dw = torch.zeros(width, self.weight.shape[1], dtype=self.tiles.dtype, device=self.weight.device)
+        if self.bias is not None:
+            self.db = torch.zeros(width, dtype=self.tiles.dtype, device=self.bias.device)
+
+    def add(self, rows: slice, dz: Tensor, z: Tensor) -> None:
+        """Consumes dz [rows, cols], the gradient with respect to the scaled logits z."""
+        raw = self.tiles.unscale(dz, z)
+        where = self.tiles.take(rows)
+        if self.x is not None:
+            if self.head is None:
+                self.x[where, self.cols] = raw.to(self.x.dtype)
+            else:
+                self.x[where] += raw @ self.head
+        if self.weight is not None:
+            self.dw += raw.T @ self.tiles.x[where].to(self.tiles.dtype)
+        if self.bias is not None:
+            self.db += raw.sum(0)
+
+    def close(self) -> None:
+        """Stores the finished slice: weight and bias gradients accumulate over rows in the compute dtype."""
+        if self.weight is not None:
+            self.weight[self.cols] += self.dw.to(self.weight.dtype)
+        if self.bias is not None:
+            self.bias[self.cols] += self.db.to(self.bias.dtype)
+
+    def gradients(self, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dweight, dbias) in the dtypes of their inputs, optionally times a scalar."""
+        scaled = [g if g is None or scale is None else g * scale for g in (self.x, self.weight, self.bias)]
+        x = None if scaled[0] is None else scaled[0].to(self.tiles.x.dtype)
+        weight = None if scaled[1] is None else scaled[1].to(self.tiles.weight.dtype)  # type: ignore[union-attr]
+        bias = None if scaled[2] is None else scaled[2].to(self.tiles.bias.dtype)  # type: ignore[union-attr]
+        return x, weight, bias
+
+
+class RowSums:
+    """Running m = max z, d = sum exp(z - m), T = sum exp(z - m)(z - m) of each row, folded tile by tile.
+
+    T moves with the shift, so the entropy log d - T / d stays accurate at common offsets of 1e4. Entries of -inf
+    have probability 0. A row with a NaN, a +inf, or nothing but -inf comes out as NaN.
+    """
+
+    def __init__(self, N: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.m = torch.full((N,), float("-inf"), dtype=dtype, device=device)
+        self.d = torch.zeros(N, dtype=dtype, device=device)
+        self.T = torch.zeros(N, dtype=dtype, device=device)
+
+    def fold(self, rows: slice, z: Tensor, entropy: bool = True) -> None:
+        m, d, T = self.m[rows], self.d[rows], self.T[rows]
+        top = torch.maximum(m, z.amax(-1))
+        shift = torch.where(top == float("-inf"), torch.zeros_like(top), top)  # no -inf - -inf
+        step = torch.where(d == 0, torch.zeros_like(d), shift - m)
+        decay = torch.exp(-step)
+        u = z - shift.unsqueeze(-1)
+        e = u.exp()
+        if entropy:
+            T = decay * (T - step * d) + (e * u.masked_fill_(e == 0, 0)).sum(-1)
+            self.T[rows] = T
+        self.d[rows] = decay * d + e.sum(-1)
+        self.m[rows] = top
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(m, log d): log p = (z - m) - log d keeps full precision where z - (m + log d) does not."""
+        bad = ~torch.isfinite(self.m)
+        return self.m.masked_fill(bad, float("nan")), self.d.log()
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats; NaN where :meth:`finish` says so."""
+        H = self.d.log() - self.T / self.d
+        return H.clamp_(min=0).masked_fill_(~torch.isfinite(self.m), float("nan"))
+
+
+def pick(values: Tensor, z: Tensor, target: Tensor, rows: slice, cols: slice) -> None:
+    """values[row] = z[row, target] for the rows whose target lies in this tile."""
+    ids = target[rows] - cols.start
+    inside = (ids >= 0) & (ids < z.shape[1])
+    got = z.gather(1, ids.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    values[rows] = torch.where(inside, got, values[rows])
+
+
+def add_at(dz: Tensor, amount: Tensor, ids: Tensor, cols: slice) -> None:
+    """dz[row, ids - cols.start] += amount where that lies in the tile. amount and ids: [rows] or [rows, K]."""
+    if ids.dim() == 1:
+        amount, ids = amount.unsqueeze(1), ids.unsqueeze(1)
+    local = ids - cols.start
+    inside = (local >= 0) & (local < dz.shape[1])
+    dz.scatter_add_(1, local.clamp(0, dz.shape[1] - 1), torch.where(inside, amount, torch.zeros_like(amount)))

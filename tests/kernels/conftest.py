@@ -1,0 +1,39 @@
+"""Each test that takes ``device`` and ``impl`` runs once for every implementation that runs here.
+
+The implementations come from ``rmx_kernels.backends()``, so a new one goes through the whole grid unchanged. A test
+names its operator by the module constant OPERATOR, or takes ``op`` and runs for all five, or those in OPERATORS.
+``dtype`` adds every dtype that the implementation takes; ``fp64`` is torch.float64, where it is taken.
+"""
+
+import pytest
+import torch
+
+from rmx_kernels import backends
+from rmx_kernels.checks import FLOATS
+from rmx_kernels.dispatch import OPERATORS
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {}  # of the implementations that take fewer than all of FLOATS
+
+
+def runnable(op: str, device: str) -> list[str]:
+    return [b.name for b in backends().values() if b.available and device in b.devices and op in b.operators]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = [name for name in ("op", "device", "impl", "dtype", "fp64") if name in metafunc.fixturenames]
+    if "impl" not in names:
+        return
+    cases = []
+    for op in getattr(metafunc.module, "OPERATORS", OPERATORS) if "op" in names else (metafunc.module.OPERATOR,):
+        for device in DEVICES:
+            for impl in runnable(op, device):
+                taken = DTYPES.get(impl, FLOATS)
+                for dtype in taken if "dtype" in names else (torch.float64,) if "fp64" in names else (None,):
+                    if dtype is not None and dtype not in taken:
+                        continue
+                    values = {"op": op, "device": device, "impl": impl, "dtype": dtype, "fp64": dtype}
+                    label = "-".join(str(values[name]).removeprefix("torch.") for name in names if name != "fp64")
+                    marks = [pytest.mark.gpu] if device == "cuda" else []
+                    cases.append(pytest.param(*(values[name] for name in names), id=label, marks=marks))
+    metafunc.parametrize(names, cases)

@@ -1,0 +1,104 @@
+"""Full-logits oracles, written from the mathematics alone, and the yardstick by which results are judged.
+
+Each function works in the dtype of its inputs: in float64 it is the truth, in the dtype of the kernel's inputs it is
+the eager code that people write (logits and their scaling in that dtype, then ``.float().log_softmax``).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Stats(NamedTuple):
+    lse: Tensor
+    entropy: Tensor
+    logprob: Tensor
+    topk_logprobs: Tensor
+
+
+class Loss(NamedTuple):
+    loss: Tensor
+    logprob: Tensor
+    kl: Tensor
+
+
+def scaled(logits: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
+    """The logits after softcap and temperature, upcast to float32 only then."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(hidden, weight, bias)
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Ids of the k largest, descending, ties to the lower id."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def vocab_stats(
+    logits: Tensor, target: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None
+) -> Stats:
+    """Row statistics, with the log-probs of the tokens in ids [..., K] in the place of the top-k."""
+    z = scaled(logits, temperature, softcap)
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
+    return Stats(z.logsumexp(-1), entropy, logp.gather(-1, target.long()[..., None])[..., 0], logp.gather(-1, ids))
+
+
+def kl_divergence(base_logp: Tensor, logp: Tensor) -> Tensor:
+    """sum p_b (log p_b - log p_s), where a base probability of zero contributes nothing."""
+    p_b = base_logp.exp()
+    return (p_b * (base_logp - logp).masked_fill(p_b == 0, 0)).sum(-1)
+
+
+def logprob_kl(
+    logits: Tensor, base_logits: Tensor, target: Tensor, temperature: float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p_s(target) and KL(p_b || p_s) of each row; the base is a constant."""
+    logp = scaled(logits, temperature, softcap).log_softmax(-1)
+    base_logp = scaled(base_logits.detach(), temperature, softcap).log_softmax(-1)
+    return logp.gather(-1, target.long()[..., None])[..., 0], kl_divergence(base_logp, logp)
+
+
+def contrastive_loss(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Loss:
+    logprob, kl = logprob_kl(logits, base_logits, target, temperature, softcap)
+    loss = (kl_weight.to(kl.dtype) * kl).sum() - (ce_weight.to(kl.dtype) * logprob).sum()
+    return Loss(loss, logprob, kl)
+
+
+def assert_as_good_as_eager(
+    got: Tensor, eager: Tensor, oracle: Tensor, *, size: Tensor, what: str, input_dtype: torch.dtype
+) -> None:
+    """Error at most twice that of eager, in the largest and in the mean entry, plus a few roundings of ``size``.
+
+    ``size`` is the magnitude of the result or of the terms it sums. In float64 eager and oracle are the same code, so
+    there the roundings alone decide.
+    """
+    assert got.shape == oracle.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
+    if got.numel() == 0:
+        return
+    fp64 = input_dtype == torch.float64
+    floor = 64 * torch.finfo(torch.float64).eps if fp64 else 8 * torch.finfo(torch.float32).eps
+    size = size.detach().double()
+    got_error = (got.detach().double() - oracle.detach()).abs()
+    eager_error = (eager.detach().double() - oracle.detach()).abs()
+    for norm in (torch.max, torch.mean):  # the mean sees the many small probabilities that the largest entry hides
+        allowed = 2 * norm(eager_error) + floor * norm(size)
+        assert norm(got_error) <= allowed, (
+            f"{what}: {norm.__name__} error {norm(got_error):.3g} above {allowed:.3g} (eager {norm(eager_error):.3g})"
+        )

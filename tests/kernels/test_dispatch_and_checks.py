@@ -1,0 +1,227 @@
+"""Which implementation runs, and the errors of the public door: each names the argument and what was expected."""
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+import rmx_kernels
+from rmx_kernels import BackendUnavailable, backends, dispatch
+from rmx_kernels.dispatch import IMPLS, OPERATORS
+
+Change = Callable[[Any], Any]
+
+
+def elsewhere(x: Tensor) -> Tensor:
+    return x.to("meta")  # the device that no input is on
+
+
+def trainable(x: Tensor) -> Tensor:
+    return x.clone().requires_grad_()
+
+
+def replaced(index: int, value: int) -> Change:
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return change
+
+
+ROWS: list[tuple[str, Change, type[Exception]]] = [
+    ("no tensor", Tensor.tolist, TypeError),
+    ("integers", Tensor.long, TypeError),
+    ("complex", lambda x: x.to(torch.complex64), TypeError),
+    ("no dimension", Tensor.sum, ValueError),
+    ("nothing in a row", lambda x: x[..., :0], ValueError),
+]
+BASE: list[tuple[str, Change, type[Exception]]] = [
+    ("no tensor", Tensor.tolist, TypeError),
+    ("another dtype", Tensor.double, TypeError),
+    ("fewer rows", lambda x: x[:-1], ValueError),
+    ("a shape that would broadcast", lambda x: x[:1], ValueError),
+    ("a trainable base", trainable, ValueError),
+    ("another device", elsewhere, ValueError),
+]
+WEIGHTS: list[tuple[str, Change, type[Exception]]] = [
+    ("no tensor", Tensor.tolist, TypeError),
+    ("a number", lambda x: 1.0, TypeError),
+    ("integers", Tensor.long, TypeError),
+    ("bool", Tensor.bool, TypeError),
+    ("fewer rows", lambda x: x[:-1], ValueError),
+    ("one for all rows", lambda x: x[:1], ValueError),
+    ("a column", lambda x: x[:, None], ValueError),
+    ("trainable", trainable, ValueError),
+    ("another device", elsewhere, ValueError),
+]
+SCALES: list[tuple[str, Change, type[Exception]]] = [
+    *((repr(v), lambda _, v=v: v, ValueError) for v in (0, 0.0, -1.0, math.nan, math.inf, -math.inf)),
+    *((repr(v), lambda _, v=v: v, TypeError) for v in (True, "1", torch.tensor(1.0))),
+]
+WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
+    "logits": ROWS,
+    "hidden": ROWS,
+    "base_logits": BASE,
+    "base_hidden": BASE,
+    "weight": [
+        ("no tensor", Tensor.tolist, TypeError),
+        ("integers", Tensor.long, TypeError),
+        ("another dtype", Tensor.bfloat16, TypeError),
+        ("one dimension", lambda x: x[0], ValueError),
+        ("three dimensions", lambda x: x[None], ValueError),
+        ("another hidden size", lambda x: x[:, 1:], ValueError),
+        ("no tokens", lambda x: x[:0], ValueError),
+        ("another device", elsewhere, ValueError),
+    ],
+    "bias": [
+        ("no tensor", Tensor.tolist, TypeError),
+        ("integers", Tensor.long, TypeError),
+        ("another dtype", Tensor.double, TypeError),
+        ("fewer tokens", lambda x: x[1:], ValueError),
+        ("a shape that would broadcast", lambda x: x[:1], ValueError),
+        ("two dimensions", lambda x: x[None], ValueError),
+        ("another device", elsewhere, ValueError),
+    ],
+    "target": [
+        ("no tensor", Tensor.tolist, TypeError),
+        ("floats", Tensor.float, TypeError),
+        ("bool", Tensor.bool, TypeError),
+        ("int16", Tensor.short, TypeError),
+        ("fewer rows", lambda x: x[:-1], ValueError),
+        ("a column", lambda x: x[:, None], ValueError),
+        ("below 0", replaced(0, -1), ValueError),
+        ("the ignore index of other libraries", replaced(-1, -100), ValueError),
+        ("V", replaced(0, 23), ValueError),
+        ("another device", elsewhere, ValueError),
+    ],
+    "ce_weight": WEIGHTS,
+    "kl_weight": WEIGHTS,
+    "base_lse": [*WEIGHTS, ("low precision", Tensor.bfloat16, TypeError), ("low precision", Tensor.half, TypeError)],
+    "k": [
+        *((repr(v), lambda _, v=v: v, ValueError) for v in (-1, 24)),
+        *((repr(v), lambda _, v=v: v, TypeError) for v in (True, 2.0, "3", None, torch.tensor(3))),
+    ],
+    "temperature": [*SCALES, ("None", lambda _: None, TypeError)],
+    "softcap": SCALES,
+    "impl": [(repr(v), lambda _, v=v: v, ValueError) for v in ("cuda", "", "Reference", 3, True)],
+}
+
+
+def good(op: str) -> cases.Arguments:
+    """Valid arguments, every optional tensor among them: 6 rows, 23 tokens."""
+    arguments = cases.make(op)
+    if op == "linear_gated_contrastive_loss":
+        arguments["base_lse"] = torch.zeros(6)
+    return arguments
+
+
+TABLE = [
+    pytest.param(op, name, change, error, id=f"{op}-{name}-{what}")
+    for op in OPERATORS
+    for name in inspect.signature(getattr(rmx_kernels, op)).parameters
+    for what, change, error in WRONG[name]
+]
+
+
+@pytest.mark.parametrize(("op", "name", "change", "error"), TABLE)
+def test_wrong_argument_is_named(op: str, name: str, change: Change, error: type[Exception]) -> None:
+    arguments = good(op)
+    with pytest.raises(error, match=f"^{name}: expected ") as caught:
+        cases.call(op, arguments | {name: change(arguments.get(name))})
+    assert len(str(caught.value)) < 200  # a sentence, not a tensor
+
+
+def test_error_says_what_was_expected_and_what_came() -> None:
+    arguments = cases.make("linear_logprob_kl")
+    with pytest.raises(ValueError, match=r"^weight: expected shape \[V, 7\], got \(23, 6\)$"):
+        cases.call("linear_logprob_kl", arguments | {"weight": arguments["weight"][:, 1:]})
+    with pytest.raises(ValueError, match=r"^target: expected ids in \[0, 23\), got -100$"):
+        cases.call("linear_logprob_kl", arguments | {"target": arguments["target"] * 0 - 100})
+    with pytest.raises(ValueError, match=r"^k: expected 0 <= k <= V = 23, got 24$"):
+        rmx_kernels.entropy_topk(torch.zeros(2, 23), k=24)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_good_arguments_pass(op: str) -> None:
+    cases.call(op, good(op))
+    cases.call(op, good(op), temperature=2, softcap=30, impl=None)
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATORS if not op.endswith("entropy_topk")])
+def test_constants_may_belong_to_a_graph_where_none_is_recorded(op: str) -> None:
+    arguments = {n: v.requires_grad_() if n.startswith("base") or "_weight" in n else v for n, v in good(op).items()}
+    with torch.no_grad():
+        cases.call(op, arguments)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_inputs_are_left_as_they_were(op: str) -> None:
+    arguments = good(op)
+    copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    cases.forward_backward(op, arguments)
+    assert all(torch.equal(v, copies[n]) for n, v in arguments.items() if isinstance(v, Tensor))
+
+
+def test_backends_describe_each_implementation() -> None:
+    described = backends()
+    assert tuple(described) == IMPLS
+    for name, backend in described.items():
+        assert backend.name == name and set(backend.operators) <= set(OPERATORS) and backend.devices
+        assert backend.available == (backend.reason == "")
+    assert described["reference"].available and described["reference"].operators == OPERATORS
+
+
+@pytest.mark.parametrize("name", IMPLS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_an_implementation_runs_or_says_why_not(op: str, name: str) -> None:
+    """Never another one in its place."""
+    backend = backends()[name]
+    if backend.available and op in backend.operators and "cpu" in backend.devices:
+        cases.call(op, good(op), impl=name)
+        return
+    with pytest.raises(BackendUnavailable, match=f"^impl='{name}' cannot run {op} here: .+") as caught:
+        cases.call(op, good(op), impl=name)
+    assert backend.reason in str(caught.value)
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every implementation shipped entropy_topk, and were a name where it is imported."""
+    monkeypatch.setattr(dispatch, "_shipped", lambda impl: OPERATORS if impl == "reference" else ("entropy_topk",))
+    fake = SimpleNamespace(import_module=lambda name: name, util=importlib.util)
+    monkeypatch.setattr(dispatch, "importlib", fake)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_best_implementation_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert dispatch.load("entropy_topk", None, cpu) == "rmx_kernels.entropy_topk.cpu"
+    assert dispatch.load("entropy_topk", None, cuda) == "rmx_kernels.entropy_topk.reference"
+    assert dispatch.load("linear_logprob_kl", None, cpu) == "rmx_kernels.linear_logprob_kl.reference"
+    assert dispatch.load("entropy_topk", "reference", cpu) == "rmx_kernels.entropy_topk.reference"
+
+
+@pytest.mark.usefixtures("shipped")
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an operator that is not shipped, of tensors elsewhere, of a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable, match="ships no cpu implementation of linear_logprob_kl"):
+        dispatch.load("linear_logprob_kl", "cpu", torch.device("cpu"))
+    with pytest.raises(BackendUnavailable, match="tensors are on 'cuda', it runs on cpu"):
+        dispatch.load("entropy_topk", "cpu", torch.device("cuda"))
+    with pytest.raises(BackendUnavailable, match=r"CUDA|triton package"):
+        dispatch.load("entropy_topk", "triton", torch.device("cuda"))
+
+
+def test_package_exports_what_it_names() -> None:
+    assert set(OPERATORS) <= set(rmx_kernels.__all__)
+    assert all(hasattr(rmx_kernels, name) for name in rmx_kernels.__all__)

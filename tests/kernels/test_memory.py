@@ -1,0 +1,96 @@
+"""The linear operators hold no tensor of rows x vocabulary: scratch is bounded, whatever N and V."""
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rmx_kernels.tiles import TILE_BYTES
+
+OPERATORS = ("linear_entropy_topk", "linear_gated_contrastive_loss", "linear_logprob_kl")
+SCRATCH = 64 << 20  # bytes, the bound that is documented for the CPU
+
+SHAPES = [  # N, V
+    (256, 16384),
+    (2048, 16384),
+    (256, 65536),
+]
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that torch operators make while it is entered: the largest, and the most alive at once."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {StorageWeakRef(x.untyped_storage()) for x in known}
+        self.alive: dict[StorageWeakRef, int] = {}
+        self.largest = self.peak = self.most_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                storage = StorageWeakRef(x.untyped_storage())
+                if storage not in self.known:
+                    self.alive[storage] = x.untyped_storage().nbytes()
+                    self.largest = max(self.largest, self.alive[storage])
+                    self.most_elements = max(self.most_elements, x.numel())
+        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def measure(op: str, impl: str, device: str, N: int, V: int, trained: tuple[str, ...]) -> tuple[Ledger, int]:
+    """The ledger of a forward and backward, and the bytes of the gradients that it returns."""
+    arguments = cases.make(op, (N,), V, 64, device=device)
+    inputs = [arguments[name].requires_grad_() for name in trained]
+    with Ledger([v for v in arguments.values() if isinstance(v, Tensor)]) as ledger:
+        outputs = cases.differentiable(cases.call(op, arguments, impl=impl))
+        if outputs:
+            torch.autograd.grad(outputs, inputs, cases.cotangents(outputs))
+    return ledger, sum(x.nbytes for x in inputs)
+
+
+@pytest.mark.parametrize(("N", "V"), SHAPES)
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight", "bias")])
+def test_scratch_is_bounded(op: str, device: str, impl: str, N: int, V: int, trained: tuple[str, ...]) -> None:
+    """No tensor beyond two tiles but the gradients, which may be held once more until they are scaled and returned."""
+    ledger, gradients = measure(op, impl, device, N, V, trained)
+    weight = V * 64 * 4 if "weight" in trained else 0
+    assert ledger.peak <= SCRATCH + 2 * gradients
+    assert ledger.largest <= max(2 * TILE_BYTES, weight)
+    assert ledger.most_elements < N * V
+
+
+def test_scratch_does_not_grow(op: str, device: str, impl: str) -> None:
+    """Eight times the rows or four times the vocabulary: some more row statistics, no more tiles."""
+    peaks = [measure(op, impl, device, N, V, ("hidden",))[0].peak for N, V in SHAPES]
+    assert max(peaks) - peaks[0] <= 4 << 20
+
+
+def test_nothing_is_kept_for_a_backward_that_cannot_come(op: str, device: str, impl: str) -> None:
+    """Without grad mode, a trainable head costs no gradient."""
+    arguments = cases.make(op, (64,), 16384, 64, device=device)
+    for name in cases.DIFFERENTIABLE[op]:
+        arguments[name].requires_grad_()
+    with torch.no_grad(), Ledger([v for v in arguments.values() if isinstance(v, Tensor)]) as ledger:
+        result = cases.call(op, arguments, impl=impl)
+    with torch.no_grad(), Ledger([v for v in arguments.values() if isinstance(v, Tensor)]) as frozen:
+        for name in cases.DIFFERENTIABLE[op]:
+            arguments[name].requires_grad_(False)
+        cases.call(op, arguments, impl=impl)
+    assert cases.differentiable(result) == []
+    assert ledger.peak == frozen.peak
+
+
+def test_ledger_sees_full_logits(device: str, impl: str, op: str) -> None:
+    """The measure itself: it counts what eager code would hold."""
+    arguments = cases.make(op, (256,), 16384, 64, device=device)
+    with Ledger([v for v in arguments.values() if isinstance(v, Tensor)]) as ledger:
+        (arguments["hidden"] @ arguments["weight"].T).log_softmax(-1)
+    assert ledger.largest == 256 * 16384 * 4 and ledger.peak == 2 * ledger.largest

@@ -1,0 +1,70 @@
+"""Configuration errors name the key; overrides reach every section."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from rmx.config import ConfigError, load_config
+
+MINIMAL = "run_dir: r\nmodel: {name: m}\nproblems: {sources: [{jsonl: p.jsonl}]}\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_published_settings(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert (config.lora.r, config.lora.alpha) == (32, 64)
+    assert (config.train.learning_rate, config.train.warmup_steps, config.train.sequences_per_step) == (1e-4, 50, 8)
+    assert (config.train.anchor_weight, config.select.tau, config.rollouts.samples) == (0.2, 1.4, 20)
+
+
+def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
+    overrides = ["train.learning_rate=3e-4", "problems.sources.0.split=train", "lora.targets=[o_proj]", "seed=7"]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert config.train.learning_rate == 3e-4
+    assert config.problems.sources[0].split == "train"
+    assert config.lora.targets == ["o_proj"]
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ("trian: {epochs: 2}", "trian: unknown key"),
+        ("train: {epohcs: 2}", "train.epohcs: unknown key"),
+        ("train: {epochs: many}", "train.epochs: .*got 'many'"),
+        ("train: {sequences_per_step: 1.5}", "train.sequences_per_step: .*got 1.5"),
+        ("rollouts: {top_p: 1.5}", "rollouts.top_p: "),
+        ("select: {tau: 1.0, budget: 0.1}", "select: .*exactly one of tau and budget"),
+        ("prompt: {style: haiku}", "prompt.style: .*got 'haiku'"),
+        ("seed: true", "seed: .*got True"),
+    ],
+)
+def test_an_error_names_the_file_and_the_key(tmp_path: Path, extra: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"run.yaml: .*{named}"):
+        load_config(write(tmp_path, MINIMAL + extra))
+
+
+def test_other_faults_are_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent.yaml: cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"not YAML"):
+        load_config(write(tmp_path, "a: [1"))
+    with pytest.raises(ConfigError, match=r"expected a mapping"):
+        load_config(write(tmp_path, "- 1"))
+    with pytest.raises(ConfigError, match=r"model.name: missing"):
+        load_config(write(tmp_path, MINIMAL.replace("name: m", "dtype: float32")))
+    for override in ("train.epochs", "=3", "seed.x=1"):
+        with pytest.raises(ConfigError, match="--set"):
+            load_config(write(tmp_path, MINIMAL + "seed: 1\n"), [override])
+
+
+def test_the_demo_configuration_is_valid() -> None:
+    config = load_config(Path(str(files("rmx") / "demo.yaml")))
+    assert config.problems.evaluate_count >= 200
+    assert config.evaluate.samples >= 3

@@ -1,0 +1,79 @@
+"""Paired bootstrap, the table's sentence, and a picture that is a picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rmx import report
+from rmx.evaluate import bootstrap, compare
+from rmx.records import Evaluation, Interval, Problem, Rollout, Verdict
+from rmx.train import StepMetrics
+
+PROBLEMS = [Problem(f"p{i}", f"q{i}", "1", "even" if i % 2 == 0 else "odd", "evaluate") for i in range(40)]
+
+
+def side(rates: dict[str, list[float | None]], length: int) -> tuple[list[Rollout], list[Verdict]]:
+    outcome = {1.0: "right", 0.0: "wrong", None: "crash"}
+    verdicts = [
+        Verdict(p, n, outcome[reward], None)  # type: ignore[arg-type]
+        for p, rewards in rates.items()
+        for n, reward in enumerate(rewards)
+    ]
+    reason = "stop" if length < 5 else "length"
+    return [Rollout(v.problem_id, v.sample, [1], [1] * length, reason, "") for v in verdicts], verdicts  # type: ignore[arg-type]
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        interval = bootstrap(random.random(60), 400, seed=trial)
+        assert interval.low <= interval.mean <= interval.high
+        hits += interval.low <= 0.5 <= interval.high
+    assert 0.90 < hits / 300 < 0.98
+
+
+def test_the_gain_is_paired_over_problems() -> None:
+    """Every problem gains exactly 0.5, though problems differ widely: a paired interval has no width."""
+    base = {p.problem_id: [float(i % 2), 0.0] for i, p in enumerate(PROBLEMS)}
+    tuned = {p.problem_id: [float(i % 2), 1.0] for i, p in enumerate(PROBLEMS)}
+    result = compare(PROBLEMS, side(base, 4), side(tuned, 5), draws=500, seed=0)
+    assert (result.gain.mean, result.gain.low, result.gain.high) == (0.5, 0.5, 0.5)
+    assert result.base.high - result.base.low > 0.1
+    assert (result.problems, result.samples) == (40, 2)
+    assert result.categories == {"even": (0.0, 0.5), "odd": (0.5, 1.0)}
+    assert (result.base_tokens, result.tuned_tokens, result.base_truncated, result.tuned_truncated) == (4, 5, 0, 1)
+
+
+def test_unverified_samples_are_counted_and_left_out() -> None:
+    base: dict[str, list[float | None]] = {"p0": [1.0, None], "p1": [None, None], "p2": [0.0, 0.0]}
+    tuned: dict[str, list[float | None]] = {"p0": [1.0, 1.0], "p1": [1.0, 1.0], "p2": [0.0, 1.0]}
+    result = compare(PROBLEMS[:3], side(base, 2), side(tuned, 2), draws=50, seed=0)
+    assert (result.problems, result.unverified) == (2, 3)
+    assert (result.base.mean, result.tuned.mean) == (0.5, 0.75)
+
+
+def evaluation(low: float, high: float) -> Evaluation:
+    one = Interval(0.3, 0.2, 0.4)
+    return Evaluation(10, 2, one, one, Interval((low + high) / 2, low, high), 9, 8, 0.1, 0.2, 1, {"sum": (0.2, 0.6)})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(0.1, 0.2, "is better"), (-0.2, -0.1, "is worse"), (-0.1, 0.2, "No clear difference")]
+)
+def test_the_sentence_follows_the_interval(low: float, high: float, words: str) -> None:
+    assert words in report.verdict(evaluation(low, high))
+    assert report.table(evaluation(low, high)).row_count == 5
+
+
+def test_the_picture_shows_gate_curves_and_accuracy(tmp_path: Path) -> None:
+    history = [StepMetrics(i, 1.0, 1.0, 0.1, None if i == 2 else 0.1, -0.1, 1.0, 1e-4, 10, 0.1) for i in range(1, 6)]
+    path = tmp_path / "report.png"
+    report.plot(path, np.random.default_rng(0).gamma(1.0, size=500), 1.4, history, evaluation(0.1, 0.2))
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert image.shape[1] > 2 * image.shape[0]
+    for colour in (report.BASE, report.TUNED, report.GATE):
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (image == rgb).all(-1).sum() > 100, colour

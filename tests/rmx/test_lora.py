@@ -1,0 +1,145 @@
+"""The adapter against real PEFT, on the real model; refusals; round trips."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from rmx import lora, model
+from rmx.config import LoraConfig, ModelConfig
+from rmx.lora import AdapterError
+
+IDS = torch.tensor([[1, 5, 6, 7, 8]])
+SMALL = LoraConfig(r=2, alpha=6.0, targets=["o_proj", "q_proj"])
+
+
+def randomise(adapter: lora.Adapter, scale: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_B.normal_(0, scale, generator=generator)
+
+
+@pytest.fixture
+def saved(tiny: model.CausalLM, tmp_path: Path) -> Path:
+    adapter = lora.attach(tiny.model, SMALL, seed=0)
+    randomise(adapter)
+    lora.save_adapter(adapter, tmp_path / "adapter", "some/model")
+    lora.detach(tiny.model, adapter)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj"], ["mlp.down_proj"]])
+@torch.no_grad()
+def test_peft_loads_it_and_gives_the_same_logits(demo_lm: model.CausalLM, tmp_path: Path, targets: list[str]) -> None:
+    ids = torch.randint(5, 40000, (2, 9), generator=torch.Generator().manual_seed(2))
+    base = demo_lm.model(ids).logits
+    adapter = lora.attach(demo_lm.model, LoraConfig(r=8, alpha=16, targets=targets), seed=0)
+    randomise(adapter, 0.02)
+    ours = demo_lm.model(ids).logits
+    lora.save_adapter(adapter, tmp_path / "adapter", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    lora.detach(demo_lm.model, adapter)
+    theirs = PeftModel.from_pretrained(demo_lm.model, str(tmp_path / "adapter"))
+    try:
+        torch.testing.assert_close(theirs(ids).logits, ours, rtol=1e-5, atol=1e-5)
+    finally:
+        theirs.unload()
+    assert (ours - base).abs().max() > 0.1
+    torch.testing.assert_close(demo_lm.model(ids).logits, base, rtol=0, atol=0)
+
+
+def test_an_adapter_that_peft_wrote_loads(tiny: model.CausalLM, tmp_path: Path) -> None:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    peft_model = get_peft_model(tiny.model, PeftLoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    theirs = peft_model(IDS).logits
+    peft_model.save_pretrained(tmp_path)
+    peft_model.unload()
+    lora.load_adapter(tiny.model, tmp_path)
+    torch.testing.assert_close(tiny.model(IDS).logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_adapter_and_one_that_is_off_change_nothing(tiny: model.CausalLM) -> None:
+    base = tiny.model(IDS).logits
+    adapter = lora.attach(tiny.model, SMALL, seed=0)
+    torch.testing.assert_close(tiny.model(IDS).logits, base, rtol=0, atol=0)
+    randomise(adapter)
+    assert not torch.equal(tiny.model(IDS).logits, base)
+    with adapter.off():
+        torch.testing.assert_close(tiny.model(IDS).logits, base, rtol=0, atol=0)
+    assert not torch.equal(tiny.model(IDS).logits, base)
+    assert adapter.size == 2 * 2 * 2 * (32 + 32)
+    assert [p.requires_grad for p in tiny.model.parameters()].count(True) == 8
+
+
+def test_round_trip_and_format_on_disk(tiny: model.CausalLM, saved: Path) -> None:
+    adapter = lora.load_adapter(tiny.model, saved)
+    tensors = load_file(saved / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"
+    assert torch.equal(tensors[name], adapter.layers["model.layers.1.self_attn.o_proj"].lora_A)
+    assert (len(tensors), tensors[name].shape, tensors[name].dtype) == (8, (2, 32), torch.float32)
+    description = json.loads((saved / "adapter_config.json").read_text())
+    assert description["base_model_name_or_path"] == "some/model"
+    assert (description["r"], description["lora_alpha"], description["target_modules"]) == (2, 6.0, ["o_proj", "q_proj"])
+
+
+def test_low_precision_bases_keep_float32_masters(tiny_path: Path) -> None:
+    lm = model.load(ModelConfig(name=str(tiny_path), dtype="bfloat16", device="cpu"))
+    adapter = lora.attach(lm.model, SMALL, seed=0)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    assert lm.model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tiny: model.CausalLM, tmp_path: Path) -> None:
+    adapter = lora.attach(tiny.model, SMALL, seed=0)
+    with pytest.raises(AdapterError, match="changes nothing"):
+        lora.save_adapter(adapter, tmp_path / "adapter", "m")
+    with torch.no_grad():
+        adapter.layers["model.layers.0.self_attn.q_proj"].lora_B[0, 0] = float("inf")
+    with pytest.raises(AdapterError, match=r"layers.0.self_attn.q_proj.lora_B.weight holds values that are not finite"):
+        lora.save_adapter(adapter, tmp_path / "adapter", "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("targets", "message"), [(["qproj"], "'qproj' names no layer.*q_proj"), (["norm"], "LlamaRMSNorm")])
+def test_targets_that_do_not_fit_are_named(tiny: model.CausalLM, targets: list[str], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        lora.attach(tiny.model, LoraConfig(targets=targets), seed=0)
+
+
+def test_an_adapter_for_another_model_is_refused_and_leaves_the_model_alone(
+    tiny: model.CausalLM, saved: Path, tmp_path: Path
+) -> None:
+    from conftest import save_tiny_model
+
+    base = tiny.model(IDS).logits
+    other = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "w", hidden_size=64)), dtype="float32"))
+    with pytest.raises(AdapterError, match="belongs to another model: .* shape"):
+        lora.load_adapter(other.model, saved)
+    deeper = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "d", num_hidden_layers=3)), dtype="float32"))
+    with pytest.raises(AdapterError, match=r"layers.2.* is only on one side"):
+        lora.load_adapter(deeper.model, saved)
+    assert not any(isinstance(m, lora.LoraLinear) for m in deeper.model.modules())
+    torch.testing.assert_close(tiny.model(IDS).logits, base, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("peft_type", "IA3"), ("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 4}), ("r", None)]
+)
+def test_other_kinds_of_adapter_are_refused(tiny: model.CausalLM, saved: Path, key: str, value: object) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(AdapterError):
+        lora.load_adapter(tiny.model, saved)
+    shutil.rmtree(saved)
+    with pytest.raises(AdapterError, match="cannot be read as an adapter"):
+        lora.load_adapter(tiny.model, saved)

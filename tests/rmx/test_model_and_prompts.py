@@ -1,0 +1,123 @@
+"""Loading from safetensors and GGUF, refusing pickles and missing weights, the head's self-check, prompts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import full_logits
+
+from rmx import model
+from rmx.config import ModelConfig, PromptConfig
+from rmx.model import ModelError
+from rmx.prompts import PromptError, Renderer
+
+
+def config(name: object, **more: object) -> ModelConfig:
+    return ModelConfig.model_validate({"name": str(name), "dtype": "float32", "device": "cpu", **more})
+
+
+def test_hidden_states_and_head_give_the_models_logits(tiny: model.CausalLM) -> None:
+    ids = torch.randint(3, 20, (3, 7))
+    torch.testing.assert_close(full_logits(tiny, ids), tiny.model(ids).logits)
+    assert not tiny.model.training
+    assert not any(p.requires_grad for p in tiny.model.parameters())
+    assert tiny.eos_ids == {2}
+
+
+def test_the_gguf_of_the_demo_loads(demo_lm: model.CausalLM) -> None:
+    assert demo_lm.weight.shape == (49152, 576)
+    ids = torch.tensor([Renderer(demo_lm.tokenizer, PromptConfig())("What is the capital of France?")])
+    with torch.no_grad():
+        best = full_logits(demo_lm, ids)[0, -1].argmax()
+    assert demo_lm.tokenizer.decode([best]) == "The"
+
+
+def test_a_directory_without_weights_says_so(tiny_path: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(tiny_path, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match=r"holds no weights \(\*.safetensors or \*.gguf\)$"):
+        model.load(config(bare))
+    with pytest.raises(ModelError, match="no such directory"):
+        model.load(config(tmp_path / "absent"))
+    with pytest.raises(ModelError, match="'no_such_pkg' is not installed"):
+        model.load(config("package:no_such_pkg"))
+
+
+def test_pickled_weights_are_never_opened(tiny_path: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(tiny_path, tmp_path / "p", ignore=shutil.ignore_patterns("*.safetensors"))
+    (pickled / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is a pickle, which is never opened"):
+        model.load(config(pickled))
+
+
+def test_several_ggufs_must_be_told_apart(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=r"several GGUF files \(a.gguf, b.gguf\); set model.gguf_file"):
+        model.load(config(tmp_path))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        model.load(config(tmp_path, gguf_file="a.gguf"))  # empty
+
+
+def test_torn_weights_are_an_error(tiny_path: Path, tmp_path: Path) -> None:
+    torn = shutil.copytree(tiny_path, tmp_path / "torn")
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        model.load(config(torn))
+
+
+def test_known_logit_transforms_are_followed_and_unknown_ones_refused(tiny: model.CausalLM) -> None:
+    inner = tiny.model.forward
+
+    def transformed(transform):  # type: ignore[no-untyped-def]
+        def forward(*args, **kwargs):  # type: ignore[no-untyped-def]
+            out = inner(*args, **kwargs)
+            out.logits = transform(out.logits)
+            return out
+
+        tiny.model.forward = forward  # type: ignore[method-assign]
+
+    transformed(lambda z: z * 0.5)
+    with pytest.raises(ModelError, match="transforms its logits in a way that rmx does not know"):
+        model.wrap(tiny.model, tiny.tokenizer)
+    tiny.model.config.logit_scale = 0.5
+    assert model.wrap(tiny.model, tiny.tokenizer).scale == 0.5
+    tiny.model.config.final_logit_softcapping = 3.0
+    transformed(lambda z: 3 * torch.tanh(z * 0.5 / 3))
+    assert model.wrap(tiny.model, tiny.tokenizer).softcap == 3.0
+
+
+def test_batches_keep_the_budget_and_every_index() -> None:
+    lengths = [5, 9, 1, 9, 3, 40, 2]
+    groups = model.batches(lengths, 18)
+    assert sorted(i for group in groups for i in group) == list(range(7))
+    assert groups[0] == [5]  # longer than the budget: alone
+    assert all(len(g) * max(lengths[i] for i in g) <= 18 for g in groups[1:])
+
+
+def test_padding() -> None:
+    ids, mask = model.pad([[1, 2, 3], [4]], torch.device("cpu"), left=True)
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert model.pad([[1, 2, 3], [4]], torch.device("cpu"))[0].tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_a_rendered_chat_has_one_bos_and_plain_styles_use_the_tokenizer(tiny: model.CausalLM) -> None:
+    ids = Renderer(tiny.tokenizer, PromptConfig())("sum of 1 and 2")
+    assert tiny.tokenizer.decode(ids) == "<s> <user> sum of 1 and 2 <model>"
+    plain = Renderer(tiny.tokenizer, PromptConfig(style="qa"))("sum of 1 and 2")
+    assert tiny.tokenizer.decode(plain).startswith("Question: sum of 1 and 2 Answer:")
+
+
+def test_the_fingerprint_follows_style_system_and_template(tiny: model.CausalLM) -> None:
+    styles = [PromptConfig(), PromptConfig(system="of"), PromptConfig(suffix=" is"), PromptConfig(style="boxed")]
+    prints = [Renderer(tiny.tokenizer, style).fingerprint for style in styles]
+    tiny.tokenizer.chat_template = tiny.tokenizer.chat_template.replace("<user>", "<user> Question:")
+    prints.append(Renderer(tiny.tokenizer, PromptConfig()).fingerprint)
+    assert len(set(prints)) == 5
+    tiny.tokenizer.chat_template = None
+    with pytest.raises(PromptError, match="no chat template"):
+        Renderer(tiny.tokenizer, PromptConfig())
+    with pytest.raises(PromptError, match=r"prompt.system: the style 'qa'"):
+        Renderer(tiny.tokenizer, PromptConfig(style="qa", system="of"))

@@ -1,0 +1,180 @@
+"""A whole run on a tiny model: artefacts, resuming, interruption, changed settings, full disks, the command line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rmx import artefacts, pipeline
+from rmx.artefacts import ArtefactError
+from rmx.config import Config
+from rmx.pipeline import STAGES, Run, RunError
+from rmx.select import SelectionError
+
+
+def changed(config: Config, **sections: dict[str, object]) -> Config:
+    tree = config.model_dump()
+    for name, values in sections.items():
+        tree[name] = {**tree[name], **values}
+    return Config.model_validate(tree)
+
+
+def write_yaml(config: Config, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    line = [sys.executable, "-m", "rmx.cli", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture
+def finished(tiny_config: Config) -> Run:
+    run = Run(tiny_config)
+    run.run()
+    return run
+
+
+def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
+    assert list(finished.stages()) == list(STAGES)
+    names = {path.name for path in finished.dir.iterdir()}
+    assert {"adapter", "metrics.jsonl", "report.png", "evaluation.json", "scores.safetensors"} <= names
+    assert not [name for name in names if name.endswith(".partial")]
+    held_out = {p.question for p in finished.problems("evaluate")}
+    assert not held_out & {p.question for p in finished.problems("train")}
+    rollouts = finished.rollouts()
+    assert len(rollouts) == len(finished.verdicts()) == 20 * 12
+    assert len(finished.scores()) <= len(rollouts)
+    known = {(r.problem_id, r.sample): r for r in rollouts}
+    sequences = finished.training_set()
+    assert sequences
+    for s in sequences:
+        assert known[s.problem_id, s.sample].completion_ids == s.completion_ids
+    assert [m.step for m in finished.history()] == list(range(1, len(finished.history()) + 1))
+    assert finished.evaluation().problems == 20
+
+
+def test_a_finished_run_is_not_repeated(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.dir.rglob("*.json*")}
+    monkeypatch.setattr(pipeline.model, "load", lambda _: pytest.fail("nothing is left to do"))
+    again = Run(finished.config)
+    assert again.run() == finished.evaluation()
+    del before[finished.path("stages.json")]  # the report is always drawn anew
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_changed_settings_are_named_and_only_where_they_matter(finished: Run) -> None:
+    with pytest.raises(RunError, match=r"stage 'train' .*train.epochs was 1.0, is now 3.0"):
+        Run(changed(finished.config, train={"epochs": 3})).run()
+    retrained = Run(changed(finished.config, train={"epochs": 2}))
+    with retrained.locked():
+        retrained.execute("train", again=True)
+    assert list(retrained.stages()) == list(STAGES)[:6]  # evaluation and report are stale
+    retrained.run()
+    assert len(retrained.history()) == 2 * len(finished.training_set()) // 8
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ("report",)])
+def test_a_failure_in_any_stage_loses_nothing_before_it(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The disk is full when the stage writes: no half artefact stays, and the next start continues there."""
+    run = Run(tiny_config)
+    for earlier in list(STAGES)[: list(STAGES).index(stage)]:
+        run.execute(earlier)
+    kept = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file() and path.name != "stages.json"}
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name != "stages.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(artefacts.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.execute(stage)
+    monkeypatch.undo()
+    assert not list(run.dir.glob(".*.partial"))
+    assert all(path.read_bytes() == then for path, then in kept.items())
+    assert stage not in Run(tiny_config).stages()
+    again = Run(tiny_config)
+    again.execute(stage)
+    assert stage in again.stages()
+
+
+def test_kill_during_a_stage_and_start_again(tiny_config: Config, tmp_path: Path) -> None:
+    """SIGKILL while rollouts are made; the second start finishes with what an undisturbed run gives."""
+    slow = changed(tiny_config, rollouts={"batch_size": 1, "samples": 40})
+    path = write_yaml(slow, tmp_path / "run.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rmx.cli", "run", str(path)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    stages = Path(slow.run_dir) / "stages.json"
+    deadline = time.monotonic() + 120
+    while not (stages.exists() and "problems" in json.loads(stages.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(json.loads(stages.read_text())) == ["problems"]
+    result = Run(slow).run()
+    elsewhere = Config.model_validate({**slow.model_dump(), "run_dir": str(tmp_path / "undisturbed")})
+    assert Run(elsewhere).run() == result
+
+
+def test_a_half_written_or_foreign_artefact_is_never_taken_for_whole(finished: Run) -> None:
+    path = finished.path("verdicts.jsonl")
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    with pytest.raises(ArtefactError, match=r"verdicts.jsonl:\d+: not a JSON value"):
+        finished.verdicts()
+    path.write_text(whole.replace('"prompt": "', '"prompt": "x'))
+    with pytest.raises(ArtefactError, match="made with other prompts"):
+        finished.verdicts()
+    path.write_text(whole.replace('"right"', '"rihgt"'))
+    with pytest.raises(ArtefactError, match=r"verdicts.jsonl:\d+: outcome"):
+        finished.verdicts()
+    path.write_text("")
+    with pytest.raises(ArtefactError, match="empty"):
+        finished.verdicts()
+
+
+def test_two_processes_do_not_share_a_run_directory(tiny_config: Config) -> None:
+    with Run(tiny_config).locked(), pytest.raises(RunError, match="another process"):
+        Run(tiny_config).run()
+
+
+def test_an_empty_selection_stops_the_run_with_advice(tiny_config: Config) -> None:
+    with pytest.raises(SelectionError, match=r"0 of 20 problems had mixed outcomes"):
+        Run(changed(tiny_config, rollouts={"temperature": 0.0})).run()
+
+
+def test_the_command_line_runs_stages_and_reports_errors_in_one_line(tiny_config: Config, tmp_path: Path) -> None:
+    path = write_yaml(tiny_config, tmp_path / "run.yaml")
+    early = command("train", path)
+    assert (early.returncode, early.stdout) == (1, "")
+    assert early.stderr.startswith("rmx: error: ")
+    assert "stage 'train' needs stage 'problems'" in early.stderr
+    done = command("run", path, "--set", "train.epochs=0.5")
+    assert done.returncode == 0, done.stderr
+    for words in ("20 held-out problems x 2 samples", "base", "tuned", "gain", "adapter", "report.png"):
+        assert words in done.stdout
+    wrong = command("run", path, "--set", "train.epohcs=1")
+    assert wrong.returncode == 1
+    assert "train.epohcs: unknown key" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    broken = tmp_path / "problems.jsonl"
+    broken.write_text(broken.read_text() + "{\n")
+    named = command("problems", path, "--set", f"run_dir={tmp_path / 'other'}")
+    assert named.returncode == 1
+    assert f"{broken}:41: not a JSON value" in named.stderr
+    assert "reference  runs here" in command("backends").stdout

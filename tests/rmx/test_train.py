@@ -1,0 +1,190 @@
+"""The loss and its gradient against a naive full-logits implementation, however sequences are batched; the loop."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rmx import lora, train
+from rmx.config import LoraConfig, TrainConfig
+from rmx.lora import Adapter
+from rmx.model import CausalLM
+from rmx.records import TrainingSequence
+from rmx.train import TrainingError, batch_loss, learning_rate, step_order, train_adapter
+
+CONFIGS = [
+    TrainConfig(anchor="completion", anchor_weight=0.3),
+    TrainConfig(anchor="all", anchor_weight=0.2, negative_weight=0.5),
+    TrainConfig(anchor_weight=0.0),
+]
+
+
+def sequence(n: int, P: int, T: int, advantage: float, decisions: list[int]) -> TrainingSequence:
+    g = torch.Generator().manual_seed(n)
+    ids = torch.randint(3, 21, (P + T,), generator=g).tolist()
+    return TrainingSequence(f"p{n}", 0, ids[:P], ids[P:], float(advantage > 0), advantage, decisions, [-1.0] * T)
+
+
+SEQUENCES = [
+    sequence(0, 4, 6, 1.2, [0, 2, 5]),
+    sequence(1, 7, 3, -0.8, [1]),
+    sequence(2, 2, 9, -2.5, [0, 1, 2, 3, 4, 5, 6, 7, 8]),  # everything gated
+    sequence(3, 5, 4, 0.7, []),  # nothing gated
+    sequence(4, 3, 1, 1.0, [0]),
+]
+
+
+@pytest.fixture
+def adapter(tiny: CausalLM) -> Adapter:
+    adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4), seed=0)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_B.normal_(0, 0.2, generator=g)
+    return adapter
+
+
+def naive_loss(lm: CausalLM, adapter: Adapter, sequences: list[TrainingSequence], config: TrainConfig) -> Tensor:
+    """Section 2 of the method, one sequence at a time, from full float64 log-softmaxes of both models."""
+    losses = []
+    for s in sequences:
+        ids = torch.tensor([s.prompt_ids + s.completion_ids])
+        student = lm.model(ids).logits[0].double().log_softmax(-1)
+        with torch.no_grad(), adapter.off():
+            base = lm.model(ids).logits[0].double().log_softmax(-1)
+        P, L = len(s.prompt_ids), ids.shape[1]
+        gate = {P - 1 + t for t in s.decision_tokens}
+        first = 0 if config.anchor == "all" else P - 1
+        anchors = [p for p in range(first, L - 1) if p not in gate]
+        beta = config.negative_weight if s.advantage < 0 else 1.0
+        decision = [s.advantage * beta * -student[p, ids[0, p + 1]] for p in sorted(gate)]
+        anchor = [(base[p].exp() * (base[p] - student[p])).sum() for p in anchors]
+        parts = [sum(part) / len(part) if part else 0.0 for part in (decision, anchor)]
+        losses.append(parts[0] + config.anchor_weight * parts[1])
+    return torch.as_tensor(sum(losses) / len(losses))
+
+
+def gradient(adapter: Adapter, losses: list[Tensor]) -> Tensor:
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    for loss in losses:
+        loss.backward()
+    return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["completion", "all", "no-anchor"])
+@pytest.mark.parametrize("grouping", [[[0, 1, 2, 3, 4]], [[4], [2], [0], [3], [1]], [[3, 1], [0, 4, 2]]])
+def test_loss_and_gradient_equal_the_naive_ones_in_any_batching(
+    tiny: CausalLM, adapter: Adapter, config: TrainConfig, grouping: list[list[int]]
+) -> None:
+    expected = naive_loss(tiny, adapter, SEQUENCES, config)
+    expected_gradient = gradient(adapter, [expected])
+    losses = [batch_loss(tiny, adapter, [SEQUENCES[i] for i in g], config, len(SEQUENCES))[0].loss for g in grouping]
+    torch.testing.assert_close(torch.stack(losses).sum().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(adapter, losses), expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_real_model_agrees_with_the_naive_loss(demo_lm: CausalLM) -> None:
+    adapter = lora.attach(demo_lm.model, LoraConfig(r=4, alpha=8), seed=0)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_B.normal_(0, 0.01, generator=g)
+    try:
+        expected = naive_loss(demo_lm, adapter, SEQUENCES[:3], CONFIGS[1])
+        expected_gradient = gradient(adapter, [expected])
+        loss = batch_loss(demo_lm, adapter, SEQUENCES[:3], CONFIGS[1], 3)[0].loss
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        ours = gradient(adapter, [loss])
+        assert (ours - expected_gradient).norm() < 1e-4 * expected_gradient.norm()
+    finally:
+        lora.detach(demo_lm.model, adapter)
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made(demo_lm: CausalLM) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor) and tensor.data_ptr() not in weights:
+                    largest = max(largest, tensor.numel())
+            return out
+
+    adapter = lora.attach(demo_lm.model, LoraConfig(r=4, alpha=8), seed=0)
+    weights = {p.untyped_storage().data_ptr() for p in demo_lm.model.parameters()}
+    tokens = [sequence(n, 40, 120, 1.0, [3, 9]) for n in range(4)]
+    try:
+        with Watch():
+            batch_loss(demo_lm, adapter, tokens, TrainConfig(), 4)[0].loss.backward()
+    finally:
+        lora.detach(demo_lm.model, adapter)
+    assert largest < 4 * 159 * 49152 / 4
+
+
+def test_training_moves_log_probs_the_right_way_and_the_metrics_say_so(tiny: CausalLM) -> None:
+    adapter = lora.attach(tiny.model, LoraConfig(r=4, alpha=8), seed=0)
+    config = TrainConfig(epochs=12, sequences_per_step=5, learning_rate=0.01, warmup_steps=0, token_budget=20)
+    seen = []
+    base = train.batch_loss(tiny, adapter, SEQUENCES, config, 5)
+    known = [
+        TrainingSequence(**{**{f: getattr(s, f) for f in s.__slots__}, "base_logprob": _base_logprob(tiny, s)})
+        for s in SEQUENCES
+    ]
+    history = train_adapter(tiny, adapter, known, config, seed=0, on_step=lambda m, total: seen.append((m.step, total)))
+    assert seen == [(i + 1, 12) for i in range(12)]
+    first, last = history[0], history[-1]
+    assert first.loss == pytest.approx(float(base[0].loss.detach()), abs=1e-4)
+    assert first.anchor_kl == pytest.approx(0, abs=1e-9)
+    assert first.positive_shift == pytest.approx(0, abs=1e-5)
+    assert first.negative_shift == pytest.approx(0, abs=1e-5)
+    assert last.loss < first.loss
+    assert last.positive_shift is not None
+    assert last.positive_shift > 0.1
+    assert last.negative_shift is not None
+    assert last.negative_shift < -0.1
+    assert last.anchor_kl > 0
+    assert first.tokens == sum(len(s.prompt_ids) + len(s.completion_ids) for s in SEQUENCES)
+    again = lora.attach(_fresh(tiny, adapter), LoraConfig(r=4, alpha=8), seed=0)
+    train_adapter(tiny, again, known, config, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
+
+
+def _fresh(lm: CausalLM, adapter: Adapter) -> torch.nn.Module:
+    lora.detach(lm.model, adapter)
+    return lm.model
+
+
+def _base_logprob(lm: CausalLM, s: TrainingSequence) -> list[float]:
+    ids = torch.tensor([s.prompt_ids + s.completion_ids])
+    log_p = lm.model(ids).logits[0].log_softmax(-1)
+    P = len(s.prompt_ids)
+    return [float(log_p[P - 1 + t, token]) for t, token in enumerate(s.completion_ids)]
+
+
+def test_learning_rate_and_order() -> None:
+    config = TrainConfig(learning_rate=1.0, warmup_steps=4)
+    rates = [learning_rate(i, 10, config) for i in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert learning_rate(0, 1, TrainConfig(learning_rate=1.0, warmup_steps=0)) == 1
+    order = step_order(10, TrainConfig(epochs=2.5, sequences_per_step=4), seed=0)
+    assert [len(step) for step in order] == [4, 4, 4, 4, 4, 4, 1]
+    flat = [i for step in order for i in step]
+    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    assert order == step_order(10, TrainConfig(epochs=2.5, sequences_per_step=4), seed=0)
+
+
+def test_a_set_without_decisions_and_a_loss_that_is_not_finite_stop_with_a_reason(tiny: CausalLM, adapter: Adapter) -> None:
+    with pytest.raises(TrainingError, match=r"none of the 1 sequences has a decision token: lower select.tau"):
+        train_adapter(tiny, adapter, [SEQUENCES[3]], TrainConfig(), seed=0)
+    before = [p.detach().clone() for p in adapter.parameters()]
+    broken = sequence(9, 3, 4, math.inf, [1])
+    with pytest.raises(TrainingError, match=r"not finite at step 1: p9/0"):
+        train_adapter(tiny, adapter, [broken], TrainConfig(), seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters(), strict=True))

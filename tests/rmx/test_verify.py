@@ -1,0 +1,80 @@
+"""Extraction and comparison of answers; a verifier that hangs or dies is an outcome of its own."""
+
+import os
+import time
+
+import pytest
+
+from rmx.problems import generate
+from rmx.records import Problem, Rollout
+from rmx.verify import Judgement, extract_answer, judge, verify
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{12}", "12"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"we get \boxed{7", None),  # cut off inside the box
+        (r"the answer is 9. \boxed{3}", "3"),
+        ("The final answer to this arithmetic problem is 11.", "11"),
+        ("The answer is 5. There are 3 ways.", "5"),
+        ("Answer: 4 * 5 = 20", "20"),
+        ("2 + 3 = 5", "5"),
+        ("5-3", "3"),
+        ("it is -3", "-3"),
+        ("about 1,234.5 in all", "1234.5"),
+        ("$12", "12"),
+        ("The answer is **blue**.", "blue"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_extraction(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("truth", "text", "outcome"),
+    [
+        ("1/2", r"\boxed{0.5}", "right"),
+        ("0.5", r"\boxed{\frac{1}{2}}", "right"),
+        ("x+1", r"\boxed{1+x}", "right"),
+        ("12", "the answer is 13", "wrong"),
+        ("12", "I cannot tell", "no_answer"),
+    ],
+)
+def test_judgement_of_mathematics(truth: str, text: str, outcome: str) -> None:
+    assert judge(Problem("p", "q", truth), text)[0] == outcome
+
+
+def test_partial_credit_of_reasoning_gym_is_wrong() -> None:
+    problems = generate("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 9}, 20, seed=0)
+    problem = next(problem for problem in problems if problem.answer == "1")
+    assert judge(problem, "so it is 1")[0] == "right"
+    assert judge(problem, "17") == ("wrong", "17", "expected 1, score 0.5")
+
+
+def moody(problem: Problem, text: str) -> Judgement:
+    """A judge that hangs, dies or throws on demand."""
+    if text == "hang":
+        time.sleep(60)
+    if text == "die":
+        os._exit(3)
+    if text == "throw":
+        raise ValueError("what is this?")
+    return "right", text, ""
+
+
+def test_a_hanging_or_dying_verifier_costs_only_its_own_rollout() -> None:
+    texts = ["a", "hang", "die", "throw", "b", "a", "c"]
+    rollouts = [Rollout("p", i, [1], [2], "stop", text) for i, text in enumerate(texts)]
+    seen: list[int] = []
+    verdicts = verify([Problem("p", "q", "1")], rollouts, timeout_s=1.0, judge=moody, on_done=seen.append)
+    assert [v.outcome for v in verdicts] == ["right", "timeout", "crash", "crash", "right", "right", "right"]
+    assert [v.sample for v in verdicts] == list(range(7))
+    assert [v.reward for v in verdicts] == [1, None, None, None, 1, 1, 1]
+    assert "within 1 s" in verdicts[1].reason
+    assert "exit code 3" in verdicts[2].reason
+    assert "ValueError: what is this?" in verdicts[3].reason
+    assert seen == [1, 2, 3, 4, 5, 6]  # the repeated text is judged once
