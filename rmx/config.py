@@ -78,6 +78,7 @@ class VerifyConfig(Section):
 
 
 class ScoreConfig(Section):
+    problems: Literal["mixed", "all"] = "mixed"  # mixed: only those that can be trained on
     top_k: Annotated[int, Field(ge=0)] = 8
     token_budget: PositiveInt = 16384  # padded tokens a forward pass
 

@@ -151,8 +151,15 @@ class Run:
     def verdicts(self) -> list[Verdict]:
         return self._records("verdicts.jsonl", Verdict)
 
+    def to_score(self) -> list[Rollout]:
+        """The rollouts that the score stage looks at."""
+        if self.config.score.problems == "all":
+            return self.rollouts()
+        mixed = select.mixed_problems(self.verdicts())
+        return [rollout for rollout in self.rollouts() if rollout.problem_id in mixed]
+
     def scores(self) -> list[Scores]:
-        return score.read_scores(self.path("scores.safetensors"), self.rollouts())[1]
+        return score.read_scores(self.path("scores.safetensors"), self.to_score())[1]
 
     def training_set(self) -> list[TrainingSequence]:
         return self._records("training_set.jsonl", TrainingSequence)
@@ -210,13 +217,14 @@ class Run:
             return verify(problems, found, on_done=lambda n: update(n, ""), **limits)  # type: ignore[arg-type]
 
     def _score(self) -> dict[str, Any]:
-        found = self.rollouts()
+        found, settings = self.to_score(), self.config.score
         lm = self.lm
         with progress("score", len(found), "rollouts") as update:
-            scores = score.score_rollouts(lm, found, on_done=lambda n: update(n, ""), **self.config.score.model_dump())
+            scores = score.score_rollouts(
+                lm, found, top_k=settings.top_k, token_budget=settings.token_budget, on_done=lambda n: update(n, "")
+            )
         score.write_scores(self.path("scores.safetensors"), scores, {k: str(v) for k, v in self.meta().items()})
-        entropy = score.entropies(scores)
-        return {"tokens": int(entropy.size), "mean_entropy": round(float(entropy.mean()), 3)}
+        return {"rollouts": len(found), "tokens": sum(len(s.entropy) for s in scores)}
 
     def _select(self) -> dict[str, Any]:
         chosen, tau = select.select_sequences(self.rollouts(), self.verdicts(), self.scores(), self.config.select)

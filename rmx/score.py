@@ -72,7 +72,8 @@ def score_rollouts(
 
 def write_scores(path: Path, scores: Sequence[Scores], meta: dict[str, str]) -> None:
     """One safetensors file: the rollouts' columns end to end, and ``lengths`` [rollouts] to cut them by."""
-    tensors = {name: torch.cat([getattr(s, name) for s in scores]).contiguous() for name in FIELDS}
+    empty = Scores("", 0, *(torch.empty(0) for _ in FIELDS))
+    tensors = {name: torch.cat([getattr(s, name) for s in scores or [empty]]).contiguous() for name in FIELDS}
     tensors["lengths"] = torch.tensor([s.entropy.shape[0] for s in scores])
     with replacing(path) as aside:
         safetensors.torch.save_file(tensors, aside, metadata=meta)

@@ -39,6 +39,15 @@ def gate_threshold(entropy: np.ndarray, config: SelectConfig) -> float:
     return float(np.sort(entropy)[entropy.size - above - 1])
 
 
+def mixed_problems(verdicts: Sequence[Verdict]) -> set[str]:
+    """Problems with at least one right and one wrong rollout: only these can be trained on."""
+    rewards: dict[str, set[float]] = defaultdict(set)
+    for verdict in verdicts:
+        if verdict.reward is not None:
+            rewards[verdict.problem_id].add(verdict.reward)
+    return {problem_id for problem_id, seen in rewards.items() if len(seen) > 1}
+
+
 def select_sequences(
     rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], scores: Sequence[Scores], config: SelectConfig
 ) -> tuple[list[TrainingSequence], float]:
@@ -46,6 +55,9 @@ def select_sequences(
 
     Rollouts that the verifier could not judge are left out; the length trim comes before the advantages. The cut by
     ``max_sequences`` takes whole problems, so that advantages keep their mean of zero.
+
+    Args:
+        scores: of every rollout of a mixed problem, in any order.
 
     Raises:
         SelectionError: nothing is left; says how many problems had mixed outcomes and what to change.
@@ -87,14 +99,15 @@ def select_sequences(
             break
         chosen.append(problem_id)
         count += len(usable[problem_id])
-    indices = [i for problem_id in chosen for i in usable[problem_id]]
-    tau = gate_threshold(np.concatenate([scores[i].entropy.numpy() for i in indices]), config)
+    scored = {(s.problem_id, s.sample): s for s in scores}
+    of = {i: scored[rollouts[i].problem_id, rollouts[i].sample] for problem_id in chosen for i in usable[problem_id]}
+    tau = gate_threshold(np.concatenate([s.entropy.numpy() for s in of.values()]), config)
     sequences = []
     for problem_id in chosen:
         own = usable[problem_id]
         rewards = [float(verdicts[i].reward or 0.0) for i in own]
         for i, reward, advantage in zip(own, rewards, advantages(rewards, config.advantage_clip), strict=True):
-            gate = (scores[i].entropy > tau).nonzero().squeeze(1).tolist()
+            gate = (of[i].entropy > tau).nonzero().squeeze(1).tolist()
             sequences.append(
                 TrainingSequence(
                     problem_id=problem_id,
@@ -104,7 +117,7 @@ def select_sequences(
                     reward=reward,
                     advantage=advantage,
                     decision_tokens=gate,
-                    base_logprob=scores[i].logprob.tolist(),
+                    base_logprob=of[i].logprob.tolist(),
                 )
             )
     return sequences, tau

@@ -79,6 +79,11 @@ def row_weights(name: str, value: object, rows: Sequence[int], device: torch.dev
     frozen(name, value, "weights are constants (use linear_logprob_kl for differentiable ones)")
 
 
+def full_precision(name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 or float64, got {value.dtype}")
+
+
 def head(hidden: Tensor, weight: object, bias: object) -> None:
     """weight [V, H] and bias [V] of the dtype and device of hidden [..., H]."""
     floating("weight", weight, 2)

@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 TILE_COLUMNS = 8192  # fixed, so that the order of summation in a row never depends on the number of rows
-TILE_BYTES = 8 << 20  # of one fp32 tile; about five are alive at once
+TILE_BYTES = 4 << 20  # of one fp32 tile; about ten are alive at once
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b. Under 4 rows BLAS takes another path, with other bits and larger errors, so there are always 4."""
+    n = a.shape[0]
+    return a @ b if n >= 4 else (torch.nn.functional.pad(a, (0, 0, 0, 4 - n)) @ b)[:n].clone()
 
 
 class VocabTiles:
@@ -68,7 +74,7 @@ class VocabTiles:
             x = self.x[rows, cols] if self.index is None else self.x[:, cols].index_select(0, self.index[rows])
             z = x.to(self.dtype, copy=True)
         else:
-            z = self.x[self.take(rows)].to(self.dtype) @ head.T
+            z = product(self.x[self.take(rows)].to(self.dtype), head.T)
             if self.bias is not None:
                 z += self.bias[cols].to(self.dtype)
         if self.softcap is not None:
@@ -83,20 +89,28 @@ class VocabTiles:
 
 
 class GradientSink:
-    """Adds up d loss / d (x, weight, bias) from gradient tiles; holds only the gradients that were asked for."""
+    """Adds up d loss / d (x, weight, bias) from gradient tiles; holds only the gradients that were asked for.
 
-    def __init__(self, tiles: VocabTiles, need_x: bool, need_weight: bool, need_bias: bool) -> None:
-        self.tiles = tiles
-        linear = tiles.weight is not None
+    ``scale``, an upstream gradient, multiplies the finished sums before they are rounded to the dtypes of the inputs.
+    """
+
+    def __init__(
+        self, like: VocabTiles, need_x: bool, need_weight: bool, need_bias: bool, scale: Tensor | None = None
+    ) -> None:
+        self.scale = scale
+        x, weight, bias = like.x, like.weight, like.bias
+        self.dtypes = x.dtype, None if weight is None else weight.dtype, None if bias is None else bias.dtype
         self.x = self.weight = self.bias = None
         if need_x:  # a linear dx is a sum over tiles, so it is held in the compute dtype
-            self.x = torch.zeros_like(
-                tiles.x, dtype=tiles.dtype if linear else tiles.x.dtype, memory_format=torch.contiguous_format
-            )
-        if need_weight and tiles.weight is not None:
-            self.weight = torch.zeros_like(tiles.weight, memory_format=torch.contiguous_format)
-        if need_bias and tiles.bias is not None:
-            self.bias = torch.zeros_like(tiles.bias)
+            held = x.dtype if weight is None else like.dtype
+            self.x = torch.zeros_like(x, dtype=held, memory_format=torch.contiguous_format)
+        if need_weight and weight is not None:
+            self.weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        if need_bias and bias is not None:
+            self.bias = torch.zeros_like(bias)
+
+    def scaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self.scale is None else gradient * self.scale
 
     @property
     def active(self) -> bool:
@@ -104,40 +118,50 @@ class GradientSink:
 
     def open(self, cols: slice, head: Tensor | None) -> None:
         self.cols, self.head = cols, head
-        width = cols.stop - cols.start
+        dtype = compute_dtype(self.dtypes[0])
         if self.weight is not None:
-            self.dw = torch.zeros(width, self.weight.shape[1], dtype=self.tiles.dtype, device=self.weight.device)
+            self.dw = torch.zeros_like(self.weight[cols], dtype=dtype)
         if self.bias is not None:
-            self.db = torch.zeros(width, dtype=self.tiles.dtype, device=self.bias.device)
+            self.db = torch.zeros_like(self.bias[cols], dtype=dtype)
 
-    def add(self, rows: slice, dz: Tensor, z: Tensor) -> None:
-        """Consumes dz [rows, cols], the gradient with respect to the scaled logits z."""
-        raw = self.tiles.unscale(dz, z)
-        where = self.tiles.take(rows)
+    def add(self, tiles: VocabTiles, rows: slice, dz: Tensor, z: Tensor) -> None:
+        """Consumes dz [rows, cols], the gradient with respect to the scaled logits z of a tile."""
+        raw = tiles.unscale(dz, z)
+        where = tiles.take(rows)
         if self.x is not None:
             if self.head is None:
-                self.x[where, self.cols] = raw.to(self.x.dtype)
+                self.x[where, self.cols] = self.scaled(raw).to(self.x.dtype)
             else:
-                self.x[where] += raw @ self.head
+                self.x[where] += product(raw, self.head)
         if self.weight is not None:
-            self.dw += raw.T @ self.tiles.x[where].to(self.tiles.dtype)
+            self.dw += raw.T @ tiles.x[where].to(tiles.dtype)
         if self.bias is not None:
             self.db += raw.sum(0)
 
     def close(self) -> None:
-        """Stores the finished slice: weight and bias gradients accumulate over rows in the compute dtype."""
+        """Rounds the finished slice, once: over rows it added up in the compute dtype."""
         if self.weight is not None:
-            self.weight[self.cols] += self.dw.to(self.weight.dtype)
+            self.weight[self.cols] = self.scaled(self.dw).to(self.weight.dtype)
         if self.bias is not None:
-            self.bias[self.cols] += self.db.to(self.bias.dtype)
+            self.bias[self.cols] = self.scaled(self.db).to(self.bias.dtype)
 
-    def gradients(self, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dweight, dbias) in the dtypes of their inputs, optionally times a scalar."""
-        scaled = [g if g is None or scale is None else g * scale for g in (self.x, self.weight, self.bias)]
-        x = None if scaled[0] is None else scaled[0].to(self.tiles.x.dtype)
-        weight = None if scaled[1] is None else scaled[1].to(self.tiles.weight.dtype)  # type: ignore[union-attr]
-        bias = None if scaled[2] is None else scaled[2].to(self.tiles.bias.dtype)  # type: ignore[union-attr]
-        return x, weight, bias
+    def poison(self, tiles: VocabTiles, bad: Tensor) -> None:
+        """NaN for the rows of ``tiles`` that ``bad`` marks, and for every sum that they are part of."""
+        if not bool(bad.any()):
+            return
+        rows = bad.nonzero().squeeze(1)
+        if self.x is not None:
+            self.x[rows if tiles.index is None else tiles.index[rows]] = float("nan")
+        for total in (self.weight, self.bias):
+            if total is not None:
+                total.fill_(float("nan"))
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dweight, dbias) in the dtypes of their inputs."""
+        x = self.x
+        if x is not None and self.dtypes[1] is not None:  # linear: held in the compute dtype, not scaled yet
+            x = self.scaled(x).to(self.dtypes[0])
+        return x, self.weight, self.bias
 
 
 class RowSums:
@@ -157,11 +181,11 @@ class RowSums:
         top = torch.maximum(m, z.amax(-1))
         shift = torch.where(top == float("-inf"), torch.zeros_like(top), top)  # no -inf - -inf
         step = torch.where(d == 0, torch.zeros_like(d), shift - m)
-        decay = torch.exp(-step)
+        decay = torch.exp(-step)  # step * decay stays finite where step * d would not (finfo.min as a mask)
         u = z - shift.unsqueeze(-1)
         e = u.exp()
         if entropy:
-            T = decay * (T - step * d) + (e * u.masked_fill_(e == 0, 0)).sum(-1)
+            T = decay * T - (step * decay) * d + (e * u.masked_fill_(e == 0, 0)).sum(-1)
             self.T[rows] = T
         self.d[rows] = decay * d + e.sum(-1)
         self.m[rows] = top

@@ -74,32 +74,35 @@ class _VocabStats(torch.autograd.Function):
         x, weight, bias, target, m, log_d, entropy, ids = ctx.saved_tensors
         tiles = VocabTiles(x, weight, bias, temperature=ctx.temperature, softcap=ctx.softcap)
         sink = GradientSink(tiles, *ctx.needs_input_grad[:3])
+        if not ctx.has_target:
+            g_logprob = None
         # dz = p * along_p - g_entropy * p * (log p + H) + g_logprob * onehot(target) + g_topk * onehot(ids)
         along_p = torch.zeros_like(m)
         if g_lse is not None:
             along_p += g_lse
-        if ctx.has_target and g_logprob is not None:
+        if g_logprob is not None:
             along_p -= g_logprob
         if g_topk is not None:
             along_p -= g_topk.sum(-1)
-        for cols in tiles.columns():
-            head = tiles.head(cols)
-            sink.open(cols, head)
-            for rows in tiles.rows():
-                z = tiles(rows, cols, head)
-                log_p = (z - m[rows, None]) - log_d[rows, None]
-                dz = log_p.exp()
-                if g_entropy is not None:
-                    slope = log_p.masked_fill_(dz == 0, 0).add_(entropy[rows, None]).mul_(g_entropy[rows, None])
-                    dz *= along_p[rows, None] - slope
-                else:
-                    dz *= along_p[rows, None]
-                if ctx.has_target and g_logprob is not None:
-                    add_at(dz, g_logprob[rows], target[rows], cols)
-                if g_topk is not None:
-                    add_at(dz, g_topk[rows], ids[rows], cols)
-                sink.add(rows, dz, z)
-            sink.close()
+        with torch.autocast(x.device.type, enabled=False):
+            for cols in tiles.columns():
+                head = tiles.head(cols)
+                sink.open(cols, head)
+                for rows in tiles.rows():
+                    z = tiles(rows, cols, head)
+                    log_p = (z - m[rows, None]) - log_d[rows, None]
+                    dz = log_p.exp()
+                    if g_entropy is not None:
+                        slope = log_p.masked_fill_(dz == 0, 0).add_(entropy[rows, None]).mul_(g_entropy[rows, None])
+                        dz *= along_p[rows, None] - slope
+                    else:
+                        dz *= along_p[rows, None]
+                    if g_logprob is not None:
+                        add_at(dz, g_logprob[rows], target[rows], cols)
+                    if g_topk is not None:
+                        add_at(dz, g_topk[rows], ids[rows], cols)
+                    sink.add(tiles, rows, dz, z)
+                sink.close()
         return *sink.gradients(), None, None, None, None
 
 

@@ -1,18 +1,28 @@
-"""Eager PyTorch: the value and the gradient in the same sweep, since the weights are known before the loss is.
+"""Eager PyTorch. With a frozen head the gradient comes with the value, since the weights are known before the loss is.
 
 Products with the head, a row: 1 for the student's normaliser, 1 for the base's unless base_lse is given, then 2
-recomputed and 1 for dhidden; rows without anchor skip the base's, rows without any weight skip all.
+recomputed and 1 for dhidden; rows without anchor skip the base's, rows without any weight skip all. Logits, and heads
+that are trained, are swept again in backward instead: their gradient is as large as they are, and is rounded only
+after it was multiplied by the upstream gradient.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rmx_kernels.linear_logprob_kl.reference import normalisers, sweep
+from rmx_kernels.linear_logprob_kl.reference import RowGroup, normalisers, sweep
 from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import GradientSink, VocabTiles
+
+
+def split_rows(ce_weight: Tensor, kl_weight: Tensor) -> list[tuple[Tensor, bool]]:
+    """(rows, anchored?) of the rows with an anchor and of those with a decision alone; empty groups left out."""
+    anchored = kl_weight != 0
+    groups = [(anchored.nonzero().squeeze(1), True), ((~anchored & (ce_weight != 0)).nonzero().squeeze(1), False)]
+    return [(index, with_base) for index, with_base in groups if index.numel() > 0]
 
 
 class _ContrastiveLoss(torch.autograd.Function):
@@ -29,48 +39,84 @@ class _ContrastiveLoss(torch.autograd.Function):
         temperature: float,
         softcap: float | None,
         base_lse: Tensor | None,
+        recorded: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def tiles(of: Tensor, index: Tensor) -> VocabTiles:
-            return VocabTiles(of, weight, bias, temperature=temperature, softcap=softcap, index=index)
-
-        anchored = kl_weight != 0
-        groups = anchored.nonzero().squeeze(1), (~anchored & (ce_weight != 0)).nonzero().squeeze(1)
-        full = tiles(x, groups[0])
-        ce, kl_w = ce_weight.to(full.dtype), kl_weight.to(full.dtype)
-        sink = GradientSink(full, ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+        whole = VocabTiles(x, weight, bias, **scaling)
+        ce, kl_w = ce_weight.to(whole.dtype), kl_weight.to(whole.dtype)
+        need_x, need_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:4])
+        early = recorded and need_x and weight is not None and not need_head
+        sink = GradientSink(whole, early, False, False)
         logprob = ce.new_full((x.shape[0],), float("nan"))
         kl = torch.full_like(logprob, float("nan"))
-        loss = ce.new_zeros(())
-        for group, index in zip(("anchored", "unanchored"), groups, strict=True):
-            if index.numel() == 0:
-                continue
-            student, ids = tiles(x, index), target[index]
-            sink.tiles = student
-            m, log_d, chosen = normalisers(student, ids)
-            base = norm_b = None
-            if group == "anchored":
-                base = tiles(base_x, index)
-                if base_lse is None:
-                    norm_b = normalisers(base, None)[:2]
-                else:
-                    known = base_lse[index].to(full.dtype)
-                    norm_b = known, torch.zeros_like(known)
-            row_kl = sweep(student, base, (m, log_d), norm_b, ids, ce[index], kl_w[index], sink)
+        norms: list[Tensor] = []
+        rows = split_rows(ce, kl_w)
+        for index, with_base in rows:
+            m, log_d, chosen = normalisers(VocabTiles(x, weight, bias, index=index, **scaling), target[index])
             logprob[index] = (chosen - m) - log_d
+            norms += [m, log_d]
+            if not with_base:
+                continue
+            if base_lse is not None:
+                known = base_lse[index].to(whole.dtype)
+                norms += [known, torch.zeros_like(known)]
+            else:
+                norms += normalisers(VocabTiles(base_x, weight, bias, index=index, **scaling), None)[:2]
+        groups = _groups(x, base_x, weight, bias, target, rows, norms, scaling)
+        row_kls = sweep(groups, [(ce[index], kl_w[index]) for index, _ in rows], sink)
+        loss = ce.new_zeros(())
+        for (index, _), row_kl in zip(rows, row_kls, strict=True):
             live = ce[index] != 0  # 0 * -inf is not part of the sum
             loss = loss - (ce[index][live] * logprob[index][live]).sum()
             if row_kl is not None:
                 kl[index] = row_kl
                 loss = loss + (kl_w[index] * row_kl).sum()
-        ctx.sink = sink
+        ctx.scaling, ctx.early = scaling, early
+        if early:
+            ctx.dtype = x.dtype
+            ctx.save_for_backward(sink.x)
+        else:
+            ctx.save_for_backward(x, base_x, weight, bias, target, ce, kl_w, *norms)
         ctx.mark_non_differentiable(logprob, kl)
         return loss, logprob, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, _logprob: Any, _kl: Any) -> Any:
-        dx, dweight, dbias = ctx.sink.gradients(g_loss)
-        return dx, None, dweight, dbias, None, None, None, None, None, None
+        if ctx.early:
+            dx, dweight, dbias = (ctx.saved_tensors[0] * g_loss).to(ctx.dtype), None, None
+        else:
+            x, base_x, weight, bias, target, ce, kl_w, *norms = ctx.saved_tensors
+            rows = split_rows(ce, kl_w)
+            need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+            sink = GradientSink(VocabTiles(x, weight, bias, **ctx.scaling), need_x, need_weight, need_bias, g_loss)
+            with torch.autocast(x.device.type, enabled=False):
+                groups = _groups(x, base_x, weight, bias, target, rows, norms, ctx.scaling)
+                sweep(groups, [(ce[index], kl_w[index]) for index, _ in rows], sink)
+            dx, dweight, dbias = sink.gradients()
+        return dx, None, dweight, dbias, None, None, None, None, None, None, None
+
+
+def _groups(
+    x: Tensor,
+    base_x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+    rows: Sequence[tuple[Tensor, bool]],
+    norms: Sequence[Tensor],
+    scaling: dict[str, Any],
+) -> list[RowGroup]:
+    """norms: (m, log d) of each group's student, followed by the base's where there is one."""
+    groups, left = [], iter(norms)
+    for index, with_base in rows:
+        student, norm = VocabTiles(x, weight, bias, index=index, **scaling), (next(left), next(left))
+        if with_base:
+            base = VocabTiles(base_x, weight, bias, index=index, **scaling)
+            groups.append(RowGroup(student, target[index], norm, base, (next(left), next(left))))
+        else:
+            groups.append(RowGroup(student, target[index], norm))
+    return groups
 
 
 def run(
@@ -100,5 +146,6 @@ def run(
             temperature,
             softcap,
             None if base_lse is None else base_lse.detach().reshape(-1),
+            torch.is_grad_enabled(),
         )
     return ContrastiveLoss(loss, logprob.view(lead), kl.view(lead))

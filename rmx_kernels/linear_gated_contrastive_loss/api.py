@@ -36,7 +36,8 @@ def linear_gated_contrastive_loss(
         temperature, softcap: as in :func:`entropy_topk`, applied to both.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
-            float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl and loss are NaN.
+            float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
+            gradients are NaN.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -62,6 +63,7 @@ def linear_gated_contrastive_loss(
     checks.row_weights("kl_weight", kl_weight, rows, hidden.device)
     if base_lse is not None:
         checks.row_weights("base_lse", base_lse, rows, hidden.device)
+        checks.full_precision("base_lse", base_lse)
     checks.targets(target, rows, weight.shape[0], hidden.device, used=(ce_weight != 0) | (kl_weight != 0))
     module = dispatch.load("linear_gated_contrastive_loss", impl, hidden.device)
     return module.run(

@@ -4,6 +4,8 @@ With delta = log p_s - log p_b, KL(p_b || p_s) = sum p_b (e^delta - 1 - delta), 
 negative, identical inputs give exactly 0, and an error eps in either normaliser moves the sum by eps^2 / 2 only.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,44 +43,56 @@ def kl_terms(p_s: Tensor, p_b: Tensor, delta: Tensor) -> Tensor:
     return torch.where(p_b == 0, p_s, torch.where(delta.abs() < 0.5, near, far))
 
 
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that are treated alike, with their normalisers (m, log d); without a base there is no KL."""
+
+    student: VocabTiles
+    target: Tensor
+    norm: tuple[Tensor, Tensor]
+    base: VocabTiles | None = None
+    base_norm: tuple[Tensor, Tensor] | None = None
+
+
 def sweep(
-    student: VocabTiles,
-    base: VocabTiles | None,
-    norm_s: tuple[Tensor, Tensor],
-    norm_b: tuple[Tensor, Tensor] | None,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    sink: GradientSink,
-) -> Tensor | None:
-    """KL of each row (None without a base); adds (ce + kl) p_s - ce onehot - kl p_b to the sink, if it is active."""
-    kl = None if base is None else torch.zeros_like(norm_s[0])
-    mass = None if base is None else torch.zeros_like(norm_s[0])
-    both = ce_weight + kl_weight if base is not None else ce_weight
-    for cols in student.columns():
-        head = student.head(cols)
+    groups: Sequence[RowGroup], weights: Sequence[tuple[Tensor, Tensor]], sink: GradientSink
+) -> list[Tensor | None]:
+    """KL of each row of each group; adds ce (p_s - onehot) + kl (p_s - p_b) to the sink, if it is active.
+
+    weights: (ce_weight, kl_weight) of each group's rows. Rows whose base normaliser belongs to other logits, so that
+    p_b does not sum to one, get NaN everywhere.
+    """
+    kls = [None if group.base is None else torch.zeros_like(group.norm[0]) for group in groups]
+    masses = [None if kl is None else torch.zeros_like(kl) for kl in kls]
+    for cols in groups[0].student.columns() if groups else ():
+        head = groups[0].student.head(cols)
         sink.open(cols, head)
-        for rows in student.rows():
-            z = student(rows, cols, head)
-            log_s = (z - norm_s[0][rows, None]) - norm_s[1][rows, None]
-            p_s = log_s.exp()
-            dz = p_s * both[rows, None] if sink.active else None
-            if base is not None:
-                assert norm_b is not None and kl is not None and mass is not None
-                log_b = (base(rows, cols, head) - norm_b[0][rows, None]) - norm_b[1][rows, None]
-                p_b = log_b.exp()
-                delta = log_s.sub_(log_b)
-                kl[rows] += kl_terms(p_s, p_b, delta).sum(-1)
-                mass[rows] += p_b.sum(-1)
+        for group, (ce, kl_weight), kl, mass in zip(groups, weights, kls, masses, strict=True):
+            m, log_d = group.norm
+            for rows in group.student.rows():
+                z = group.student(rows, cols, head)
+                log_s = (z - m[rows, None]) - log_d[rows, None]
+                p_s = log_s.exp()
+                dz = p_s * ce[rows, None] if sink.active else None
+                if group.base is not None and group.base_norm is not None and kl is not None and mass is not None:
+                    base_m, base_log_d = group.base_norm
+                    log_b = (group.base(rows, cols, head) - base_m[rows, None]) - base_log_d[rows, None]
+                    p_b = log_b.exp()
+                    delta = log_s.sub_(log_b)
+                    kl[rows] += kl_terms(p_s, p_b, delta).sum(-1)
+                    mass[rows] += p_b.sum(-1)
+                    if dz is not None:  # p_s - p_b first: it is exact where they are close
+                        dz.addcmul_(p_s.sub_(p_b), kl_weight[rows, None])
                 if dz is not None:
-                    dz.addcmul_(p_b, kl_weight[rows, None], value=-1)
-            if dz is not None:
-                add_at(dz, -ce_weight[rows], target[rows], cols)
-                sink.add(rows, dz, z)
+                    add_at(dz, -ce[rows], group.target[rows], cols)
+                    sink.add(group.student, rows, dz, z)
         sink.close()
-    if kl is not None and mass is not None:
-        kl[(mass - 1).abs() > BASE_MASS_TOLERANCE] = float("nan")  # base_lse belongs to other logits
-    return kl
+    for group, kl, mass in zip(groups, kls, masses, strict=True):
+        if kl is not None and mass is not None:
+            bad = (mass - 1).abs() > BASE_MASS_TOLERANCE
+            kl[bad] = float("nan")
+            sink.poison(group.student, bad)
+    return kls
 
 
 class _LogprobKL(torch.autograd.Function):
@@ -98,11 +112,11 @@ class _LogprobKL(torch.autograd.Function):
         m, log_d, chosen = normalisers(student, target)
         base_m, base_log_d, _ = normalisers(base, None)
         zero = torch.zeros_like(m)
-        off = GradientSink(student, False, False, False)
-        kl = sweep(student, base, (m, log_d), (base_m, base_log_d), target, zero, zero, off)
+        group = RowGroup(student, target, (m, log_d), base, (base_m, base_log_d))
+        (kl,) = sweep([group], [(zero, zero)], GradientSink(student, False, False, False))
         assert kl is not None
         ctx.save_for_backward(x, base_x, weight, bias, target, m, log_d, base_m, base_log_d)
-        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.scaling = {"temperature": temperature, "softcap": softcap}
         ctx.set_materialize_grads(False)
         return (chosen - m) - log_d, kl
 
@@ -110,13 +124,13 @@ class _LogprobKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None) -> Any:
         x, base_x, weight, bias, target, m, log_d, base_m, base_log_d = ctx.saved_tensors
-        scaling = {"temperature": ctx.temperature, "softcap": ctx.softcap}
-        student = VocabTiles(x, weight, bias, **scaling)
-        base = VocabTiles(base_x, weight, bias, **scaling) if g_kl is not None else None
+        student = VocabTiles(x, weight, bias, **ctx.scaling)
+        base = None if g_kl is None else VocabTiles(base_x, weight, bias, **ctx.scaling)
         sink = GradientSink(student, ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
         zero = torch.zeros_like(m)
-        ce = zero if g_logprob is None else -g_logprob
-        sweep(student, base, (m, log_d), (base_m, base_log_d), target, ce, zero if g_kl is None else g_kl, sink)
+        weights = zero if g_logprob is None else -g_logprob, zero if g_kl is None else g_kl
+        with torch.autocast(x.device.type, enabled=False):
+            sweep([RowGroup(student, target, (m, log_d), base, (base_m, base_log_d))], [weights], sink)
         dx, dweight, dbias = sink.gradients()
         return dx, None, dweight, dbias, None, None, None
 

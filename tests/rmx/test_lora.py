@@ -89,7 +89,11 @@ def test_round_trip_and_format_on_disk(tiny: model.CausalLM, saved: Path) -> Non
     assert (len(tensors), tensors[name].shape, tensors[name].dtype) == (8, (2, 32), torch.float32)
     description = json.loads((saved / "adapter_config.json").read_text())
     assert description["base_model_name_or_path"] == "some/model"
-    assert (description["r"], description["lora_alpha"], description["target_modules"]) == (2, 6.0, ["o_proj", "q_proj"])
+    assert (description["r"], description["lora_alpha"], description["target_modules"]) == (
+        2,
+        6.0,
+        ["o_proj", "q_proj"],
+    )
 
 
 def test_low_precision_bases_keep_float32_masters(tiny_path: Path) -> None:
@@ -110,7 +114,9 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny: model.CausalLM, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("targets", "message"), [(["qproj"], "'qproj' names no layer.*q_proj"), (["norm"], "LlamaRMSNorm")])
+@pytest.mark.parametrize(
+    ("targets", "message"), [(["qproj"], "'qproj' names no layer.*q_proj"), (["norm"], "LlamaRMSNorm")]
+)
 def test_targets_that_do_not_fit_are_named(tiny: model.CausalLM, targets: list[str], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         lora.attach(tiny.model, LoraConfig(targets=targets), seed=0)
@@ -123,7 +129,7 @@ def test_an_adapter_for_another_model_is_refused_and_leaves_the_model_alone(
 
     base = tiny.model(IDS).logits
     other = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "w", hidden_size=64)), dtype="float32"))
-    with pytest.raises(AdapterError, match="belongs to another model: .* shape"):
+    with pytest.raises(AdapterError, match=r"belongs to another model: .* shape"):
         lora.load_adapter(other.model, saved)
     deeper = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "d", num_hidden_layers=3)), dtype="float32"))
     with pytest.raises(AdapterError, match=r"layers.2.* is only on one side"):
@@ -133,7 +139,8 @@ def test_an_adapter_for_another_model_is_refused_and_leaves_the_model_alone(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("peft_type", "IA3"), ("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 4}), ("r", None)]
+    ("key", "value"),
+    [("peft_type", "IA3"), ("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 4}), ("r", None)],
 )
 def test_other_kinds_of_adapter_are_refused(tiny: model.CausalLM, saved: Path, key: str, value: object) -> None:
     path = saved / "adapter_config.json"

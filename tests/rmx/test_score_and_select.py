@@ -102,7 +102,13 @@ def case(rewards: dict[str, list[float | None]]) -> tuple[list[Rollout], list[Ve
 
 
 def test_mixed_problems_nearest_to_one_half_first() -> None:
-    rewards = {"all": [1.0] * 4, "one": [1.0, 0, 0, 0], "half": [1.0, 1.0, 0, 0], "none": [0.0] * 4, "odd": [0, 0, 1.0, 1.0]}
+    rewards = {
+        "all": [1.0] * 4,
+        "one": [1.0, 0, 0, 0],
+        "half": [1.0, 1.0, 0, 0],
+        "none": [0.0] * 4,
+        "odd": [0, 0, 1.0, 1.0],
+    }
     chosen, tau = select_sequences(*case(rewards), SelectConfig(tau=1.5))
     assert list(dict.fromkeys(s.problem_id for s in chosen)) == ["half", "odd", "one"]
     assert tau == 1.5
@@ -128,7 +134,11 @@ def test_the_trim_comes_before_the_advantages_and_unverified_rollouts_are_left_o
 @pytest.mark.parametrize(
     ("rewards", "settings", "message"),
     [
-        ({"a": [1.0, 1.0], "b": [1.0]}, {}, "0 of 2 problems had mixed outcomes, 2 were always solved, 0 never; take harder"),
+        (
+            {"a": [1.0, 1.0], "b": [1.0]},
+            {},
+            "0 of 2 problems had mixed outcomes, 2 were always solved, 0 never; take harder",
+        ),
         ({"a": [0.0, 0.0]}, {}, "0 of 1 .* 1 never; take easier problems"),
         ({"a": [1.0, 0.0]}, {"min_pass_rate": 0.6}, "1 of 1 .*leave none of the 1: widen them"),
         ({"a": [None, None]}, {}, "0 of 0 problems"),

@@ -180,7 +180,9 @@ def test_learning_rate_and_order() -> None:
     assert order == step_order(10, TrainConfig(epochs=2.5, sequences_per_step=4), seed=0)
 
 
-def test_a_set_without_decisions_and_a_loss_that_is_not_finite_stop_with_a_reason(tiny: CausalLM, adapter: Adapter) -> None:
+def test_a_set_without_decisions_and_a_loss_that_is_not_finite_stop_with_a_reason(
+    tiny: CausalLM, adapter: Adapter
+) -> None:
     with pytest.raises(TrainingError, match=r"none of the 1 sequences has a decision token: lower select.tau"):
         train_adapter(tiny, adapter, [SEQUENCES[3]], TrainConfig(), seed=0)
     before = [p.detach().clone() for p in adapter.parameters()]
