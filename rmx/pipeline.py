@@ -277,7 +277,7 @@ class Run:
             lora.detach(self.lm.model, adapter)
         result = evaluate.compare(problems, base, tuned, draws=self.config.evaluate.bootstrap, seed=self.config.seed)
         write_json(self.path("evaluation.json"), dataclasses.asdict(result))
-        return {"base": result.base, "tuned": result.tuned, "gain": result.gain}
+        return {"base": str(result.base), "tuned": str(result.tuned), "gain": str(result.gain)}
 
     def _sampled(self, name: str, problems: list[Problem]) -> tuple[list[Rollout], list[Verdict]]:
         """Rollouts and verdicts of one side; taken from its file where an interrupted evaluation left one."""
@@ -298,7 +298,7 @@ class Run:
         path = self.path("report.png")
         gate = score.entropies(self.scores()), self.tau()
         report.plot(path, *gate, self.history(), self.evaluation())
-        return {"written": path}
+        return {"written": str(path)}
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

@@ -5,9 +5,10 @@ Index rule: the distribution at position p predicts token p + 1. Completion toke
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:  # verifier processes read problems and need no torch
+    from torch import Tensor
 
 Split = Literal["train", "evaluate"]
 Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash"]
@@ -55,11 +56,11 @@ class Scores:
 
     problem_id: str
     sample: int
-    entropy: torch.Tensor  # [T]
-    logprob: torch.Tensor  # [T]     of the sampled token
-    lse: torch.Tensor  # [T]
-    topk_ids: torch.Tensor  # [T, K] int32
-    topk_logprobs: torch.Tensor  # [T, K]
+    entropy: "Tensor"  # [T]
+    logprob: "Tensor"  # [T]     of the sampled token
+    lse: "Tensor"  # [T]
+    topk_ids: "Tensor"  # [T, K] int32
+    topk_logprobs: "Tensor"  # [T, K]
 
 
 @dataclass(frozen=True, slots=True)

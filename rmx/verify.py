@@ -4,6 +4,7 @@ math-verify and reasoning-gym parse what a model wrote, which can take for ever 
 own and never "wrong". Workers import neither torch nor the model.
 """
 
+import importlib
 import multiprocessing
 import re
 import time
@@ -54,6 +55,10 @@ def _last_boxed(text: str) -> str | None:
     return ""  # cut off inside the box: no answer was given
 
 
+def _is_gym(problem: Problem) -> bool:
+    return problem.category.startswith("reasoning_gym:")
+
+
 def judge(problem: Problem, text: str) -> Judgement:
     """Compare in this process; may take for ever, which is why :func:`verify` runs it in a worker."""
     answer = extract_answer(text)
@@ -61,7 +66,7 @@ def judge(problem: Problem, text: str) -> Judgement:
         return "no_answer", None, "no boxed answer, answer phrase or number"
     if answer == problem.answer.strip():
         return "right", answer, ""
-    if problem.category.startswith("reasoning_gym:"):
+    if _is_gym(problem):
         import reasoning_gym
 
         score = reasoning_gym.get_score_answer_fn(problem.category.split(":", 1)[1])(answer, problem.entry)
@@ -92,7 +97,8 @@ def verify(
     jobs = list(dict.fromkeys((rollout.problem_id, rollout.text) for rollout in rollouts))
     found: dict[tuple[str, str], Judgement] = {}
     todo = iter(jobs)
-    pool = [_Worker(judge) for _ in range(min(workers, len(jobs)))]
+    modules = tuple({"reasoning_gym" if _is_gym(problem) else "math_verify" for problem in problems})
+    pool = [_Worker(judge, modules) for _ in range(min(workers, len(jobs)))]
     idle = list(pool)
     try:
         while len(found) < len(jobs):
@@ -119,14 +125,14 @@ def verify(
 class _Worker:
     """A process that judges one job at a time; killed and replaced when it is late or dies."""
 
-    def __init__(self, judge: Callable[[Problem, str], Judgement]) -> None:
-        self.judge = judge
+    def __init__(self, judge: Callable[[Problem, str], Judgement], modules: tuple[str, ...]) -> None:
+        self.judge, self.modules = judge, modules
         self.spawn()
 
     def spawn(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.judge), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, self.judge, self.modules), daemon=True)
         self.process.start()
         theirs.close()
         self.job: tuple[str, str] | None = None
@@ -165,10 +171,9 @@ class _Worker:
         self.pipe.close()
 
 
-def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement]) -> None:
-    import math_verify  # noqa: F401  paid before the first job's clock starts
-    import reasoning_gym  # noqa: F401
-
+def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules: tuple[str, ...]) -> None:
+    for module in modules:  # imported before the first job's clock starts
+        importlib.import_module(module)
     pipe.send("ready")
     while True:
         try:
