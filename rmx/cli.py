@@ -5,7 +5,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit("rmx: error: the pipeline needs more packages: pip install 'rmx[train]'") from missing
 
 from rmx.errors import RmxError
 

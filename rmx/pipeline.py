@@ -5,6 +5,7 @@ A stage is done when ``stages.json`` lists it, which is written after its artefa
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -284,7 +285,9 @@ class Run:
         path = self.path(f"evaluation.{name}.jsonl")
         adapter = self.path("adapter/adapter_model.safetensors").stat().st_mtime_ns if name == "tuned" else None
         sampling = self.config.evaluate
-        meta = self.meta(**sampling.model_dump(), seed=self.config.seed, adapter=adapter)
+        asked = hashlib.sha256(json.dumps([dataclasses.asdict(p) for p in problems]).encode()).hexdigest()[:16]
+        origin = {"model": self.config.model.model_dump(), "problems": asked, "adapter": adapter}
+        meta = self.meta(**sampling.model_dump(), seed=self.config.seed, **origin)
         if path.exists():
             old, found = read_records(path, Rollout)
             if old == meta:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from rmx.artefacts import replacing
@@ -13,13 +15,15 @@ from rmx.records import Evaluation
 from rmx.train import StepMetrics
 
 BASE, TUNED, GATE = "#7a8ca3", "#d1495b", "#edae49"
+WINDOW = 5  # steps in a running mean
 
 
 def table(result: Evaluation) -> Table:
     """Base against tuned, pass@1 with 95 % intervals."""
-    grid = Table(title=f"{result.problems} held-out problems x {result.samples} samples, pass@1 [95 % interval]")
+    title = f"{result.problems} held-out problems x {result.samples} samples, pass@1 [95 % interval]"
+    grid = Table(title=title, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
     for heading in ("", "base", "tuned", "gain"):
-        grid.add_column(heading, justify="left" if not heading else "right")
+        grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     grid.add_row("all", str(result.base), f"[bold]{result.tuned}[/]", f"[bold]{result.gain}[/]")
     for category, (before, after) in result.categories.items():
         grid.add_row(category.removeprefix("reasoning_gym:"), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
@@ -59,51 +63,65 @@ def plot(path: Path, entropy: np.ndarray, tau: float, history: Sequence[StepMetr
         figure.savefig(aside, format="png", dpi=120)
 
 
-def _plot_gate(axes, entropy: np.ndarray, tau: float) -> None:  # type: ignore[no-untyped-def]
-    edges = np.linspace(0, max(float(entropy.max()), tau) * 1.02 + 1e-6, 61)
-    for mask, colour, label in (
-        (entropy <= tau, BASE, "anchored"),
-        (entropy > tau, GATE, f"gated: {np.mean(entropy > tau):.1%} of {entropy.size:,} tokens"),
-    ):
-        axes.hist(entropy[mask], bins=edges, color=colour, label=label)
+def _plot_gate(axes: Axes, entropy: np.ndarray, tau: float) -> None:
+    width = max(float(entropy.max()), tau, 1e-6) / 60
+    below = int(np.ceil(tau / width))
+    edges = tau + width * np.arange(-below, 62 - below)  # tau is an edge: no bar is half gated
+    gated = f"gated: {np.mean(entropy > tau):.1%} of {entropy.size:,} tokens"
+    for mask, colour, label in ((entropy <= tau, BASE, "anchored"), (entropy > tau, GATE, gated)):
+        axes.hist(entropy[mask], bins=edges.tolist(), color=colour, label=label)
     axes.axvline(max(tau, 0), color="black", linestyle="--", linewidth=1, label=f"tau = {tau:.2f} nats")
-    axes.set(
-        title="Where the base model is unsure", xlabel="base entropy (nats)", ylabel="completion tokens", yscale="log"
-    )
+    axes.set(title="Where the base model is unsure", xlabel="base entropy (nats)", ylabel="completion tokens")
+    axes.set(yscale="log", xlim=(0, None))
     axes.legend(frameon=False)
 
 
-def _plot_training(axes, history: Sequence[StepMetrics]) -> None:  # type: ignore[no-untyped-def]
-    steps = [m.step for m in history]
+def _plot_training(axes: Axes, history: Sequence[StepMetrics]) -> None:
+    steps = np.array([m.step for m in history])
     for name, colour, label in (
         ("positive_shift", TUNED, "right rollouts, decision tokens"),
         ("negative_shift", BASE, "wrong rollouts, decision tokens"),
     ):
         values = np.array([getattr(m, name) for m in history], dtype=float)  # None becomes NaN: a gap
-        axes.plot(steps, values, color=colour, label=label)
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+        axes.plot(steps, _running_mean(values), color=colour, linewidth=2, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.set(title="Training", xlabel="step", ylabel="change of log-prob since the base (nats)")
+    axes.set(
+        title=f"Training (mean of {WINDOW} steps)", xlabel="step", ylabel="change of log-prob since the base (nats)"
+    )
     other = axes.twinx()
-    other.plot(steps, [m.anchor_kl for m in history], color=GATE, linestyle=":", label="anchor KL (right axis)")
+    kl = np.array([m.anchor_kl for m in history])
+    other.plot(steps, _running_mean(kl), color=GATE, linestyle=":", linewidth=2, label="anchor KL (right axis)")
     other.set_ylabel("KL(base || tuned) at anchors (nats)")
     other.set_ylim(bottom=0)
-    lines = [*axes.get_lines()[:2], *other.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="best")
+    handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, frameon=False, loc="best")
 
 
-def _plot_accuracy(axes, result: Evaluation) -> None:  # type: ignore[no-untyped-def]
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Of the last WINDOW values that are not NaN, at every step."""
+    known = ~np.isnan(values)
+    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
+    sums[WINDOW:] -= sums[:-WINDOW].copy()
+    counts[WINDOW:] -= counts[:-WINDOW].copy()
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _plot_accuracy(axes: Axes, result: Evaluation) -> None:
     names = ["all", *(category.removeprefix("reasoning_gym:") for category in result.categories)]
     base = [result.base.mean, *(before for before, _ in result.categories.values())]
     tuned = [result.tuned.mean, *(after for _, after in result.categories.values())]
     at = np.arange(len(names))
-    for values, offset, colour, label in ((base, -0.2, BASE, "base"), (tuned, 0.2, TUNED, "tuned")):
-        drawn = axes.bar(at + offset, values, 0.38, color=colour, label=label)
-        axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=8)
-    for interval, offset in ((result.base, -0.2), (result.tuned, 0.2)):
+    sides = ((base, result.base, -0.2, BASE, "base"), (tuned, result.tuned, 0.2, TUNED, "tuned"))
+    for values, interval, offset, colour, label in sides:
+        axes.bar(at + offset, values, 0.38, color=colour, label=label)
         error = [[interval.mean - interval.low], [interval.high - interval.mean]]
         axes.errorbar([offset], [interval.mean], yerr=error, color="black", capsize=3, linewidth=1)
+        for x, value, top in zip(at, values, [interval.high, *values[1:]], strict=True):
+            axes.annotate(
+                f"{value:.2f}", (x + offset, top), (0, 3), textcoords="offset points", ha="center", fontsize=8
+            )
     axes.set_xticks(at, names)
-    axes.set(
-        title=f"Held-out pass@1, gain {result.gain}", ylabel="accuracy", ylim=(0, min(1.15, max(base + tuned) + 0.2))
-    )
+    top = max(*base, *tuned, result.tuned.high)
+    axes.set(title=f"Held-out pass@1, gain {result.gain}", ylabel="accuracy", ylim=(0, min(1.15, top + 0.2)))
     axes.legend(frameon=False, loc="upper right")

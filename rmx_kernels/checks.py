@@ -48,16 +48,20 @@ def frozen(name: str, value: Tensor, why: str) -> None:
         raise ValueError(f"{name}: expected a tensor that requires no gradient, {why}; pass {name}.detach()")
 
 
+def _one_a_row(name: str, what: str, value: Tensor, rows: Sequence[int], device: torch.device) -> None:
+    if tuple(value.shape) != tuple(rows):
+        raise ValueError(f"{name}: expected one {what} a row, shape {tuple(rows)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
 def targets(target: object, rows: Sequence[int], vocab: int, device: torch.device, used: Tensor | None = None) -> None:
     """Token ids of shape ``rows`` in [0, vocab); where ``used`` is given, only its True rows are looked at."""
     is_tensor("target", target)
     assert isinstance(target, Tensor)
     if target.dtype not in INTEGERS:
         raise TypeError(f"target: expected int64 or int32 token ids, got {target.dtype}")
-    if tuple(target.shape) != tuple(rows):
-        raise ValueError(f"target: expected one id a row, shape {tuple(rows)}, got {tuple(target.shape)}")
-    if target.device != device:
-        raise ValueError(f"target: expected device {device}, got {target.device}")
+    _one_a_row("target", "id", target, rows, device)
     if device.type != "cpu":
         return  # a range check would wait for the device; device kernels return NaN in such rows instead
     bad = (target < 0) | (target >= vocab)
@@ -72,10 +76,7 @@ def row_weights(name: str, value: object, rows: Sequence[int], device: torch.dev
     assert isinstance(value, Tensor)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if tuple(value.shape) != tuple(rows):
-        raise ValueError(f"{name}: expected one weight a row, shape {tuple(rows)}, got {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    _one_a_row(name, "weight", value, rows, device)
     frozen(name, value, "weights are constants (use linear_logprob_kl for differentiable ones)")
 
 
