@@ -1,4 +1,7 @@
-"""The linear operators at the demo model's head (SmolLM2-135M: H = 576, V = 49152), after a correctness check."""
+"""The linear operators at the demo model's head (SmolLM2-135M: H = 576, V = 49152).
+
+A provider is timed only if its error against float64 is at most twice that of eager PyTorch in the same precision.
+"""
 
 import pytest
 import torch
@@ -24,31 +27,37 @@ def case() -> dict[str, Tensor]:
     return {**low, "target": target, "ce": gate.float().to(DEVICE), "kl": (~gate).float().to(DEVICE)}
 
 
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+def entropy(provider: str, case: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    result = STATS[provider](case["hidden"].to(dtype), case["weight"].to(dtype), case["target"], K)[0]
+    assert result is not None
+    return result
+
+
+def gradient(provider: str, case: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    hidden = case["hidden"].to(dtype).detach().requires_grad_()
+    low = (case[name].to(dtype) for name in ("base", "weight"))
+    LOSS[provider](hidden, *low, *(case[name] for name in ("target", "ce", "kl"))).backward()
+    assert hidden.grad is not None
+    return hidden.grad
+
+
 @pytest.mark.parametrize("provider", STATS)
 def bench_linear_entropy_topk(benchmark, case: dict[str, Tensor], provider: str) -> None:  # type: ignore[no-untyped-def]
-    args = case["hidden"], case["weight"], case["target"], K
-    exact = STATS["eager"](case["hidden"].double(), case["weight"].double(), case["target"], K)
-    entropy = STATS[provider](*args)[0]
-    assert entropy is not None
-    torch.testing.assert_close(entropy.double(), exact[0].double(), rtol=0, atol=2e-2)  # bf16 logits of eager
-    benchmark.pedantic(lambda: STATS[provider](*args), rounds=7, warmup_rounds=2)
+    exact = entropy("eager", case, torch.float64)
+    error, eager = (relative_error(entropy(name, case), exact) for name in (provider, "eager"))
+    assert error <= 2 * eager
+    benchmark.extra_info["relative_error"] = error
+    benchmark.pedantic(lambda: entropy(provider, case), rounds=9, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("provider", LOSS)
 def bench_linear_gated_contrastive_loss(benchmark, case: dict[str, Tensor], provider: str) -> None:  # type: ignore[no-untyped-def]
-    def step() -> Tensor:
-        hidden = case["hidden"].detach().requires_grad_()
-        LOSS[provider](hidden, *(case[name] for name in ("base", "weight", "target", "ce", "kl"))).backward()
-        assert hidden.grad is not None
-        return hidden.grad
-
-    exact = torch.autograd.functional.vjp(
-        lambda h: LOSS["eager"](h, case["base"].double(), case["weight"].double(), *_rest(case)),
-        case["hidden"].double(),
-    )[1]
-    assert (step().double() - exact).norm() < 1e-2 * exact.norm()
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
-
-
-def _rest(case: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return case["target"], case["ce"], case["kl"]
+    exact = gradient("eager", case, torch.float64)
+    error, eager = (relative_error(gradient(name, case), exact) for name in (provider, "eager"))
+    assert error <= 2 * eager
+    benchmark.extra_info["relative_error"] = error
+    benchmark.pedantic(lambda: gradient(provider, case), rounds=7, warmup_rounds=1)

@@ -9,15 +9,19 @@ from torch import Tensor
 import rmx_kernels
 
 
+def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
+    logits = hidden @ weight.T
+    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
 def eager_stats(hidden: Tensor, weight: Tensor, target: Tensor, k: int) -> tuple[Tensor, ...]:
-    log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
+    log_p = log_probs(hidden, weight)
     top = log_p.topk(k)
     return -(log_p.exp() * log_p).sum(-1), log_p.gather(1, target[:, None]).squeeze(1), top.values, top.indices
 
 
 def eager_loss(hidden: Tensor, base: Tensor, weight: Tensor, target: Tensor, ce: Tensor, kl: Tensor) -> Tensor:
-    log_s = F.log_softmax((hidden @ weight.T).float(), dim=-1)
-    log_b = F.log_softmax((base @ weight.T).float(), dim=-1)
+    log_s, log_b = log_probs(hidden, weight), log_probs(base, weight)
     decision = -log_s.gather(1, target[:, None]).squeeze(1)
     return (ce * decision + kl * (log_b.exp() * (log_b - log_s)).sum(-1)).sum()
 
