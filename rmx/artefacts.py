@@ -1,6 +1,7 @@
 """Files that are whole or absent: written aside, synced, then renamed. Readers name the file and line of a fault."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -34,9 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(aside, path)
+        if path.is_dir():  # a directory cannot be replaced in one step: the old one is out of the way, then gone
+            old = path.with_name(f".{path.name}.old.partial")
+            _remove(old)
+            os.replace(path, old)
+            os.replace(aside, path)
+            _remove(old)
+        else:
+            os.replace(aside, path)
     except BaseException:
         _remove(aside)
         raise
@@ -105,21 +111,24 @@ def describe(fault: pydantic.ValidationError) -> str:
     return "; ".join(lines)
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta line alone."""
+    for number, value in read_lines(path):
+        if isinstance(value, dict) and isinstance(value.get("meta"), dict):
+            meta: dict[str, Any] = value["meta"]
+            return meta
+        raise ArtefactError(f'{path}:{number}: expected a first line {{"meta": ...}}')
+    raise ArtefactError(f"{path}: empty; delete it and run its stage again")
+
+
 def read_records(path: Path, cls: type[R]) -> tuple[dict[str, Any], list[R]]:
     """The meta line and the records that :func:`write_records` wrote."""
-    meta: dict[str, Any] | None = None
+    meta = read_meta(path)
     records: list[R] = []
     parse = parser(cls)
-    for number, value in read_lines(path):
-        if meta is None:
-            if not isinstance(value, dict) or not isinstance(value.get("meta"), dict):
-                raise ArtefactError(f'{path}:{number}: expected a first line {{"meta": ...}}')
-            meta = value["meta"]
-            continue
+    for number, value in itertools.islice(read_lines(path), 1, None):
         try:
             records.append(parse(value))
         except ArtefactError as fault:
             raise ArtefactError(f"{path}:{number}: {fault}") from fault
-    if meta is None:
-        raise ArtefactError(f"{path}: empty; delete it and run its stage again")
     return meta, records

@@ -1,5 +1,6 @@
 """The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
 
+import json
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -82,7 +83,7 @@ def demo(
 ) -> None:
     """Train SmolLM2-135M-Instruct on small arithmetic and show what it gained; some minutes on two cores."""
     with as_file(files("rmx") / "demo.yaml") as config:
-        _run(config, [f"seed={seed}", f"run_dir={run_dir or f'runs/demo-{seed}'}", *(set_ or [])])
+        _run(config, [f"seed={seed}", f"run_dir={json.dumps(run_dir or f'runs/demo-{seed}')}", *(set_ or [])])
 
 
 @app.command("backends")

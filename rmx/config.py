@@ -32,12 +32,14 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # flash_attention_2 needs flash-attn and a GPU
 
 
 class PromptConfig(Section):
     style: Literal["chat", "boxed", "qa"] = "chat"  # see rmx.prompts
     system: str | None = None
     suffix: str = ""  # appended to every question
+    template: dict[str, Any] = {}  # variables of the chat template, as enable_thinking or date_string
 
 
 class ProblemSource(Section):
@@ -93,6 +95,12 @@ class SelectConfig(Section):
     tau: PositiveFloat | None = None  # gate: base entropy > tau, nats
     budget: Probability | None = None  # or the share of completion tokens to gate, from which tau follows
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _published_gate(cls, given: Any) -> Any:
+        unsaid = isinstance(given, dict) and "tau" not in given and given.get("budget") is None
+        return {**given, "tau": 1.4} if unsaid else given
+
     @pydantic.model_validator(mode="after")
     def _one_gate(self) -> "SelectConfig":
         if (self.tau is None) == (self.budget is None):
@@ -133,14 +141,21 @@ class Config(Section):
     rollouts: RolloutsConfig = RolloutsConfig()
     verify: VerifyConfig = VerifyConfig()
     score: ScoreConfig = ScoreConfig()
-    select: SelectConfig = SelectConfig(tau=1.4)
+    select: SelectConfig = SelectConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; YAML 1.2, and whoever writes it, means a number."""
+    """1e-4 is a number, as in YAML 1.2 (in 1.1 it is a string); a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

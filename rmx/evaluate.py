@@ -5,7 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rmx.errors import RmxError
 from rmx.records import Evaluation, Interval, Problem, Rollout, Verdict
+
+
+class EvaluationError(RmxError):
+    """There is nothing to compare."""
 
 
 def pass_rates(problems: Sequence[Problem], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -38,9 +43,15 @@ def compare(
     draws: int,
     seed: int,
 ) -> Evaluation:
-    """Base against tuned; the gain is paired, over the problems that both have a judged sample for."""
+    """Base against tuned; the gain is paired, over the problems that both have a judged sample for.
+
+    Raises:
+        EvaluationError: there is no such problem.
+    """
     before, after = pass_rates(problems, base[1]), pass_rates(problems, tuned[1])
     both = [p for p in problems if p.problem_id in before and p.problem_id in after]
+    if not both:
+        raise EvaluationError("evaluate: no problem has a judged sample on both sides; raise verify.timeout_s")
     b = np.array([before[p.problem_id] for p in both])
     t = np.array([after[p.problem_id] for p in both])
     categories = {

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rmx.artefacts import replacing
 from rmx.config import LoraConfig
@@ -78,11 +79,11 @@ class Adapter:
                 layer.enabled = enabled
 
 
-def attach(model: nn.Module, config: LoraConfig, seed: int) -> Adapter:
+def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     """Replace each linear layer whose last name (or dotted end) is in ``config.targets``.
 
     Raises:
-        AdapterError: a target names no layer, or one that is not linear, or one that is adapted already.
+        AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, nn.Module] = {}
@@ -100,6 +101,8 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> Adapter:
             continue
         if not isinstance(module, nn.Linear):
             raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
+        if module is model.get_output_embeddings():
+            raise AdapterError(f"lora.targets: {name} is the output head, which stays frozen here")
         layers[name] = LoraLinear(module, config.r, config.alpha, generator)
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
@@ -107,7 +110,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> Adapter:
     return Adapter(layers, config)
 
 
-def detach(model: nn.Module, adapter: Adapter) -> None:
+def detach(model: PreTrainedModel, adapter: Adapter) -> None:
     """Put the base layers back."""
     for name, layer in adapter.layers.items():
         parent, _, last = name.rpartition(".")
@@ -145,7 +148,7 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str) -> None:
         safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load_adapter(model: nn.Module, path: Path) -> Adapter:
+def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
     """Attach an adapter that :func:`save_adapter` or PEFT (plain LoRA) wrote.
 
     Raises:

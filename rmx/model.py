@@ -1,5 +1,6 @@
 """One causal language model: loading it, its final hidden states, its output head."""
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
@@ -66,12 +68,34 @@ def load(config: ModelConfig) -> CausalLM:
         common["gguf_file"] = gguf_file
         weights = {"quantization_config": GgufConfig(dequantize=True)}
     try:
+        # transformers would load the base model of an adapter, and the adapter from a pickle if it has no other file
+        if find_adapter_config_file(source, revision=config.revision) is not None:
+            raise ValueError("it is an adapter; name its base model")
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **weights)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as fault:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=config.attention, **common, **weights
+        ).to(device)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as fault:
         raise ModelError(f"model.name={config.name!r}: cannot be loaded: {fault}") from fault
-    model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     return wrap(model, tokenizer)
+
+
+def fingerprint(config: ModelConfig) -> str | None:
+    """Tells local weight files apart, by name, size, first and last MiB; None for a hub name."""
+    source, gguf_file = _locate(config)
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any) -> CausalLM:
@@ -79,6 +103,8 @@ def wrap(model: PreTrainedModel, tokenizer: Any) -> CausalLM:
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head")
+    if len(tokenizer) > head.weight.shape[0]:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the output head only {head.weight.shape[0]}")
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
@@ -120,7 +146,10 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
     name = config.name
     if name.startswith("package:"):
         package = name.removeprefix("package:")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(f"model.name={name!r}: the Python package {package!r} is not installed")
         path = Path(spec.submodule_search_locations[0])

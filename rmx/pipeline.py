@@ -18,16 +18,26 @@ import pydantic
 
 import rmx_kernels
 from rmx import evaluate, lora, model, report, rollouts, score, select, train
-from rmx.artefacts import ArtefactError, parser, read_lines, read_records, write_json, write_records
+from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records, write_json, write_records
 from rmx.config import Config, Sampling
 from rmx.errors import RmxError
-from rmx.problems import build_problems
+from rmx.problems import build_problems, fingerprints
 from rmx.progress import console, progress
 from rmx.prompts import Renderer
 from rmx.records import Evaluation, Problem, Rollout, Scores, TrainingSequence, Verdict
 from rmx.verify import verify
 
 # Each stage in order, with the settings that it depends on beyond those of the stages before it.
+OUTPUTS = {
+    "problems": "problems.jsonl",
+    "rollouts": "rollouts.jsonl",
+    "verify": "verdicts.jsonl",
+    "score": "scores.safetensors",
+    "select": "training_set.jsonl",
+    "train": "adapter/adapter_model.safetensors",
+    "evaluate": "evaluation.json",
+    "report": "report.png",
+}
 STAGES: dict[str, tuple[str, ...]] = {
     "problems": ("seed", "problems"),
     "rollouts": ("seed", "model", "prompt", "rollouts"),
@@ -57,7 +67,7 @@ class Run:
     # The model is loaded once, and only by a stage that needs it.
     @cached_property
     def lm(self) -> model.CausalLM:
-        console.print(f"loading {self.config.model.name}")
+        console.print(f"loading {self.config.model.name}", markup=False, highlight=False)
         return model.load(self.config.model)
 
     @cached_property
@@ -71,27 +81,39 @@ class Run:
             return {}
         try:
             value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as fault:
-            raise RunError(f"{path}: not JSON: {fault}; delete it to start the run again") from fault
+            if not isinstance(value, dict) or not all("settings" in record for record in value.values()):
+                raise ValueError("not a record of stages")
+        except (ValueError, TypeError) as fault:
+            raise RunError(f"{path}: cannot be understood: {fault}; delete it to start the run again") from fault
         return value
 
     def settings(self, stage: str) -> dict[str, Any]:
-        return {name: self.config.model_dump(mode="json")[name] for name in STAGES[stage]}
+        """All that the stage depends on from outside the run directory."""
+        found = {name: self.config.model_dump(mode="json")[name] for name in STAGES[stage]}
+        return {**found, **self.inputs.get(stage, {})}
+
+    @cached_property
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """The content of files that settings name, so that a change of theirs is noticed too."""
+        return {
+            "problems": {"files": fingerprints(self.config.problems)},
+            "rollouts": {"weights": model.fingerprint(self.config.model)},
+        }
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage is finished, with these settings.
+        """Whether the stage is finished, with these settings, and its artefact is there.
 
         Raises:
             RunError: it was finished with other settings; the message names them.
         """
         record = self.stages().get(stage)
-        if record is None:
+        if record is None or not self.path(OUTPUTS[stage]).exists():
             return False
         changed = list(_differences(record["settings"], self.settings(stage)))
         if changed:
             raise RunError(
-                f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir, "
-                f"or run `rmx {stage}` with --again to redo it and what follows"
+                f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir "
+                f"(rmx demo: --run-dir), or redo it and what follows with `rmx {stage} CONFIG --again`"
             )
         return True
 
@@ -101,28 +123,29 @@ class Run:
         for earlier in order[: order.index(stage)]:
             if not self.is_done(earlier):
                 raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
+        old = self.stages().get(stage)
+        if again and stage == "evaluate" and old is not None and old["settings"] == self.settings(stage):
+            for name in ("base", "tuned"):  # with new settings, what still fits them is kept
+                self.path(f"evaluation.{name}.jsonl").unlink(missing_ok=True)
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
             self.path("stages.json"), {k: v for k, v in self.stages().items() if order.index(k) < order.index(stage)}
         )
-        if again and stage == "evaluate":
-            for name in ("base", "tuned"):
-                self.path(f"evaluation.{name}.jsonl").unlink(missing_ok=True)
         started = time.perf_counter()
         summary: dict[str, Any] = getattr(self, f"_{stage}")()
         record = {"settings": self.settings(stage), "seconds": round(time.perf_counter() - started, 1), **summary}
         write_json(self.path("stages.json"), {**self.stages(), stage: record})
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
-        console.print(f"[bold]{stage}[/]: {words} ({record['seconds']:.0f} s)", highlight=False)
+        console.print(f"{stage}: {words} ({record['seconds']:.0f} s)", highlight=False, markup=False, soft_wrap=True)
 
     def run(self) -> Evaluation:
         """Every stage that is not done yet, in order."""
         with self.locked():
-            done = [stage for stage in STAGES if stage != "report" and self.is_done(stage)]
+            done = [stage for stage in STAGES if self.is_done(stage)]  # changed settings are an error before any work
             if done:
-                console.print(f"{self.dir}: continues after {', '.join(done)}")
+                console.print(f"{self.dir}: continues after {', '.join(done)}", markup=False, soft_wrap=True)
             for stage in STAGES:
-                if stage not in done:
+                if stage == "report" or not self.is_done(stage):  # a stage that is redone undoes those behind it
                     self.execute(stage)
             return self.evaluation()
 
@@ -140,8 +163,8 @@ class Run:
     # What the stages wrote.
     def meta(self, **more: Any) -> dict[str, Any]:
         """Written into every artefact after the rollouts: the same prompts all along, or an error."""
-        first, _ = read_records(self.path("rollouts.jsonl"), Rollout)
-        return {"rmx": rmx_kernels.__version__, "prompt": first["prompt"], **more}
+        prompt = read_meta(self.path("rollouts.jsonl"))["prompt"]
+        return {"rmx": rmx_kernels.__version__, "prompt": prompt, **more}
 
     def problems(self, split: str) -> list[Problem]:
         return [p for p in read_records(self.path("problems.jsonl"), Problem)[1] if p.split == split]
@@ -166,7 +189,7 @@ class Run:
         return self._records("training_set.jsonl", TrainingSequence)
 
     def tau(self) -> float:
-        return float(read_records(self.path("training_set.jsonl"), TrainingSequence)[0]["tau"])
+        return float(read_meta(self.path("training_set.jsonl"))["tau"])
 
     def history(self) -> list[train.StepMetrics]:
         parse = parser(train.StepMetrics)
@@ -267,7 +290,8 @@ class Run:
         problems = self.problems("evaluate")
         if self.meta()["prompt"] != self.renderer.fingerprint:
             raise ArtefactError(
-                f"{self.path('rollouts.jsonl')}: was made with other prompts than this model and style give"
+                f"{self.path('rollouts.jsonl')}: was made with other prompts than this model and style give now "
+                "(a chat template that writes today's date? fix it with prompt.template)"
             )
         adapter = lora.load_adapter(self.lm.model, self.path("adapter"))
         try:
@@ -286,8 +310,9 @@ class Run:
         adapter = self.path("adapter/adapter_model.safetensors").stat().st_mtime_ns if name == "tuned" else None
         sampling = self.config.evaluate
         asked = hashlib.sha256(json.dumps([dataclasses.asdict(p) for p in problems]).encode()).hexdigest()[:16]
-        origin = {"model": self.config.model.model_dump(), "problems": asked, "adapter": adapter}
-        meta = self.meta(**sampling.model_dump(), seed=self.config.seed, **origin)
+        weights = self.inputs["rollouts"]["weights"]
+        origin = {"model": self.config.model.model_dump(), "weights": weights, "problems": asked, "adapter": adapter}
+        meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed, **origin)
         if path.exists():
             old, found = read_records(path, Rollout)
             if old == meta:

@@ -1,7 +1,9 @@
 """Problems from JSONL files and reasoning-gym tasks, split so that no question is both trained and evaluated on."""
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from rmx.records import Problem, Split
 
 STALE_DRAWS = 300  # a generator that repeats itself this often in a row has no new question left
 CHUNK = 100
-SEED_STRIDE = 10_000_019
+SEED_STRIDE = 10_000_019  # between the first items of two seeds,
+SOURCE_STRIDE = 1_000_003  # and of two sources of one task
 
 
 class ProblemsError(RmxError):
@@ -32,9 +35,12 @@ def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
     total = sum(wanted.values())
     pools: dict[Split, list[list[Problem]]] = {"train": [], "evaluate": []}
     seen: set[str] = set()
+    kinds: list[str] = []
     # Files with a split of their own speak first: a shared source may not take a question away from them.
     for source in sorted(config.sources, key=lambda s: s.split == "both"):
-        fresh = _unique(_read(source, total, seed), seen)
+        kind = source.task or Path(source.jsonl or "").stem
+        fresh = _unique(_read(source, total, seed, kinds.count(kind)), seen)
+        kinds.append(kind)
         random.Random(seed).shuffle(fresh)
         if source.split != "both":
             pools[source.split].append(fresh)
@@ -50,14 +56,10 @@ def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
                 f"problems: {count} {split} problems wanted, but the sources hold only {len(taken)} distinct "
                 f"questions for it; lower problems.{split}_count or add a source"
             )
-        problems += [_in_split(problem, split) for problem in taken]
+        problems += [replace(problem, split=split) for problem in taken]
     if len({problem.problem_id for problem in problems}) < len(problems):
         raise ProblemsError("problems: two questions share a problem_id")
     return problems
-
-
-def _in_split(problem: Problem, split: Split) -> Problem:
-    return Problem(problem.problem_id, problem.question, problem.answer, problem.category, split, problem.entry)
 
 
 def _take_turns(pools: Sequence[Sequence[Problem]], count: int) -> list[Problem]:
@@ -75,11 +77,30 @@ def _unique(problems: Iterable[Problem], seen: set[str]) -> list[Problem]:
     return fresh
 
 
-def _read(source: ProblemSource, limit: int, seed: int) -> list[Problem]:
+def _read(source: ProblemSource, limit: int, seed: int, repeat: int) -> list[Problem]:
+    """repeat: how many sources of the same task or file name came before; keeps their draws and ids apart."""
     if source.jsonl is not None:
-        return read_jsonl(Path(source.jsonl).expanduser())
-    assert source.task is not None
-    return generate(source.task, source.params, limit, seed)
+        problems = read_jsonl(Path(source.jsonl).expanduser())
+    else:
+        assert source.task is not None
+        problems = generate(source.task, source.params, limit, seed * SEED_STRIDE + repeat * SOURCE_STRIDE)
+    return [replace(p, problem_id=f"{repeat}-{p.problem_id}") for p in problems] if repeat else problems
+
+
+def fingerprints(config: ProblemsConfig) -> dict[str, str]:
+    """Of the content of each file among the sources.
+
+    Raises:
+        ArtefactError: a file cannot be read.
+    """
+    found = {}
+    for source in config.sources:
+        if source.jsonl is not None:
+            try:
+                found[source.jsonl] = hashlib.sha256(Path(source.jsonl).expanduser().read_bytes()).hexdigest()[:16]
+            except OSError as fault:
+                raise ArtefactError(f"{source.jsonl}: cannot be read: {fault.strerror}") from fault
+    return found
 
 
 def read_jsonl(path: Path) -> list[Problem]:
@@ -99,7 +120,7 @@ def read_jsonl(path: Path) -> list[Problem]:
     return problems
 
 
-def generate(task: str, params: dict[str, Any], limit: int, seed: int) -> list[Problem]:
+def generate(task: str, params: dict[str, Any], limit: int, first_seed: int) -> list[Problem]:
     """Up to ``limit`` distinct questions of a reasoning-gym task; fewer where the task has no more."""
     import reasoning_gym  # imports dozens of task modules, so only where a task is used
 
@@ -109,7 +130,7 @@ def generate(task: str, params: dict[str, Any], limit: int, seed: int) -> list[P
     for chunk in range(limit + STALE_DRAWS):
         try:
             # item i of a data set is drawn from seed + i, so chunks must lie CHUNK seeds apart
-            data = reasoning_gym.create_dataset(task, seed=seed * SEED_STRIDE + chunk * CHUNK, size=CHUNK, **params)
+            data = reasoning_gym.create_dataset(task, seed=first_seed + chunk * CHUNK, size=CHUNK, **params)
         except (TypeError, ValueError, AssertionError) as fault:
             raise ProblemsError(f"problems: reasoning-gym task {task!r} with {params}: {fault}") from fault
         for entry in data:

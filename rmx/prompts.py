@@ -8,6 +8,8 @@ import hashlib
 import json
 from typing import Any
 
+import jinja2
+
 from rmx.config import PromptConfig
 from rmx.errors import RmxError
 
@@ -40,5 +42,10 @@ class Renderer:
         turns = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
         turns.append({"role": "user", "content": question})
         # the template writes BOS itself, so the rendered string is tokenised without special tokens
-        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False, **self.config.template
+            )
+        except jinja2.TemplateError as fault:
+            raise PromptError(f"prompt: the model's chat template refuses these turns: {fault}") from fault
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from rmx.artefacts import replacing
@@ -16,6 +17,7 @@ from rmx.train import StepMetrics
 
 BASE, TUNED, GATE = "#7a8ca3", "#d1495b", "#edae49"
 WINDOW = 5  # steps in a running mean
+FEW = 20  # problems, under which a percentile bootstrap is far too narrow
 
 
 def table(result: Evaluation) -> Table:
@@ -26,7 +28,9 @@ def table(result: Evaluation) -> Table:
         grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     grid.add_row("all", str(result.base), f"[bold]{result.tuned}[/]", f"[bold]{result.gain}[/]")
     for category, (before, after) in result.categories.items():
-        grid.add_row(category.removeprefix("reasoning_gym:"), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        grid.add_row(
+            escape(category.removeprefix("reasoning_gym:")), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"
+        )
     grid.add_section()
     lengths = result.base_tokens, result.tuned_tokens
     grid.add_row("mean tokens", f"{lengths[0]:.1f}", f"{lengths[1]:.1f}", f"{lengths[1] - lengths[0]:+.1f}")
@@ -40,6 +44,8 @@ def table(result: Evaluation) -> Table:
 def verdict(result: Evaluation) -> str:
     """The outcome in one sentence, whichever way it came out."""
     gain = result.gain
+    if result.problems < FEW:
+        return f"Gain {gain}; {result.problems} problems are too few for such an interval to mean much."
     if gain.low > 0:
         return f"The tuned model is better: {gain} with a 95 % interval above zero."
     if gain.high < 0:

@@ -1,6 +1,7 @@
 """Sampled completions of a model, token ids in and token ids out."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 
 from rmx.config import Sampling
 from rmx.model import CausalLM, pad
-from rmx.prompts import Renderer
+from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
 from rmx.sampling import SamplingParams, sample_tokens
 
@@ -36,23 +37,27 @@ def generate_rollouts(
 
     Returns:
         len(problems) * samples rollouts; ``completion_ids`` keeps the EOS by which a model stopped.
+
+    Raises:
+        PromptError: a prompt and its completion would not fit the positions that the model knows.
     """
     params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
     prompts = [renderer(problem.question) for problem in problems]
-    together = max(1, sampling.batch_size // sampling.samples)
+    _check_length(lm, max(map(len, prompts), default=0), sampling.max_new_tokens)
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
-    completions: dict[int, list[list[int]]] = {}
-    for start in range(0, len(order), together):
+    completions: dict[int, list[list[int]]] = {i: [] for i in order}
+    repeats = min(sampling.samples, sampling.batch_size)  # of a prompt in one batch
+    together = max(1, sampling.batch_size // sampling.samples)  # prompts in one batch
+    done = 0
+    for start, first in itertools.product(range(0, len(order), together), range(0, sampling.samples, repeats)):
         group = order[start : start + together]
-        uniforms = torch.tensor(
-            np.stack(
-                [_uniforms(seed, problems[i].problem_id, n, sampling) for i in group for n in range(sampling.samples)]
-            )
-        )
-        rows = _decode(lm, [prompts[i] for i in group], sampling, params, uniforms)
+        samples = range(first, min(first + repeats, sampling.samples))
+        streams = [_uniforms(seed, problems[i].problem_id, n, sampling.max_new_tokens) for i in group for n in samples]
+        rows = _decode(lm, [prompts[i] for i in group], len(samples), params, torch.tensor(np.stack(streams)))
         for place, i in enumerate(group):
-            completions[i] = rows[place * sampling.samples : (place + 1) * sampling.samples]
-        on_done(len(completions) * sampling.samples)
+            completions[i] += rows[place * len(samples) : (place + 1) * len(samples)]
+        done += len(rows)
+        on_done(done)
     rollouts = []
     for i, problem in enumerate(problems):
         for sample, ids in enumerate(completions[i]):
@@ -63,16 +68,25 @@ def generate_rollouts(
     return rollouts
 
 
-def _uniforms(seed: int, problem_id: str, sample: int, sampling: Sampling) -> np.ndarray:
+def _check_length(lm: CausalLM, prompt: int, completion: int) -> None:
+    known = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if known and prompt + completion > known:
+        raise PromptError(
+            f"the longest prompt has {prompt} tokens and max_new_tokens is {completion}, but the model knows only "
+            f"{known} positions: lower max_new_tokens"
+        )
+
+
+def _uniforms(seed: int, problem_id: str, sample: int, count: int) -> np.ndarray:
     key = hashlib.sha256(f"{seed}/{problem_id}/{sample}".encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(key[:16], "little"))).random(sampling.max_new_tokens)
+    return np.random.Generator(np.random.Philox(int.from_bytes(key[:16], "little"))).random(count)
 
 
 def _decode(
-    lm: CausalLM, prompts: list[list[int]], sampling: Sampling, params: SamplingParams, uniforms: torch.Tensor
+    lm: CausalLM, prompts: list[list[int]], repeats: int, params: SamplingParams, uniforms: torch.Tensor
 ) -> list[list[int]]:
-    """Completions of every prompt ``samples`` times over; uniforms [prompts * samples, max_new_tokens] float64."""
-    repeats, device = sampling.samples, lm.device
+    """``repeats`` completions of every prompt; uniforms [prompts * repeats, max_new_tokens] float64."""
+    device, length = lm.device, uniforms.shape[1]
     ids, mask = pad(prompts, device, left=True)
     cache = DynamicCache(config=lm.model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -86,14 +100,14 @@ def _decode(
     done: list[list[int]] = [[] for _ in range(len(prompts) * repeats)]
     rows = torch.arange(len(done), device=device)  # which sequence each row of the batch is
     alive = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(sampling.max_new_tokens):
+    for step in range(length):
         tokens = sample_tokens(lm, hidden, uniforms[rows, step], params)
         for row, token, live in zip(rows.tolist(), tokens.tolist(), alive.tolist(), strict=True):
             if live:
                 done[row].append(token)
         alive &= ~torch.isin(tokens, eos)
         left = int(alive.sum())
-        if left == 0 or step + 1 == sampling.max_new_tokens:
+        if left == 0 or step + 1 == length:
             break
         if left < SHRINK * alive.numel():
             keep = alive.nonzero().squeeze(1)

@@ -1,14 +1,15 @@
-"""Exact temperature / top-k / top-p sampling from the k most probable tokens; no sort of the vocabulary."""
+"""Exact temperature / top-k / top-p sampling from the k most probable tokens; the vocabulary is rarely sorted."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rmx.model import CausalLM
+from rmx.model import CausalLM, ModelError
 from rmx_kernels import linear_entropy_topk
 
-WIDTHS = (64, 1024)  # tried in turn; only rows whose nucleus is wider go on, at last to the whole vocabulary
+WIDTHS = (64, 1024)  # tried in turn; only rows whose nucleus is wider go on, at last to a sort of the vocabulary
+ROWS = 32  # sorted at a time
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,54 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
     Returns:
         [B] int64.
     """
-    V = lm.weight.shape[0]
     if params.temperature == 0:
-        greedy = linear_entropy_topk(hidden, k=1, **lm.head).topk_ids
-        assert greedy is not None
-        return greedy[:, 0]
+        greedy = linear_entropy_topk(hidden, k=1, **lm.head)
+        _check(greedy.lse)
+        assert greedy.topk_ids is not None
+        return greedy.topk_ids[:, 0]
+    V = lm.weight.shape[0]
     limit = V if params.top_k is None else min(params.top_k, V)
+    everything = params.top_p == 1 and limit == V
     chosen = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     rest = torch.arange(hidden.shape[0], device=hidden.device)
-    for width in (*WIDTHS, limit):
+    for width in () if everything else WIDTHS:
         width = min(width, limit)
         stats = linear_entropy_topk(hidden[rest], k=width, temperature=params.temperature, **lm.head)
+        _check(stats.lse)
         assert stats.topk_logprobs is not None and stats.topk_ids is not None
         p = stats.topk_logprobs.double().exp()
-        mass = p.cumsum(-1)
-        done = (mass[:, -1] >= params.top_p) | (width == limit)
-        p, mass, rows = p[done], mass[done], rest[done]
-        p = p.masked_fill(mass - p >= params.top_p, 0)  # outside: tokens that start beyond top_p
-        kept = p.cumsum(-1)
-        drawn = (kept <= uniforms[rows, None] * kept[:, -1:]).sum(-1, keepdim=True)
-        last = (p > 0).sum(-1, keepdim=True) - 1
-        chosen[rows] = stats.topk_ids[done].gather(1, torch.minimum(drawn, last)).squeeze(1)
+        done = (p.sum(-1) >= params.top_p) | (width == limit)
+        chosen[rest[done]] = _draw(p[done], stats.topk_ids[done], uniforms[rest[done]], params)
         rest = rest[~done]
         if rest.numel() == 0:
-            break
+            return chosen
+    for rows in rest.split(ROWS):
+        p, ids = _sorted(lm, hidden[rows], params.temperature)
+        chosen[rows] = _draw(p[:, :limit], ids[:, :limit], uniforms[rows], params)
     return chosen
+
+
+def _draw(p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
+    """By inversion from p [B, K] descending, cut to the nucleus; ids [B, K], uniforms [B]."""
+    p = p.masked_fill(p.cumsum(-1) - p >= params.top_p, 0)  # outside: tokens that start beyond top_p
+    kept = p.cumsum(-1)
+    drawn = (kept <= uniforms[:, None] * kept[:, -1:]).sum(-1, keepdim=True)
+    last = (p > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(1, torch.minimum(drawn, last)).squeeze(1)
+
+
+def _sorted(lm: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids) of the whole vocabulary, descending, ties to the lower id; [B, V] for a few rows B."""
+    logits = hidden.float() @ lm.weight.float().T
+    if lm.bias is not None:
+        logits += lm.bias.float()
+    if lm.softcap is not None:
+        logits = lm.softcap * torch.tanh(logits / lm.softcap)
+    p, ids = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    _check(p[:, 0])
+    return p, ids
+
+
+def _check(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ModelError("sampling: the model gave logits that are not finite")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmx.artefacts import ArtefactError, replacing
-from rmx.model import CausalLM, batches, pad
+from rmx.model import CausalLM, ModelError, batches, pad
 from rmx.records import Rollout, Scores
 from rmx_kernels import linear_entropy_topk
 
@@ -59,7 +59,7 @@ def score_rollouts(
             "topk_logprobs": none if stats.topk_logprobs is None else stats.topk_logprobs,
         }
         if not bool(torch.isfinite(stats.entropy).all()):
-            raise FloatingPointError("scoring: the base model gave logits that are not finite")
+            raise ModelError("score: the base model gave logits that are not finite")
         lengths = [len(rollouts[i].completion_ids) for i in group]
         parts = {name: value.cpu().split(lengths) for name, value in columns.items()}
         for n, i in enumerate(group):

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -71,6 +72,10 @@ def select_sequences(
         if config.max_completion_tokens is None or len(rollout.completion_ids) <= config.max_completion_tokens:
             usable[rollout.problem_id].append(i)
 
+    def imbalance(problem_id: str) -> int:
+        """|right - wrong| rollouts."""
+        return abs(2 * sum(verdicts[i].reward == 1 for i in usable[problem_id]) - len(usable[problem_id]))
+
     def rate(problem_id: str) -> float:
         rewards = [verdicts[i].reward or 0.0 for i in usable[problem_id]]
         return sum(rewards) / len(rewards)
@@ -91,7 +96,8 @@ def select_sequences(
                 else "; take easier problems, raise rollouts.samples or rollouts.max_new_tokens"
             )
         )
-    eligible.sort(key=lambda p: abs(rate(p) - 0.5))  # stable: ties stay in the order of the problems
+    # stable: ties stay in the order of the problems
+    eligible.sort(key=lambda p: Fraction(imbalance(p), len(usable[p])))
     chosen: list[str] = []
     count = 0
     for problem_id in eligible[: config.max_problems]:

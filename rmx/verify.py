@@ -5,6 +5,7 @@ own and never "wrong". Workers import neither torch nor the model.
 """
 
 import importlib
+import logging
 import multiprocessing
 import re
 import time
@@ -12,13 +13,22 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from rmx.errors import RmxError
 from rmx.records import Outcome, Problem, Rollout, Verdict
+
+
+class VerifierError(RmxError):
+    """The verifier itself cannot run."""
+
 
 # (verdict outcome, extracted answer, reason)
 Judgement = tuple[Outcome, str | None, str]
 
-NUMBER = re.compile(r"(?:(?<![\d)])-)?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
-PHRASE = re.compile(r"\banswer\b[^.:=\n]{0,80}?(?:\bis\b|:|=)[:\s]*(.+)", re.IGNORECASE)
+NUMBER = re.compile(
+    r"(?:(?<![\d)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?%?"
+)
+# The lookahead leaves the rest of the line to be searched: the last phrase of a line counts, not the first.
+PHRASE = re.compile(r"\banswer\b[^.:=\n]{0,80}?(?:\bis\b|:|=)[:\s]*(?=(.+))", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 START_LIMIT_S = 120.0  # a worker's imports; not counted against its first answer
 
@@ -28,13 +38,14 @@ def extract_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
-    phrases = PHRASE.findall(text)
-    if phrases:
-        sentence = SENTENCE_END.split(phrases[-1])[0]
-        said = _last_number(sentence) or sentence.strip(" *$`")
-        if said:
-            return said
-    return _last_number(text)
+    said = [SENTENCE_END.split(phrase)[0] for phrase in reversed(PHRASE.findall(text))]
+    for sentence in said:
+        if "\\" in sentence or sentence.count("$") >= 2:  # an expression, not a bag of numbers
+            return sentence.strip(" *$`")
+        if (number := _last_number(sentence)) is not None:
+            return number
+    words = said[0].strip(" *$`") if said else ""
+    return words or _last_number(text)
 
 
 def _last_number(text: str) -> str | None:
@@ -142,12 +153,18 @@ class _Worker:
             ready = False
         if not ready:
             self.process.kill()
-            raise RuntimeError("a verifier process did not start; its own message stands above")
+            raise VerifierError("verify: a verifier process did not start; its own message stands above")
 
     def start(self, job: tuple[str, str], problem: Problem, timeout_s: float) -> None:
         self.job, self.timeout_s = job, timeout_s
         self.deadline = time.monotonic() + timeout_s
-        self.pipe.send((problem, job[1]))
+        try:
+            self.pipe.send((problem, job[1]))
+        except OSError:  # it died while idle, which no job is to blame for
+            self.stop()
+            self.spawn()
+            self.job = job
+            self.pipe.send((problem, job[1]))
 
     def finish(self) -> Judgement:
         self.job = None
@@ -172,6 +189,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules: tuple[str, ...]) -> None:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each call that its own timeout is off
     for module in modules:  # imported before the first job's clock starts
         importlib.import_module(module)
     pipe.send("ready")

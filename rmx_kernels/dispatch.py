@@ -1,5 +1,6 @@
 """Which implementation of an operator runs where, and the loading of it. No silent fallback."""
 
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Backend:
     reason: str  # "" where available
 
 
+@functools.cache
 def _shipped(impl: str) -> tuple[str, ...]:
     return tuple(op for op in OPERATORS if importlib.util.find_spec(f"rmx_kernels.{op}.{impl}") is not None)
 

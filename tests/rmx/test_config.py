@@ -50,6 +50,20 @@ def test_an_error_names_the_file_and_the_key(tmp_path: Path, extra: str, named: 
         load_config(write(tmp_path, MINIMAL + extra))
 
 
+def test_a_partial_selection_keeps_the_published_gate_unless_another_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, ["select.max_problems=20"]).select.tau == 1.4
+    budgeted = load_config(path, ["select.budget=0.1"]).select
+    assert (budgeted.tau, budgeted.budget) == (None, 0.1)
+    with pytest.raises(ConfigError, match="exactly one of tau and budget"):
+        load_config(path, ["select.tau=null"])
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the key 'train' stands twice"):
+        load_config(write(tmp_path, MINIMAL + "train: {epochs: 2}\ntrain: {clip: 0.5}\n"))
+
+
 def test_other_faults_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent.yaml: cannot be read"):
         load_config(tmp_path / "absent.yaml")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from rmx import report
-from rmx.evaluate import bootstrap, compare
+from rmx.evaluate import EvaluationError, bootstrap, compare
 from rmx.records import Evaluation, Interval, Problem, Rollout, Verdict
 from rmx.train import StepMetrics
 
@@ -55,9 +55,11 @@ def test_unverified_samples_are_counted_and_left_out() -> None:
     assert (result.base.mean, result.tuned.mean) == (0.5, 0.75)
 
 
-def evaluation(low: float, high: float) -> Evaluation:
+def evaluation(low: float, high: float, problems: int = 30) -> Evaluation:
     one = Interval(0.3, 0.2, 0.4)
-    return Evaluation(10, 2, one, one, Interval((low + high) / 2, low, high), 9, 8, 0.1, 0.2, 1, {"sum": (0.2, 0.6)})
+    return Evaluation(
+        problems, 2, one, one, Interval((low + high) / 2, low, high), 9, 8, 0.1, 0.2, 1, {"sum": (0.2, 0.6)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,13 @@ def evaluation(low: float, high: float) -> Evaluation:
 def test_the_sentence_follows_the_interval(low: float, high: float, words: str) -> None:
     assert words in report.verdict(evaluation(low, high))
     assert report.table(evaluation(low, high)).row_count == 5
+
+
+def test_too_few_problems_are_not_called_a_result() -> None:
+    assert "too few" in report.verdict(evaluation(0.1, 0.2, problems=3))
+    nothing: dict[str, list[float | None]] = {"p0": [None, None]}
+    with pytest.raises(EvaluationError, match="no problem has a judged sample"):
+        compare(PROBLEMS, side(nothing, 2), side(nothing, 2), draws=10, seed=0)
 
 
 def test_the_picture_shows_gate_curves_and_accuracy(tmp_path: Path) -> None:

@@ -50,6 +50,25 @@ def test_pickled_weights_are_never_opened(tiny_path: Path, tmp_path: Path) -> No
         model.load(config(pickled))
 
 
+def test_an_adapter_is_not_a_model(tiny_path: Path, tmp_path: Path) -> None:
+    """transformers would fetch its base, and read the adapter itself from a pickle if there is no other file."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
+    shutil.copy(tiny_path / "model.safetensors", tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="it is an adapter; name its base model"):
+        model.load(config(tmp_path))
+
+
+def test_ordinary_mistakes_are_model_errors(tiny: model.CausalLM, tiny_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'no\.such' is not installed"):
+        model.load(config("package:no.such"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            model.load(config(tiny_path, device="cuda"))
+    tiny.tokenizer.add_tokens(["one", "too many"])
+    with pytest.raises(ModelError, match="the tokenizer has 23 tokens, the output head only 21"):
+        model.wrap(tiny.model, tiny.tokenizer)
+
+
 def test_several_ggufs_must_be_told_apart(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
@@ -116,6 +135,11 @@ def test_the_fingerprint_follows_style_system_and_template(tiny: model.CausalLM)
     tiny.tokenizer.chat_template = tiny.tokenizer.chat_template.replace("<user>", "<user> Question:")
     prints.append(Renderer(tiny.tokenizer, PromptConfig()).fingerprint)
     assert len(set(prints)) == 5
+    tiny.tokenizer.chat_template = "{{ flag }}"
+    assert Renderer(tiny.tokenizer, PromptConfig(template={"flag": "sum"}))("x") == [15]
+    tiny.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(PromptError, match="refuses these turns: no system turn"):
+        Renderer(tiny.tokenizer, PromptConfig(system="of"))
     tiny.tokenizer.chat_template = None
     with pytest.raises(PromptError, match="no chat template"):
         Renderer(tiny.tokenizer, PromptConfig())

@@ -1,8 +1,8 @@
 """A whole run on a tiny model: artefacts, resuming, interruption, changed settings, full disks, the command line."""
 
 import errno
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,24 +111,76 @@ def test_a_failure_in_any_stage_loses_nothing_before_it(
     assert stage in again.stages()
 
 
-def test_kill_during_a_stage_and_start_again(tiny_config: Config, tmp_path: Path) -> None:
-    """SIGKILL while rollouts are made; the second start finishes with what an undisturbed run gives."""
-    slow = changed(tiny_config, rollouts={"batch_size": 1, "samples": 40})
+def test_kill_in_the_middle_of_training_and_start_again(tiny_config: Config, tmp_path: Path) -> None:
+    """SIGKILL after the second step; the next start finishes with what an undisturbed run gives."""
+    slow = changed(tiny_config, train={"sequences_per_step": 1, "epochs": 3})
     path = write_yaml(slow, tmp_path / "run.yaml")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rmx.cli", "run", str(path)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    stages = Path(slow.run_dir) / "stages.json"
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen([sys.executable, "-m", "rmx.cli", "run", str(path)], **quiet)  # type: ignore[call-overload]
+    metrics = Path(slow.run_dir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (stages.exists() and "problems" in json.loads(stages.read_text())):
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(json.loads(stages.read_text())) == ["problems"]
+    assert list(Run(slow).stages()) == list(STAGES)[:5]
+    assert not Run(slow).path("adapter").exists()
+    assert metrics.read_text().count("\n") < 3 * len(Run(slow).training_set())
+    (Path(slow.run_dir) / ".adapter.partial").mkdir()  # as a kill during the write would leave it
     result = Run(slow).run()
+    assert not list(Path(slow.run_dir).glob(".*.partial"))
     elsewhere = Config.model_validate({**slow.model_dump(), "run_dir": str(tmp_path / "undisturbed")})
     assert Run(elsewhere).run() == result
+
+
+def test_what_settings_name_is_watched_too(finished: Run, tiny_path: Path, tmp_path: Path) -> None:
+    """Other weights or problems under the same name are other inputs."""
+    problems = Path(finished.config.problems.sources[0].jsonl or "")
+    before = problems.read_text()
+    problems.write_text(before.replace('"answer": "1"', '"answer": "2"'))
+    with pytest.raises(RunError, match=r"stage 'problems' was run with other settings: files\..*p.*\.jsonl was"):
+        Run(finished.config).run()
+    problems.write_text(before)
+    weights = tiny_path / "model.safetensors"
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-4] + b"\0\0\0\0")
+        with pytest.raises(RunError, match=r"stage 'rollouts' was run with other settings: weights was"):
+            Run(finished.config).run()
+    finally:
+        weights.write_bytes(content)
+    shutil.rmtree(finished.path("adapter"))
+    assert Run(finished.config).run().problems == 20
+    assert finished.path("adapter/adapter_model.safetensors").exists()
+    finished.path("stages.json").write_text('{"problems": {}}')
+    with pytest.raises(RunError, match=r"stages.json: cannot be understood"):
+        Run(finished.config).run()
+
+
+def test_an_interrupted_evaluation_keeps_what_still_fits(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Run._generate
+    made: list[str] = []
+
+    def watched(self: Run, title: str, *rest: object) -> object:
+        made.append(title)
+        return generate(self, title, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "_generate", watched)
+
+    def evaluated(config: Config, again: bool = True) -> list[str]:
+        made.clear()
+        Run(config).execute("evaluate", again=again)
+        return list(made)
+
+    assert evaluated(finished.config) == ["base", "tuned"]
+    assert evaluated(changed(finished.config, evaluate={"bootstrap": 100})) == []
+    assert evaluated(changed(finished.config, evaluate={"temperature": 0.9})) == ["base", "tuned"]
+    retrained = changed(finished.config, evaluate={"temperature": 0.9}, train={"learning_rate": 0.02})
+    Run(retrained).execute("train", again=True)
+    assert evaluated(retrained, again=False) == ["tuned"]
+    Run(retrained).path("evaluation.tuned.jsonl").unlink()  # as if it had been stopped between the two
+    assert evaluated(changed(retrained, evaluate={"bootstrap": 50})) == ["tuned"]
 
 
 def test_a_half_written_or_foreign_artefact_is_never_taken_for_whole(finished: Run) -> None:

@@ -36,7 +36,7 @@ def test_train_and_held_out_questions_are_disjoint_and_balanced() -> None:
 
 
 def test_a_small_task_is_exhausted_and_says_so() -> None:
-    assert 150 <= len(generate("chain_sum", SUMS, 500, seed=0)) <= 200  # ten digits, two operators, ten digits
+    assert 150 <= len(generate("chain_sum", SUMS, 500, 0)) <= 200  # ten digits, two operators, ten digits
     with pytest.raises(ProblemsError, match=r"500 train problems wanted, but .* only \d+ distinct"):
         build_problems(config({"task": "chain_sum", "params": SUMS}, train=500), seed=0)
 
@@ -44,7 +44,7 @@ def test_a_small_task_is_exhausted_and_says_so() -> None:
 @pytest.mark.parametrize(("task", "params"), [("no_such_task", {}), ("chain_sum", {"no_such_setting": 1})])
 def test_a_wrong_task_or_setting_is_named(task: str, params: dict[str, object]) -> None:
     with pytest.raises(ProblemsError, match=f"{task}"):
-        generate(task, params, 5, seed=0)
+        generate(task, params, 5, 0)
 
 
 def test_a_file_for_each_split_keeps_its_questions_apart(tmp_path: Path) -> None:
@@ -56,6 +56,20 @@ def test_a_file_for_each_split_keeps_its_questions_apart(tmp_path: Path) -> None
     assert not {p.question.split()[1] for p in problems if p.split == "train"} & {
         p.question.split()[1] for p in problems if p.split == "evaluate"
     }
+
+
+def test_sources_of_one_task_or_file_name_do_not_collide(tmp_path: Path) -> None:
+    other = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    tasks = {"task": "chain_sum", "params": SUMS}, {"task": "chain_sum", "params": other}
+    assert len({p.problem_id for p in build_problems(config(*tasks), seed=0)}) == 20
+    splits = ({"task": "chain_sum", "params": other, "split": s} for s in ("train", "evaluate"))
+    assert len({p.question for p in build_problems(config(*splits), seed=0)}) == 20
+    files = []
+    for n, split in enumerate(("train", "evaluate")):
+        (tmp_path / split).mkdir()
+        lines = [json.dumps({"question": f"q {n} {i}", "answer": i}) for i in range(10)]
+        files.append({"jsonl": write(tmp_path / split / "p.jsonl", lines), "split": split})
+    assert len({p.problem_id for p in build_problems(config(*files), seed=0)}) == 20
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rmx import sampling
 from rmx.config import PromptConfig, RolloutsConfig
-from rmx.model import CausalLM
-from rmx.prompts import Renderer
+from rmx.model import CausalLM, ModelError
+from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem
 from rmx.rollouts import generate_rollouts
 from rmx.sampling import SamplingParams, sample_tokens
@@ -83,8 +83,24 @@ def test_a_rollout_depends_on_its_seed_and_problem_alone(tiny: CausalLM) -> None
     apart = [rollout for problem in PROBLEMS for rollout in sampled(tiny, [problem])]
     assert together == apart  # other padding, other neighbours that finish earlier
     assert together == sampled(tiny, PROBLEMS, batch_size=7)
+    assert together == sampled(tiny, PROBLEMS, batch_size=4)  # fewer than the samples of one prompt
     assert together != sampled(tiny, PROBLEMS, seed=4)
     assert sampled(tiny, PROBLEMS, samples=2) == [r for r in together if r.sample < 2]  # type: ignore[attr-defined]
+
+
+def test_a_completion_that_does_not_fit_the_model_is_refused(tiny: CausalLM) -> None:
+    tiny.model.config.max_position_embeddings = 16
+    with pytest.raises(PromptError, match=r"the longest prompt has 14 tokens and max_new_tokens is 12, .* only 16"):
+        sampled(tiny, PROBLEMS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_broken_model_is_noticed(tiny: CausalLM, temperature: float, top_p: float) -> None:
+    with torch.no_grad():
+        tiny.weight[3] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        sampled(tiny, PROBLEMS, temperature=temperature, top_p=top_p)
 
 
 def test_ids_are_kept_as_sampled_with_the_eos(tiny: CausalLM) -> None:

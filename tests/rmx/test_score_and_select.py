@@ -9,7 +9,7 @@ import torch
 
 from rmx.artefacts import ArtefactError
 from rmx.config import SelectConfig
-from rmx.model import CausalLM
+from rmx.model import CausalLM, ModelError
 from rmx.records import Rollout, Scores, Verdict
 from rmx.score import read_scores, score_rollouts, write_scores
 from rmx.select import SelectionError, advantages, gate_threshold, select_sequences
@@ -50,7 +50,7 @@ def test_scores_do_not_depend_on_the_batch(tiny: CausalLM) -> None:
 def test_a_broken_model_is_noticed(tiny: CausalLM) -> None:
     with torch.no_grad():
         tiny.weight[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(ModelError, match="not finite"):
         score_rollouts(tiny, ROLLOUTS)
 
 

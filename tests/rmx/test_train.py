@@ -164,7 +164,7 @@ def _base_logprob(lm: CausalLM, s: TrainingSequence) -> list[float]:
     ids = torch.tensor([s.prompt_ids + s.completion_ids])
     log_p = lm.model(ids).logits[0].log_softmax(-1)
     P = len(s.prompt_ids)
-    return [float(log_p[P - 1 + t, token]) for t, token in enumerate(s.completion_ids)]
+    return [float(log_p[P - 1 + t, token].detach()) for t, token in enumerate(s.completion_ids)]
 
 
 def test_learning_rate_and_order() -> None:

@@ -26,6 +26,14 @@ from rmx.verify import Judgement, extract_answer, judge, verify
         ("about 1,234.5 in all", "1234.5"),
         ("$12", "12"),
         ("The answer is **blue**.", "blue"),
+        ("The answer is 5. No, wait: the answer is 7.", "7"),
+        (r"The answer is $\sqrt{2}$.", r"\sqrt{2}"),
+        (r"The final answer is $x+1$", "x+1"),
+        ("The final answer is 5, but that answer is not plausible", "5"),
+        ("It is .5", ".5"),
+        ("the pair 1,2", "2"),
+        ("1e-3 in all", "1e-3"),
+        ("1/2 of it", "1/2"),
         ("no idea", None),
         ("", None),
     ],
@@ -49,7 +57,7 @@ def test_judgement_of_mathematics(truth: str, text: str, outcome: str) -> None:
 
 
 def test_partial_credit_of_reasoning_gym_is_wrong() -> None:
-    problems = generate("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 9}, 20, seed=0)
+    problems = generate("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 9}, 20, 0)
     problem = next(problem for problem in problems if problem.answer == "1")
     assert judge(problem, "so it is 1")[0] == "right"
     assert judge(problem, "17") == ("wrong", "17", "expected 1, score 0.5")
