@@ -43,8 +43,10 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(old)
         else:
             os.replace(aside, path)
-    except BaseException:
+    except BaseException as fault:
         _remove(aside)
+        if isinstance(fault, OSError) and fault.filename is None:
+            fault.filename = str(path)  # a full disk does not say what it had no room for
         raise
 
 

@@ -200,6 +200,11 @@ def test_a_half_written_or_foreign_artefact_is_never_taken_for_whole(finished: R
         finished.verdicts()
 
 
+def test_a_full_disk_names_the_file_that_had_no_room(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*scores'"), artefacts.replacing(tmp_path / "scores"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_two_processes_do_not_share_a_run_directory(tiny_config: Config) -> None:
     with Run(tiny_config).locked(), pytest.raises(RunError, match="another process"):
         Run(tiny_config).run()
