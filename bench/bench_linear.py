@@ -3,12 +3,15 @@
 A provider is timed only if its error against float64 is at most twice that of eager PyTorch in the same precision.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from providers import DEVICE, LOSS, STATS
 from torch import Tensor
 
 N, H, V, K = 256, 576, 49152, 8
+Compute = Callable[..., Tensor]
 GATED = 0.03  # share of rows that are decision tokens; the rest are anchored
 
 
@@ -45,19 +48,19 @@ def gradient(provider: str, case: dict[str, Tensor], dtype: torch.dtype = torch.
     return hidden.grad
 
 
-@pytest.mark.parametrize("provider", STATS)
-def bench_linear_entropy_topk(benchmark, case: dict[str, Tensor], provider: str) -> None:  # type: ignore[no-untyped-def]
-    exact = entropy("eager", case, torch.float64)
-    error, eager = (relative_error(entropy(name, case), exact) for name in (provider, "eager"))
+def check_and_time(benchmark, compute: Compute, provider: str, case: dict[str, Tensor], rounds: int) -> None:  # type: ignore[no-untyped-def]
+    exact = compute("eager", case, torch.float64)
+    error, eager = (relative_error(compute(name, case), exact) for name in (provider, "eager"))
     assert error <= 2 * eager
     benchmark.extra_info["relative_error"] = error
-    benchmark.pedantic(lambda: entropy(provider, case), rounds=9, warmup_rounds=2)
+    benchmark.pedantic(lambda: compute(provider, case), rounds=rounds, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("provider", STATS)
+def bench_linear_entropy_topk(benchmark, case: dict[str, Tensor], provider: str) -> None:  # type: ignore[no-untyped-def]
+    check_and_time(benchmark, entropy, provider, case, rounds=9)
 
 
 @pytest.mark.parametrize("provider", LOSS)
 def bench_linear_gated_contrastive_loss(benchmark, case: dict[str, Tensor], provider: str) -> None:  # type: ignore[no-untyped-def]
-    exact = gradient("eager", case, torch.float64)
-    error, eager = (relative_error(gradient(name, case), exact) for name in (provider, "eager"))
-    assert error <= 2 * eager
-    benchmark.extra_info["relative_error"] = error
-    benchmark.pedantic(lambda: gradient(provider, case), rounds=7, warmup_rounds=1)
+    check_and_time(benchmark, gradient, provider, case, rounds=7)

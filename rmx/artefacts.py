@@ -1,6 +1,7 @@
 """Files that are whole or absent: written aside, synced, then renamed. Readers name the file and line of a fault."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -55,6 +56,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def fingerprint(content: bytes) -> str:
+    """A short name of some content, to notice a change of it."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -45,6 +45,13 @@ class CausalLM:
         out = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         return out.last_hidden_state * self.scale if self.scale != 1.0 else out.last_hidden_state
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [..., V] of a few rows; scoring and training use the linear operators instead."""
+        logits = hidden.float() @ self.weight.float().T
+        if self.bias is not None:
+            logits += self.bias.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     @property
     def head(self) -> dict[str, Any]:
         """The keyword arguments that every linear operator takes."""
@@ -128,11 +135,7 @@ def _check_head(lm: CausalLM) -> None:
     """Unknown logit transforms (a scale, a cap, an extra norm) would make every number wrong: compare once."""
     ids = torch.arange(1, 9, device=lm.device).unsqueeze(0) % lm.weight.shape[0]
     theirs = lm.model(input_ids=ids, use_cache=False).logits.float()
-    ours = lm.hidden(ids, use_cache=False).float() @ lm.weight.float().T
-    if lm.bias is not None:
-        ours += lm.bias.float()
-    if lm.softcap is not None:
-        ours = lm.softcap * torch.tanh(ours / lm.softcap)
+    ours = lm.logits(lm.hidden(ids, use_cache=False))
     error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
     if not error < 2e-2:  # bf16 rounding of the logits is about 3e-3
         raise ModelError(

@@ -5,7 +5,6 @@ A stage is done when ``stages.json`` lists it, which is written after its artefa
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -18,7 +17,16 @@ import pydantic
 
 import rmx_kernels
 from rmx import evaluate, lora, model, report, rollouts, score, select, train
-from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records, write_json, write_records
+from rmx.artefacts import (
+    ArtefactError,
+    fingerprint,
+    parser,
+    read_lines,
+    read_meta,
+    read_records,
+    write_json,
+    write_records,
+)
 from rmx.config import Config, Sampling
 from rmx.errors import RmxError
 from rmx.problems import build_problems, fingerprints
@@ -309,7 +317,7 @@ class Run:
         path = self.path(f"evaluation.{name}.jsonl")
         adapter = self.path("adapter/adapter_model.safetensors").stat().st_mtime_ns if name == "tuned" else None
         sampling = self.config.evaluate
-        asked = hashlib.sha256(json.dumps([dataclasses.asdict(p) for p in problems]).encode()).hexdigest()[:16]
+        asked = fingerprint(json.dumps([dataclasses.asdict(p) for p in problems]).encode())
         weights = self.inputs["rollouts"]["weights"]
         origin = {"model": self.config.model.model_dump(), "weights": weights, "problems": asked, "adapter": adapter}
         meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed, **origin)

@@ -1,13 +1,12 @@
 """Problems from JSONL files and reasoning-gym tasks, split so that no question is both trained and evaluated on."""
 
-import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rmx.artefacts import ArtefactError, read_lines
+from rmx.artefacts import ArtefactError, fingerprint, read_lines
 from rmx.config import ProblemsConfig, ProblemSource
 from rmx.errors import RmxError
 from rmx.records import Problem, Split
@@ -97,7 +96,7 @@ def fingerprints(config: ProblemsConfig) -> dict[str, str]:
     for source in config.sources:
         if source.jsonl is not None:
             try:
-                found[source.jsonl] = hashlib.sha256(Path(source.jsonl).expanduser().read_bytes()).hexdigest()[:16]
+                found[source.jsonl] = fingerprint(Path(source.jsonl).expanduser().read_bytes())
             except OSError as fault:
                 raise ArtefactError(f"{source.jsonl}: cannot be read: {fault.strerror}") from fault
     return found

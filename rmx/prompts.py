@@ -4,12 +4,12 @@ Styles: ``chat`` (the model's own chat template), ``boxed`` (plain text that ask
 ``qa`` (question, answer, let's think step by step: Mistral and Llama base models).
 """
 
-import hashlib
 import json
 from typing import Any
 
 import jinja2
 
+from rmx.artefacts import fingerprint
 from rmx.config import PromptConfig
 from rmx.errors import RmxError
 
@@ -32,7 +32,7 @@ class Renderer:
             raise PromptError(f"prompt.system: the style {config.style!r} has no system turn")
         self.tokenizer, self.config = tokenizer, config
         probe = json.dumps([config.model_dump(), self(PROBE)], sort_keys=True)
-        self.fingerprint = hashlib.sha256(probe.encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint(probe.encode())
 
     def __call__(self, question: str) -> list[int]:
         """Token ids of the prompt, special tokens of the template or tokenizer included exactly once."""

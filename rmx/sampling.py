@@ -71,12 +71,7 @@ def _draw(p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams) -> T
 
 def _sorted(lm: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(probabilities, ids) of the whole vocabulary, descending, ties to the lower id; [B, V] for a few rows B."""
-    logits = hidden.float() @ lm.weight.float().T
-    if lm.bias is not None:
-        logits += lm.bias.float()
-    if lm.softcap is not None:
-        logits = lm.softcap * torch.tanh(logits / lm.softcap)
-    p, ids = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    p, ids = (lm.logits(hidden).double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     _check(p[:, 0])
     return p, ids
 

@@ -72,16 +72,11 @@ def select_sequences(
         if config.max_completion_tokens is None or len(rollout.completion_ids) <= config.max_completion_tokens:
             usable[rollout.problem_id].append(i)
 
-    def imbalance(problem_id: str) -> int:
-        """|right - wrong| rollouts."""
-        return abs(2 * sum(verdicts[i].reward == 1 for i in usable[problem_id]) - len(usable[problem_id]))
-
-    def rate(problem_id: str) -> float:
-        rewards = [verdicts[i].reward or 0.0 for i in usable[problem_id]]
-        return sum(rewards) / len(rewards)
+    def rate(problem_id: str) -> Fraction:  # exact, so that 14 and 6 of 20 are equally far from one half
+        return Fraction(sum(verdicts[i].reward == 1 for i in usable[problem_id]), len(usable[problem_id]))
 
     mixed = [p for p in usable if 0 < rate(p) < 1]
-    eligible = [p for p in mixed if config.min_pass_rate < rate(p) < config.max_pass_rate]
+    eligible = [p for p in mixed if config.min_pass_rate < float(rate(p)) < config.max_pass_rate]
     if not eligible:
         solved = sum(all(rewards) for rewards in judged.values())
         failed = sum(not any(rewards) for rewards in judged.values())
@@ -96,8 +91,7 @@ def select_sequences(
                 else "; take easier problems, raise rollouts.samples or rollouts.max_new_tokens"
             )
         )
-    # stable: ties stay in the order of the problems
-    eligible.sort(key=lambda p: Fraction(imbalance(p), len(usable[p])))
+    eligible.sort(key=lambda p: abs(rate(p) - Fraction(1, 2)))  # stable: ties stay in the order of the problems
     chosen: list[str] = []
     count = 0
     for problem_id in eligible[: config.max_problems]:

@@ -156,15 +156,14 @@ class _Worker:
             raise VerifierError("verify: a verifier process did not start; its own message stands above")
 
     def start(self, job: tuple[str, str], problem: Problem, timeout_s: float) -> None:
-        self.job, self.timeout_s = job, timeout_s
-        self.deadline = time.monotonic() + timeout_s
         try:
             self.pipe.send((problem, job[1]))
         except OSError:  # it died while idle, which no job is to blame for
             self.stop()
             self.spawn()
-            self.job = job
             self.pipe.send((problem, job[1]))
+        self.job, self.timeout_s = job, timeout_s
+        self.deadline = time.monotonic() + timeout_s
 
     def finish(self) -> Judgement:
         self.job = None
