@@ -62,8 +62,12 @@ def targets(target: object, rows: Sequence[int], vocab: int, device: torch.devic
     if target.dtype not in INTEGERS:
         raise TypeError(f"target: expected int64 or int32 token ids, got {target.dtype}")
     _one_a_row("target", "id", target, rows, device)
-    if device.type != "cpu":
-        return  # a range check would wait for the device; device kernels return NaN in such rows instead
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        target_range(target, vocab, used)  # elsewhere it would wait for the device; kernels return NaN in such rows
+
+
+def target_range(target: Tensor, vocab: int, used: Tensor | None = None) -> None:
+    """Token ids in [0, vocab), in the rows that are used."""
     bad = (target < 0) | (target >= vocab)
     if used is not None:
         bad = bad & used

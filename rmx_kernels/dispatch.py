@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from rmx_kernels import native
+
 OPERATORS = (
     "entropy_topk",
     "linear_entropy_topk",
@@ -44,6 +46,8 @@ def _describe(impl: str) -> Backend:
     reason = ""
     if not operators:
         reason = f"this version of rmx_kernels ships no {impl} implementation"
+    elif impl == "cpu" and native.missing():
+        reason = native.missing()
     elif impl == "triton" and importlib.util.find_spec("triton") is None:
         reason = "the triton package is not installed"
     elif impl == "triton" and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+import rmx_kernels.linear_entropy_topk.ops  # noqa: F401  registers the schemas
 from rmx_kernels import checks, dispatch
 from rmx_kernels.results import VocabStats
 

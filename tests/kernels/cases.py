@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import tiles
+from rmx_kernels import head_cpu, tiles
 
 Arguments = dict[str, Any]
 
@@ -156,6 +156,11 @@ def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 @contextmanager
 def tiny_tiles(columns: int = 5, rows: int = 3) -> Iterator[None]:
-    """Tiles of a few columns and rows, so that small shapes cross many. Other implementations ignore it."""
-    with patch.multiple(tiles, TILE_COLUMNS=columns, TILE_BYTES=4 * columns * rows):
+    """Tiles of a few columns and rows, so that small shapes cross many. The native kernels take rows in fours, and
+    columns in whole blocks of theirs."""
+    native = {"LOGIT_BYTES": 1, "TILE_ROWS": 4, "TILE_COLUMNS": 1024, "UPCAST_BYTES": 1}
+    with (
+        patch.multiple(tiles, TILE_COLUMNS=columns, TILE_BYTES=4 * columns * rows),
+        patch.multiple(head_cpu, **native),
+    ):
         yield

@@ -78,8 +78,8 @@ def test_equals_the_loss_of_the_logits(device: str, impl: str, fp64: torch.dtype
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-def base_lse(arguments: cases.Arguments, **scaling: float) -> torch.Tensor:
-    head = {"bias": arguments["bias"], "impl": "reference"} | scaling
+def base_lse(arguments: cases.Arguments, impl: str, **scaling: float) -> torch.Tensor:
+    head = {"bias": arguments["bias"], "impl": impl} | scaling
     return linear_entropy_topk(arguments["base_hidden"], arguments["weight"], **head).lse
 
 
@@ -89,7 +89,7 @@ def test_known_base_lse(device: str, impl: str, dtype: torch.dtype, scaling: dic
     """A normaliser that scoring has found gives what computing it again gives."""
     arguments = cases.make(OPERATOR, (7,), 8200, 9, dtype, device)
     arguments["bias"] += offset
-    lse = base_lse(arguments, **scaling)
+    lse = base_lse(arguments, impl, **scaling)
     known, computed = (
         cases.forward_backward(OPERATOR, arguments | extra, impl=impl, **scaling) for extra in ({"base_lse": lse}, {})
     )
@@ -106,7 +106,7 @@ def test_known_base_lse_of_identical_hidden_states(device: str, impl: str) -> No
     """The KL then is of the order of the square of the normaliser's rounding, and still not negative."""
     arguments = cases.make(OPERATOR, (7,), 8200, 9, device=device)
     arguments["base_hidden"] = arguments["hidden"]
-    kl = cases.call(OPERATOR, arguments | {"base_lse": base_lse(arguments)}, impl=impl).kl
+    kl = cases.call(OPERATOR, arguments | {"base_lse": base_lse(arguments, impl)}, impl=impl).kl
     assert ((kl >= 0) & (kl < 1e-10))[arguments["kl_weight"] != 0].all()
 
 
@@ -129,7 +129,7 @@ def test_base_lse_that_does_not_fit_trains_nothing(device: str, impl: str, off: 
 
 def test_base_lse_of_rows_without_kl_weight_is_not_read(device: str, impl: str) -> None:
     arguments = cases.make(OPERATOR, (6,), 23, 5, device=device)
-    lse = base_lse(arguments)
+    lse = base_lse(arguments, impl)
     spoilt = torch.where(arguments["kl_weight"] == 0, math.nan, lse)
     cases.assert_same_bits(
         *(cases.forward_backward(OPERATOR, arguments | {"base_lse": known}, impl=impl) for known in (spoilt, lse))
@@ -195,7 +195,7 @@ def test_confident_targets_keep_their_gradient(device: str, impl: str, dtype: to
 def with_wrong_base_lse(row: int, off: float, device: str, impl: str) -> list[tuple[Any, torch.Tensor]]:
     """Result and gradient where base_lse of one row is off, and where it is right."""
     arguments = cases.make(OPERATOR, (6,), 8200, 5, device=device)
-    lse = base_lse(arguments)
+    lse = base_lse(arguments, impl)
     wrong = lse.clone()
     wrong[row] += off
     return [loss_and_gradient(arguments | {"base_lse": known}, impl) for known in (wrong, lse)]

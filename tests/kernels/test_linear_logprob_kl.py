@@ -37,7 +37,7 @@ def test_values_and_gradients(device: str, impl: str, dtype: torch.dtype, N: int
 def test_scaled_values_and_gradients(
     device: str, impl: str, dtype: torch.dtype, scaling: dict[str, float], bias: bool
 ) -> None:
-    arguments = cases.make(OPERATOR, (4,), 8200, 17, dtype, device)
+    arguments = cases.make(OPERATOR, (32,), 8200, 17, dtype, device)
     if not bias:
         del arguments["bias"]
     cases.check(OPERATOR, arguments, impl, **scaling)

@@ -1,0 +1,178 @@
+// Log-prob, KL to the base and their gradient, a row at a time, so that both rows stay in the L2 cache between the sweep
+// for the normalisers and the sweep for the rest. Serves both gated contrastive losses and linear_logprob_kl.
+#include <algorithm>
+
+#include "rows.h"
+
+namespace rmx {
+namespace {
+
+struct LossArguments {
+    const rmx_rows *student, *base, *dx;
+    int64_t anchored;
+    const rmx_scale* scale;
+    int64_t first, columns;
+    const rmx_loss* loss;
+};
+
+// m and log d of a whole row; m is NaN where there is no distribution.
+template <class T, class X>
+RMX_INLINE void find_norm(const X* x, int64_t V, const Scale<T>& scale, T* m, T* log_d) {
+    alignas(64) T z[BLOCK];
+    alignas(64) T largest[MAX_LANES];
+    Sums<T, false> sums;
+    for (int64_t start = 0; start < V; start += BLOCK) {
+        const int64_t n = std::min(BLOCK, V - start);
+        const int64_t padded = load_block(z, x + start, n, scale);
+        sums.fold(z, padded, max_block(z, padded, largest));
+    }
+    *m = sums.m - sums.m == T(0) ? sums.m : std::numeric_limits<T>::quiet_NaN();
+    *log_d = static_cast<T>(log_(sums.d));
+}
+
+// e^x - 1 - x for |x| <= 1/2: the Taylor polynomial, x^2 / 2 .. x^9 / 9! (5e-9 of the sum), in double to x^14 / 14!.
+RMX_INLINE float exp_less_line(float x) {
+    float q = 1.0f / 362880.0f;
+    q = q * x + 1.0f / 40320.0f;
+    q = q * x + 1.0f / 5040.0f;
+    q = q * x + 1.0f / 720.0f;
+    q = q * x + 1.0f / 120.0f;
+    q = q * x + 1.0f / 24.0f;
+    q = q * x + 1.0f / 6.0f;
+    q = q * x + 0.5f;
+    return q * x * x;
+}
+RMX_INLINE double exp_less_line(double x) {
+    double q = 1.0 / 87178291200.0;
+    q = q * x + 1.0 / 6227020800.0;
+    q = q * x + 1.0 / 479001600.0;
+    q = q * x + 1.0 / 39916800.0;
+    q = q * x + 1.0 / 3628800.0;
+    q = q * x + 1.0 / 362880.0;
+    q = q * x + 1.0 / 40320.0;
+    q = q * x + 1.0 / 5040.0;
+    q = q * x + 1.0 / 720.0;
+    q = q * x + 1.0 / 120.0;
+    q = q * x + 1.0 / 24.0;
+    q = q * x + 1.0 / 6.0;
+    q = q * x + 0.5;
+    return q * x * x;
+}
+
+// p_b (e^delta - 1 - delta) = p_s - p_b (1 + delta), without cancellation near 0 or overflow far from it.
+template <class T>
+RMX_INLINE T kl_term(T p_s, T p_b, T delta) {
+    T d = delta < T(-0.5) ? T(-0.5) : delta;
+    d = d > T(0.5) ? T(0.5) : d;
+    const T near = p_b * exp_less_line(d), far = p_s - p_b * (T(1) + delta);
+    const T term = d == delta ? near : far;
+    return p_b == T(0) ? p_s : term;
+}
+
+template <class T, class X, bool TERMS, bool GRADIENT>
+RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* base_x, T* kl, T* mass) {
+    const rmx_loss& loss = *a.loss;
+    const Scale<T> scale(*a.scale);
+    const T m = static_cast<const T*>(loss.m)[i], log_d = static_cast<const T*>(loss.log_d)[i];
+    const T base_m = base_x != nullptr ? static_cast<const T*>(loss.base_m)[i] : T(0);
+    const T base_log_d = base_x != nullptr ? static_cast<const T*>(loss.base_log_d)[i] : T(0);
+    const T ce = GRADIENT ? static_cast<const T*>(loss.ce)[i] : T(0);
+    const T kl_weight = GRADIENT ? static_cast<const T*>(loss.kl_weight)[i] : T(0);
+    const T lowest = opaque(constants<T>::lowest), upstream = static_cast<T>(loss.upstream);
+    const int64_t target = loss.target[i];
+    X* dx = GRADIENT ? row_of<X>(*a.dx, i) : nullptr;
+    alignas(64) T z[BLOCK];
+    alignas(64) T base_z[BLOCK];
+    alignas(64) T dz[BLOCK];
+    for (int64_t start = 0; start < a.columns; start += BLOCK) {
+        const int64_t n = std::min(BLOCK, a.columns - start), column = a.first + start;
+        const int64_t padded = load_block(z, x + start, n, scale);
+        if (base_x != nullptr) {
+            load_block(base_z, base_x + start, n, scale);
+            T kls[LANES] = {}, masses[LANES] = {};
+            for (int64_t j = 0; j < padded; j += LANES)
+                for (int64_t l = 0; l < LANES; ++l) {
+                    const T log_s = (z[j + l] - m) - log_d, log_b = (base_z[j + l] - base_m) - base_log_d;
+                    const T p_s = exp_or_zero(lowest, log_s), p_b = exp_or_zero(lowest, log_b);
+                    if (TERMS) {
+                        kls[l] += kl_term(p_s, p_b, log_s - log_b);
+                        masses[l] += p_b;
+                    }
+                    if (GRADIENT) dz[j + l] = p_s * ce + (p_s - p_b) * kl_weight;  // the difference is exact near 0
+                }
+            if (TERMS) {
+                *kl += add_lanes(kls);
+                *mass += add_lanes(masses);
+            }
+        } else if (GRADIENT) {
+            for (int64_t j = 0; j < padded; ++j) dz[j] = exp_or_zero(lowest, (z[j] - m) - log_d) * ce;
+        }
+        if (GRADIENT) {
+            if (target >= column && target < column + n) dz[target - column] -= ce;
+            if (upstream != T(1))
+                for (int64_t j = 0; j < n; ++j) dz[j] *= upstream;
+            store_gradient(dx + start, dz, z, n, scale);
+        }
+    }
+}
+
+template <class T, class X>
+RMX_INLINE void loss_row(const LossArguments& a, int64_t i) {
+    const rmx_loss& loss = *a.loss;
+    const int64_t V = a.columns;
+    const Scale<T> scale(*a.scale);
+    const X* x = row_of<const X>(*a.student, i);
+    const X* base_x = i < a.anchored ? row_of<const X>(*a.base, i) : nullptr;
+    T *m = static_cast<T*>(loss.m) + i, *log_d = static_cast<T*>(loss.log_d) + i;
+    find_norm(x, V, scale, m, log_d);
+    const int64_t target = loss.target[i];  // read before the sweep, which may write over x
+    const T z = target >= 0 && target < V ? load_one(x[target], scale) : std::numeric_limits<T>::quiet_NaN();
+    static_cast<T*>(loss.logprob)[i] = (z - *m) - *log_d;
+    T kl = 0, mass = 0;
+    if (base_x != nullptr) {
+        T *base_m = static_cast<T*>(loss.base_m) + i, *base_log_d = static_cast<T*>(loss.base_log_d) + i;
+        if (loss.find_base_norm != 0) find_norm(base_x, V, scale, base_m, base_log_d);
+    }
+    if (a.dx != nullptr)
+        sweep<T, X, true, true>(a, i, x, base_x, &kl, &mass);
+    else if (base_x != nullptr)
+        sweep<T, X, true, false>(a, i, x, base_x, &kl, &mass);
+    if (base_x == nullptr) return;
+    const double off = static_cast<double>(mass) - 1;
+    if (!(off <= loss.mass_tolerance && off >= -loss.mass_tolerance)) {
+        kl = std::numeric_limits<T>::quiet_NaN();
+        static_cast<T*>(loss.base_m)[i] = kl;
+        if (a.dx != nullptr) {
+            X* dx = row_of<X>(*a.dx, i);
+            for (int64_t j = 0; j < V; ++j) store(&dx[j], kl);
+        }
+    }
+    static_cast<T*>(loss.kl)[i] = kl;
+}
+
+template <class T, class X>
+RMX_INLINE void loss_backward_row(const LossArguments& a, int64_t i) {
+    const X* base_x = i < a.anchored ? row_of<const X>(*a.base, i) : nullptr;
+    sweep<T, X, false, true>(a, i, row_of<const X>(*a.student, i), base_x, nullptr, nullptr);
+}
+
+RMX_ROW_FUNCTIONS(loss_row, LossArguments)
+RMX_ROW_FUNCTIONS(loss_backward_row, LossArguments)
+
+}  // namespace
+}  // namespace rmx
+
+extern "C" {
+
+int rmx_gated_contrastive_loss(const rmx_rows* student, const rmx_rows* base, int64_t anchored, const rmx_scale* scale,
+                               int64_t N, int64_t V, const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool) {
+    return rmx::loss_row_any(student->dtype, pool, N, V, {student, base, dx, anchored, scale, 0, V, loss});
+}
+
+int rmx_gated_contrastive_loss_backward(const rmx_rows* student, const rmx_rows* base, int64_t anchored,
+                                        const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
+                                        const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool) {
+    return rmx::loss_backward_row_any(student->dtype, pool, N, columns,
+                                      {student, base, dx, anchored, scale, first, columns, loss});
+}
+}

@@ -1,0 +1,110 @@
+// The C ABI of the native CPU kernels: the whole of it. No torch, no exceptions, no allocation, no global state.
+//
+// Dimensions: N rows, V vocabulary, K top-k. All logarithms are natural. Row results depend on the row alone: not on N,
+// on the number of threads, or on the instruction set. A row with a NaN, a +inf, or nothing but -inf comes out as NaN.
+#ifndef RMX_CPU_H
+#define RMX_CPU_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define RMX_API __attribute__((visibility("default")))
+#define RMX_ABI 1  // raised with every change of this file; the Python side refuses a library of another number
+
+// Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
+enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
+
+enum { RMX_OK = 0, RMX_BAD_DTYPE = 1, RMX_BAD_POOL = 2 };  // returned by the kernels
+
+// func(begin, end, context) over disjoint ranges that cover [begin, end). libtorch's torch_parallel_for; NULL: serial.
+typedef void (*rmx_range_func)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*rmx_parallel_for)(int64_t begin, int64_t end, int64_t grain, rmx_range_func func, void* context);
+
+// z = cap(x) / temperature with cap(u) = softcap * tanh(u / softcap); softcap = 0 stands for none.
+typedef struct {
+    double temperature, softcap;
+} rmx_scale;
+
+// Rows of logits, or of gradients: element j of row i is at data[(rows ? rows[i] : i) * stride + j].
+typedef struct {
+    void* data;
+    int64_t stride;
+    const int64_t* rows;
+    int32_t dtype;
+} rmx_rows;
+
+// A candidate of the top-k: a heap of K a row while tiles are folded.
+typedef struct {
+    double value;
+    int64_t id;
+} rmx_entry;
+
+// m = max z, d = sum exp(z - m), T = sum exp(z - m) (z - m) of each row, its z[target], and its K largest z. Written
+// anew by the tile with first = 0, brought up to date by the later ones; tiles come in the order of the columns.
+typedef struct {
+    void *m, *d, *T;        // real [N]
+    void* chosen;           // real [N], or NULL without targets
+    const int64_t* target;  // [N], or NULL
+    int64_t K;
+    rmx_entry* best;  // [N, K]
+} rmx_sums;
+
+// Fold columns [first, first + columns) of the logits of N rows into the sums. x points at column `first`.
+RMX_API int rmx_entropy_topk(const rmx_rows* x, const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
+                     const rmx_sums* sums, rmx_parallel_for pool);
+
+// After the last tile. m becomes NaN in rows without a distribution; log_d = log d; lse = m + log d;
+// entropy = log d - T / d; logprob = (chosen - m) - log d; top-k as log-probs and ids, ties to the lower id.
+typedef struct {
+    void *log_d, *lse, *entropy, *logprob;  // real [N]; logprob NULL without targets
+    void* topk_logprobs;                    // real [N, K]
+    int64_t* topk_ids;                      // [N, K]
+} rmx_stats;
+RMX_API int rmx_entropy_topk_finish(int32_t dtype, int64_t N, const rmx_sums* sums, const rmx_stats* stats,
+                            rmx_parallel_for pool);
+
+// dx of a tile, in place if dx is x: with p = exp(z - m - log d),
+//   dz = along_p p - g_entropy p (log p + entropy) + g_logprob onehot(target) + sum_k g_topk onehot(topk_ids).
+typedef struct {
+    const void *m, *log_d, *entropy;         // real [N]
+    const int64_t *target, *topk_ids;        // [N], [N, K]
+    const void *along_p;                     // real [N]: g_lse - g_logprob - sum g_topk
+    const void *g_entropy, *g_logprob, *g_topk;  // real [N], [N], [N, K]; each NULL where there is none
+    int64_t K;
+} rmx_stats_gradient;
+RMX_API int rmx_entropy_topk_backward(const rmx_rows* x, const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
+                              const rmx_stats_gradient* gradient, const rmx_rows* dx, rmx_parallel_for pool);
+
+// The row terms of the gated contrastive loss, and the gradient that belongs to them. Rows are whole: V columns.
+// Rows i < anchored have a base, row i of `base`; the others have none, and their kl is left alone.
+//   logprob = z_s[target] - lse_s      kl = sum p_b (e^delta - 1 - delta), delta = log p_s - log p_b
+//   dz_s = ce p_s + kl_weight (p_s - p_b) - ce onehot(target), times upstream
+// Where sum p_b is off 1 by more than mass_tolerance, base_m and base_log_d belong to other logits: kl is NaN, and so
+// are the gradient and base_m.
+typedef struct {
+    const int64_t* target;        // [N]
+    const void *ce, *kl_weight;   // real [N]; NULL where no gradient is asked for
+    void *m, *log_d;              // real [N], the student's normalisers
+    void *base_m, *base_log_d;    // real [N], the base's
+    void *logprob, *kl;           // real [N]; kl is written in rows with a base
+    double upstream, mass_tolerance;
+    int32_t find_base_norm;       // compute base_m and base_log_d; else they are inputs
+} rmx_loss;
+RMX_API int rmx_gated_contrastive_loss(const rmx_rows* student, const rmx_rows* base, int64_t anchored, const rmx_scale* scale,
+                               int64_t N, int64_t V, const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool);
+
+// The gradient alone, for a tile: columns [first, first + columns), normalisers known.
+RMX_API int rmx_gated_contrastive_loss_backward(const rmx_rows* student, const rmx_rows* base, int64_t anchored,
+                                        const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
+                                        const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool);
+
+RMX_API int rmx_abi(void);
+RMX_API const char* rmx_isa(void);  // the instruction set that this machine runs: "x86-64-v4", "x86-64-v3" or "baseline"
+
+#ifdef __cplusplus
+}
+#endif
+#endif

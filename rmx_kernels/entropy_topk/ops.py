@@ -1,0 +1,92 @@
+"""Schemas, fake kernels and autograd formulas of entropy_topk. The kernels themselves are loaded when they first run.
+
+    rmx_kernels::entropy_topk           logits [B..., V] -> lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d
+    rmx_kernels::entropy_topk_backward  -> d logits
+
+m = max z and log_d = log sum exp(z - m), kept apart for the backward: log p = (z - m) - log_d. What was not asked for
+has no elements.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmx_kernels.tiles import compute_dtype
+
+STATS = "(Tensor lse, Tensor entropy, Tensor logprob, Tensor topk_logprobs, Tensor topk_ids, Tensor m, Tensor log_d)"
+SAVED = "Tensor? target, Tensor topk_ids, Tensor m, Tensor log_d, Tensor entropy"
+UPSTREAM = "Tensor? g_lse, Tensor? g_entropy, Tensor? g_logprob, Tensor? g_topk"
+
+torch.library.define(
+    "rmx_kernels::entropy_topk", f"(Tensor logits, Tensor? target, int k, float temperature, float? softcap) -> {STATS}"
+)
+torch.library.define(
+    "rmx_kernels::entropy_topk_backward",
+    f"(Tensor logits, {SAVED}, {UPSTREAM}, float temperature, float? softcap) -> Tensor",
+)
+
+
+@torch.library.impl("rmx_kernels::entropy_topk", "cpu")
+def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    from rmx_kernels.entropy_topk import cpu
+
+    return cpu.forward(*arguments)
+
+
+@torch.library.impl("rmx_kernels::entropy_topk_backward", "cpu")
+def _cpu_backward(*arguments: Any) -> Tensor:
+    from rmx_kernels.entropy_topk import cpu
+
+    return cpu.backward(*arguments)
+
+
+def fake_stats(x: Tensor, target: Tensor | None, k: int) -> tuple[Tensor, ...]:
+    """The shapes and dtypes of the seven results for rows x [B..., columns]."""
+    lead = x.shape[:-1]
+    real = x.new_empty(lead, dtype=compute_dtype(x.dtype))
+    logprob = real.new_empty(lead if target is not None else (0,))
+    topk_ids = real.new_empty((*lead, k), dtype=torch.int64)
+    others = (torch.empty_like(real) for _ in range(3))
+    return real, next(others), logprob, real.new_empty((*lead, k)), topk_ids, *others
+
+
+@torch.library.register_fake("rmx_kernels::entropy_topk")
+def _fake(logits: Tensor, target: Tensor | None, k: int, temperature: float, softcap: float | None) -> Any:
+    return fake_stats(logits, target, k)
+
+
+@torch.library.register_fake("rmx_kernels::entropy_topk_backward")
+def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    logits, target, ctx.k, ctx.temperature, ctx.softcap = inputs
+    _, entropy, _, _, topk_ids, m, log_d = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, topk_ids, m, log_d, entropy)
+
+
+def _backward(ctx: Any, *upstream: Any) -> Any:
+    logits, target, *saved = ctx.saved_tensors
+    g_lse, g_entropy, g_logprob, g_topk = upstream[:4]
+    g_logprob = None if target is None else g_logprob
+    dx = torch.ops.rmx_kernels.entropy_topk_backward(
+        logits, target, *saved, g_lse, g_entropy, g_logprob, g_topk, ctx.temperature, ctx.softcap
+    )
+    return dx, None, None, None, None
+
+
+def once_differentiable(name: str) -> None:
+    """Make a second differentiation an error, not a silent zero."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{name}: trying to differentiate twice a function that is once_differentiable")
+
+    torch.library.register_autograd(name, refuse)
+
+
+torch.library.register_autograd("rmx_kernels::entropy_topk", _backward, setup_context=_setup_context)
+once_differentiable("rmx_kernels::entropy_topk_backward")

@@ -1,0 +1,112 @@
+"""Native kernels: one call goes over each row of student and base twice while both are in the cache, and once more in
+backward, since the gradient is as large as the logits and is rounded only after the upstream gradient came."""
+
+import torch
+from torch import Tensor
+
+from rmx_kernels import checks, native
+from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
+from rmx_kernels.results import ContrastiveLoss
+from rmx_kernels.tiles import compute_dtype
+
+
+def live_rows(ce: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
+    """(positions of the rows with a weight, those with an anchor first; how many have one)."""
+    anchored = (kl_weight != 0).nonzero().squeeze(1)
+    decisions = ((kl_weight == 0) & (ce != 0)).nonzero().squeeze(1)
+    return torch.cat([anchored, decisions]), anchored.shape[0]
+
+
+def flat_weights(
+    target: Tensor, ce_weight: Tensor, kl_weight: Tensor, vocab: int, real: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(target, ce, kl) flattened, the weights in full precision."""
+    checks.target_range(target, vocab, used=(ce_weight != 0) | (kl_weight != 0))
+    return target.reshape(-1).long(), ce_weight.reshape(-1).to(real), kl_weight.reshape(-1).to(real)
+
+
+def weighted_sum(ce: Tensor, kl_weight: Tensor, logprob: Tensor, kl: Tensor) -> Tensor:
+    """The loss of live rows; an impossible target or an infinite KL counts only where it has a weight."""
+    total = torch.zeros((), dtype=torch.float64)
+    for weight, term in ((-ce, logprob), (kl_weight, kl)):
+        used = weight != 0
+        total += (weight[used].double() * term[used].double()).sum()
+    return total.to(ce.dtype)
+
+
+def _pack(*tensors: Tensor | None) -> native.Loss:
+    return native.Loss(*(native.address(x) for x in tensors), 1.0, BASE_MASS_TOLERANCE, 1)
+
+
+def forward(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The kernel of rmx_kernels::gated_contrastive_loss."""
+    V, real = logits.shape[-1], compute_dtype(logits.dtype)
+    ids, ce, kl_w = flat_weights(target, ce_weight, kl_weight, V, real)
+    index, anchored = live_rows(ce, kl_w)
+    n = index.shape[0]
+    norms, terms = torch.empty(4, n, dtype=real), torch.full((2, n), float("nan"), dtype=real)
+    own = ids[index]
+    loss = _pack(own, None, None, *norms, *terms)
+    student, base = native.rows(logits, index), native.rows(base_logits, index)
+    scale = native.scale(temperature, softcap)
+    native.call("rmx_gated_contrastive_loss", student, base, anchored, scale, n, V, loss, None)
+    total = weighted_sum(ce[index], kl_w[index], *terms)
+    whole = torch.full((6, ids.shape[0]), float("nan"), dtype=real)
+    whole[:, index] = torch.cat([norms, terms])
+    whole[2:4, index[anchored:]] = float("nan")
+    logprob, kl = (x.clone().view(target.shape) for x in whole[4:])
+    return total, logprob, kl, whole[:4].clone()
+
+
+def backward(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    norms: Tensor,
+    g_loss: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """The kernel of rmx_kernels::gated_contrastive_loss_backward."""
+    V = logits.shape[-1]
+    ids, ce, kl_w = flat_weights(target, ce_weight, kl_weight, V, norms.dtype)
+    index, anchored = live_rows(ce, kl_w)
+    make = torch.empty_like if index.shape[0] == ids.shape[0] else torch.zeros_like  # dead rows have none
+    dx = make(logits, memory_format=torch.contiguous_format)
+    own = [x[index] for x in (ids, ce, kl_w, *norms)]
+    loss = _pack(*own, None, None)
+    loss.upstream = g_loss.item()
+    student, base, gradient = native.rows(logits, index), native.rows(base_logits, index), native.rows(dx, index)
+    scale = native.scale(temperature, softcap)
+    native.call(
+        *("rmx_gated_contrastive_loss_backward", student, base, anchored, scale),
+        *(index.shape[0], 0, V, loss, gradient),
+    )
+    return dx
+
+
+def run(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> ContrastiveLoss:
+    """Arguments as checked by the public operator."""
+    loss, logprob, kl, _ = torch.ops.rmx_kernels.gated_contrastive_loss(
+        logits, base_logits.detach(), target, ce_weight.detach(), kl_weight.detach(), temperature, softcap
+    )
+    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

@@ -1,0 +1,76 @@
+"""Schemas, fake kernels and autograd formulas of gated_contrastive_loss.
+
+    rmx_kernels::gated_contrastive_loss           logits, base_logits [B..., V], target, ce_weight, kl_weight [B...]
+                                                  -> loss [], logprob [B...], kl [B...], norms [4, N]
+    rmx_kernels::gated_contrastive_loss_backward  -> d logits
+
+norms: m and log d of the N flattened rows of the student, then of the base, where lse = m + log d; NaN where unused.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmx_kernels.entropy_topk.ops import once_differentiable
+from rmx_kernels.tiles import compute_dtype
+
+INPUTS = "Tensor logits, Tensor base_logits, Tensor target, Tensor ce_weight, Tensor kl_weight"
+SCALING = "float temperature, float? softcap"
+
+torch.library.define(
+    "rmx_kernels::gated_contrastive_loss",
+    f"({INPUTS}, {SCALING}) -> (Tensor loss, Tensor logprob, Tensor kl, Tensor norms)",
+)
+torch.library.define(
+    "rmx_kernels::gated_contrastive_loss_backward", f"({INPUTS}, Tensor norms, Tensor g_loss, {SCALING}) -> Tensor"
+)
+
+
+@torch.library.impl("rmx_kernels::gated_contrastive_loss", "cpu")
+def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    from rmx_kernels.gated_contrastive_loss import cpu
+
+    return cpu.forward(*arguments)
+
+
+@torch.library.impl("rmx_kernels::gated_contrastive_loss_backward", "cpu")
+def _cpu_backward(*arguments: Any) -> Tensor:
+    from rmx_kernels.gated_contrastive_loss import cpu
+
+    return cpu.backward(*arguments)
+
+
+def fake_loss(x: Tensor) -> tuple[Tensor, ...]:
+    row = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return row.new_empty(()), row, torch.empty_like(row), row.new_empty(4, row.numel())
+
+
+@torch.library.register_fake("rmx_kernels::gated_contrastive_loss")
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return fake_loss(logits)
+
+
+@torch.library.register_fake("rmx_kernels::gated_contrastive_loss_backward")
+def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    *tensors, ctx.temperature, ctx.softcap = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[3])
+
+
+def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
+    dx = None
+    if g_loss is not None:
+        dx = torch.ops.rmx_kernels.gated_contrastive_loss_backward(
+            *ctx.saved_tensors, g_loss, ctx.temperature, ctx.softcap
+        )
+    return dx, None, None, None, None, None, None
+
+
+torch.library.register_autograd("rmx_kernels::gated_contrastive_loss", _backward, setup_context=_setup_context)
+once_differentiable("rmx_kernels::gated_contrastive_loss_backward")

@@ -1,0 +1,114 @@
+"""Native kernels: the rows of linear_logprob_kl that carry a weight, those with an anchor first; no others are read."""
+
+import torch
+from torch import Tensor
+
+from rmx_kernels import native
+from rmx_kernels.gated_contrastive_loss.cpu import flat_weights, live_rows, weighted_sum
+from rmx_kernels.head_cpu import Head, HeadGradient
+from rmx_kernels.linear_logprob_kl.cpu import Rows
+from rmx_kernels.results import ContrastiveLoss
+
+
+def _live(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Rows, Tensor, tuple[Tensor, Tensor]]:
+    """(the live rows, their positions, their weights)"""
+    head = Head(weight, bias)
+    ids, ce, kl_w = flat_weights(target, ce_weight, kl_weight, head.V, head.real)
+    index, anchored = live_rows(ce, kl_w)
+    x, base_x = (h.reshape(-1, head.H) for h in (hidden, base_hidden))
+    norms = torch.full((4, index.shape[0]), float("nan"), dtype=head.real)
+    scale = native.scale(temperature, softcap)
+    rows = Rows(head, scale, x[index], base_x[index[:anchored]], ids[index], norms)
+    return rows, index, (ce[index], kl_w[index])
+
+
+def forward(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    base_lse: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel of rmx_kernels::linear_gated_contrastive_loss."""
+    with torch.autocast("cpu", enabled=False):
+        rows, index, weights = _live(
+            hidden, base_hidden, weight, bias, target, ce_weight, kl_weight, temperature, softcap
+        )
+        if base_lse is not None:
+            rows.norms[2] = base_lse.reshape(-1)[index]
+            rows.norms[3] = 0
+        logprob, kl, dx = rows.terms(weights if gradient else None, base_lse is not None)
+        loss = weighted_sum(*weights, logprob, kl)
+        N = target.numel()
+        whole = rows.norms.new_full((6, N), float("nan"))
+        whole[:, index] = torch.cat([rows.norms, logprob[None], kl[None]])
+        d_hidden = dx
+        if gradient:
+            d_hidden = dx.new_zeros(N, dx.shape[1])
+            d_hidden[index] = dx
+            d_hidden = d_hidden.view(hidden.shape)
+    return loss, whole[4].clone().view(target.shape), whole[5].clone().view(target.shape), whole[:4].clone(), d_hidden
+
+
+def backward(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    norms: Tensor,
+    g_loss: Tensor,
+    temperature: float,
+    softcap: float | None,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The kernel of rmx_kernels::linear_gated_contrastive_loss_backward."""
+    with torch.autocast("cpu", enabled=False):
+        rows, index, weights = _live(
+            hidden, base_hidden, weight, bias, target, ce_weight, kl_weight, temperature, softcap
+        )
+        rows.norms.copy_(norms[:, index])
+        sink = HeadGradient(rows.head, weight, bias, need_weight, need_bias)
+        rows.backward(weights, False, sink, g_loss)
+    return sink.weight, sink.bias
+
+
+def run(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    base_lse: Tensor | None,
+) -> ContrastiveLoss:
+    """Arguments as checked by the public operator."""
+    loss, logprob, kl, _, _ = torch.ops.rmx_kernels.linear_gated_contrastive_loss(
+        *(hidden, base_hidden.detach(), weight, bias, target, ce_weight.detach(), kl_weight.detach()),
+        *(None if base_lse is None else base_lse.detach(), temperature, softcap),
+        torch.is_grad_enabled() and hidden.requires_grad,
+    )
+    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

@@ -1,0 +1,153 @@
+"""The native CPU kernels of csrc/: finding the library, and its C ABI (csrc/rmx_cpu.h) as ctypes structures.
+
+Only pointers cross: the functions here take tensors that their callers have already checked, and keep them alive.
+"""
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 1  # RMX_ABI of csrc/rmx_cpu.h
+LIBRARY = Path(__file__).with_name("librmx_cpu.so")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+class Scale(Structure):
+    _fields_ = [("temperature", c_double), ("softcap", c_double)]
+
+
+class Rows(Structure):
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("rows", c_void_p), ("dtype", c_int32)]
+
+
+class Sums(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("m", "d", "T", "chosen", "target")),
+        ("K", c_int64),
+        ("best", c_void_p),
+    ]
+
+
+class Stats(Structure):
+    _fields_ = [(name, c_void_p) for name in ("log_d", "lse", "entropy", "logprob", "topk_logprobs", "topk_ids")]
+
+
+class StatsGradient(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("m", "log_d", "entropy", "target", "topk_ids")),
+        *((name, c_void_p) for name in ("along_p", "g_entropy", "g_logprob", "g_topk")),
+        ("K", c_int64),
+    ]
+
+
+class Loss(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("target", "ce", "kl_weight", "m", "log_d", "base_m", "base_log_d")),
+        *((name, c_void_p) for name in ("logprob", "kl")),
+        ("upstream", c_double),
+        ("mass_tolerance", c_double),
+        ("find_base_norm", c_int32),
+    ]
+
+
+SIGNATURES: dict[str, list[Any]] = {
+    "rmx_entropy_topk": [POINTER(Rows), POINTER(Scale), c_int64, c_int64, c_int64, POINTER(Sums), c_void_p],
+    "rmx_entropy_topk_finish": [c_int32, c_int64, POINTER(Sums), POINTER(Stats), c_void_p],
+    "rmx_entropy_topk_backward": [
+        *(POINTER(Rows), POINTER(Scale), c_int64, c_int64, c_int64),
+        *(POINTER(StatsGradient), POINTER(Rows), c_void_p),
+    ],
+    "rmx_gated_contrastive_loss": [
+        *(POINTER(Rows), POINTER(Rows), c_int64, POINTER(Scale), c_int64, c_int64),
+        *(POINTER(Loss), POINTER(Rows), c_void_p),
+    ],
+    "rmx_gated_contrastive_loss_backward": [
+        *(POINTER(Rows), POINTER(Rows), c_int64, POINTER(Scale), c_int64, c_int64, c_int64),
+        *(POINTER(Loss), POINTER(Rows), c_void_p),
+    ],
+}
+ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work"}
+
+
+@functools.cache
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """(the library, "") or (None, why there is none)."""
+    if not LIBRARY.exists():
+        return None, "the native kernels were not built: install a C++17 compiler (g++ or clang++), then install rmx again"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as fault:
+        return None, f"the native kernels cannot be loaded: {fault}"
+    if library.rmx_abi() != ABI:
+        return None, f"{LIBRARY} was built for another version of rmx_kernels: install rmx again"
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int
+    library.rmx_isa.restype = c_char_p
+    return library, ""
+
+
+def missing() -> str:
+    """Why the native kernels cannot be used, or an empty string."""
+    return _open()[1]
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on: x86-64-v4 (AVX-512), x86-64-v3 (AVX2) or baseline."""
+    library, reason = _open()
+    assert library is not None, reason
+    return str(library.rmx_isa().decode())
+
+
+@functools.cache
+def _pool() -> int | None:
+    """The address of torch's own parallel_for, so that torch.set_num_threads rules; None: one thread."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        symbol = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+        if symbol is not None:
+            return ctypes.cast(symbol, c_void_p).value
+    return None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a kernel on torch's thread pool. Structures go by reference; None is a null pointer."""
+    library, reason = _open()
+    assert library is not None, reason
+    passed = [ctypes.byref(a) if isinstance(a, Structure) else a for a in arguments]
+    status = getattr(library, name)(*passed, _pool())
+    if status:
+        raise RuntimeError(f"{name}: {ERRORS.get(status, status)}")
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where a contiguous tensor begins; None for None, and for an empty tensor."""
+    assert x is None or x.is_contiguous()
+    return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def rows(x: Tensor, index: Tensor | None = None) -> Rows:
+    """The rows of x [B..., columns] in order, or those that ``index`` [n] names, without a copy.
+
+    Only where the columns of a row are apart from each other is x copied.
+    """
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() == 2:
+        found = Rows(x.data_ptr(), x.stride(0), address(index), DTYPES[x.dtype])
+    else:
+        at = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+            at = at.unsqueeze(-1) + stride * torch.arange(size)
+        index = (at.flatten() if index is None else at.flatten()[index]).contiguous()
+        found = Rows(x.data_ptr(), 1, address(index), DTYPES[x.dtype])
+    found.keep = x, index  # pointers keep nothing alive
+    return found
+
+
+def scale(temperature: float, softcap: float | None) -> Scale:
+    return Scale(temperature, softcap or 0.0)
