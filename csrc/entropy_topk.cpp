@@ -87,7 +87,7 @@ RMX_INLINE void fold_row(const FoldArguments& a, int64_t i) {
         if (chosen != nullptr && target >= column && target < column + n) *chosen = z[target - column];
         const T block_max = max_block(z, padded, largest);
         if (out.K > 0) topk.offer_block(z, n, column, block_max, largest);
-        sums.fold(z, padded, block_max);
+        sums.fold(z, padded, block_max, x + start + n);
     }
     *m = sums.m, *d = sums.d, *t = sums.t;
 }
@@ -192,16 +192,5 @@ int rmx_entropy_topk_finish(int32_t dtype, int64_t N, const rmx_sums* sums, cons
 int rmx_entropy_topk_backward(const rmx_rows* x, const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
                               const rmx_stats_gradient* gradient, const rmx_rows* dx, rmx_parallel_for pool) {
     return rmx::backward_row_any(x->dtype, pool, N, columns, {x, dx, scale, first, columns, gradient});
-}
-
-int rmx_abi(void) { return RMX_ABI; }
-
-const char* rmx_isa(void) {
-#if RMX_HAS_CLONES
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-    if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-#endif
-    return "baseline";
 }
 }

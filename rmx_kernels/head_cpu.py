@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rmx_kernels import native
 from rmx_kernels.tiles import compute_dtype
 
 LOGIT_BYTES = 48 << 20  # of the whole rows of logits that are held at a time
@@ -52,7 +53,7 @@ class Head:
 
     def buffer(self, columns: int, *rows: int) -> Tensor:
         """Room for a tile of logits of parts of so many rows."""
-        return torch.empty(sum(-(-n // 4) * 4 for n in rows) * min(columns, self.V), dtype=self.dtype)
+        return native.scratch(sum(-(-n // 4) * 4 for n in rows) * min(columns, self.V), self.dtype)
 
     def _upcast(self, cols: slice) -> Iterator[tuple[slice, Tensor]]:
         width = max(256, UPCAST_BYTES // (4 * self.H)) if self.dtype != self.weight.dtype else self.V

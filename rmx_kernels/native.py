@@ -71,6 +71,7 @@ SIGNATURES: dict[str, list[Any]] = {
         *(POINTER(Loss), POINTER(Rows), c_void_p),
     ],
 }
+HUGE = 4 << 20  # bytes from which huge pages pay
 ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work"}
 
 
@@ -89,6 +90,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int
     library.rmx_isa.restype = c_char_p
+    library.rmx_use_huge_pages.argtypes, library.rmx_use_huge_pages.restype = [c_void_p, c_int64], None
     return library, ""
 
 
@@ -122,6 +124,15 @@ def call(name: str, *arguments: Any) -> None:
     status = getattr(library, name)(*passed, _pool())
     if status:
         raise RuntimeError(f"{name}: {ERRORS.get(status, status)}")
+
+
+def scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor [count] on huge pages, where the system has them."""
+    x = torch.empty(count, dtype=dtype)
+    library, _ = _open()
+    if library is not None and x.nbytes >= HUGE:
+        library.rmx_use_huge_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def address(x: Tensor | None) -> int | None:
