@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -71,6 +72,15 @@ def load(op: str, impl: str | None, device: torch.device) -> ModuleType:
         ValueError: ``impl`` is not None or one of :data:`IMPLS`.
         BackendUnavailable: the implementation that was named cannot run here; the message says why.
     """
+    return _LOADED[op, _choose(op, impl, device.type)]
+
+
+_LOADED: dict[tuple[str, str], ModuleType] = {}
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, impl: str | None, device: str) -> str:
+    """The name of the implementation, whose module is then in _LOADED; one constant to torch.compile."""
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
     for name in IMPLS if impl is None else (impl,):
@@ -78,10 +88,20 @@ def load(op: str, impl: str | None, device: torch.device) -> ModuleType:
         reason = backend.reason
         if not reason and op not in backend.operators:
             reason = f"this version of rmx_kernels ships no {name} implementation of {op}"
-        if not reason and name != "reference" and device.type not in backend.devices:
-            reason = f"the tensors are on {device.type!r}, it runs on {', '.join(backend.devices)}"
+        if not reason and name != "reference" and device not in backend.devices:
+            reason = f"the tensors are on {device!r}, it runs on {', '.join(backend.devices)}"
         if not reason:
-            return importlib.import_module(f"rmx_kernels.{op}.{name}")
+            _LOADED[op, name] = importlib.import_module(f"rmx_kernels.{op}.{name}")
+            return name
         if impl is not None:
             raise BackendUnavailable(f"impl={impl!r} cannot run {op} here: {reason}")
+        if device in backend.devices:
+            _warn_of_fallback(name, reason)
     raise AssertionError("unreachable: the reference runs on every device")
+
+
+@functools.cache
+def _warn_of_fallback(name: str, reason: str) -> None:
+    warnings.warn(
+        f"rmx_kernels: {reason}. Running on impl='reference', exact and several times slower", RuntimeWarning, stacklevel=5
+    )
