@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -72,15 +73,14 @@ def load(op: str, impl: str | None, device: torch.device) -> ModuleType:
         ValueError: ``impl`` is not None or one of :data:`IMPLS`.
         BackendUnavailable: the implementation that was named cannot run here; the message says why.
     """
-    return _LOADED[op, _choose(op, impl, device.type)]
+    return _LOADED[op, _constant(op, impl, device.type)]
 
 
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, impl: str | None, device: str) -> str:
-    """The name of the implementation, whose module is then in _LOADED; one constant to torch.compile."""
+    """The name of the implementation, whose module is then in _LOADED."""
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
     for name in IMPLS if impl is None else (impl,):
@@ -100,8 +100,13 @@ def _choose(op: str, impl: str | None, device: str) -> str:
     raise AssertionError("unreachable: the reference runs on every device")
 
 
+_constant: Callable[[str, str | None, str], str] = torch.compiler.assume_constant_result(_choose)
+
+
 @functools.cache
 def _warn_of_fallback(name: str, reason: str) -> None:
     warnings.warn(
-        f"rmx_kernels: {reason}. Running on impl='reference', exact and several times slower", RuntimeWarning, stacklevel=5
+        f"rmx_kernels: {reason}. Running on impl='reference', exact and several times slower",
+        RuntimeWarning,
+        stacklevel=5,
     )

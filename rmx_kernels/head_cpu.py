@@ -19,7 +19,7 @@ UPCAST_BYTES = 4 << 20  # of a slice of the head in float32, where the CPU has n
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively; float16 has too little range for gradients; else full precision."""
+    """bfloat16 where the CPU multiplies it natively, else full precision; float16 lacks the range for gradients."""
     if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return dtype
     return compute_dtype(dtype)

@@ -79,7 +79,10 @@ ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work"}
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """(the library, "") or (None, why there is none)."""
     if not LIBRARY.exists():
-        return None, "the native kernels were not built: install a C++17 compiler (g++ or clang++), then install rmx again"
+        return (
+            None,
+            "the native kernels were not built: install a C++17 compiler (g++ or clang++), then install rmx again",
+        )
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as fault:

@@ -40,7 +40,15 @@ def shaped(stats: tuple[Tensor, ...], lead: torch.Size, has_target: bool) -> tup
     lse, entropy, logprob, values, ids, m, log_d = stats
     k = ids.shape[-1]
     logprob = logprob.view(lead) if has_target else logprob
-    return lse.view(lead), entropy.view(lead), logprob, values.view(*lead, k), ids.view(*lead, k), m.view(lead), log_d.view(lead)
+    return (
+        lse.view(lead),
+        entropy.view(lead),
+        logprob,
+        values.view(*lead, k),
+        ids.view(*lead, k),
+        m.view(lead),
+        log_d.view(lead),
+    )
 
 
 def token_ids(target: Tensor | None, vocab: int) -> Tensor | None:
@@ -126,15 +134,11 @@ def backward(
     return dx
 
 
-def run(
-    logits: Tensor, target: Tensor | None, *, k: int, temperature: float, softcap: float | None
-) -> VocabStats:
+def run(logits: Tensor, target: Tensor | None, *, k: int, temperature: float, softcap: float | None) -> VocabStats:
     """Arguments as checked by the public operator."""
     return named(torch.ops.rmx_kernels.entropy_topk(logits, target, k, temperature, softcap), target, k)
 
 
 def named(stats: tuple[Tensor, ...], target: Tensor | None, k: int) -> VocabStats:
     lse, entropy, logprob, values, ids, _, _ = stats
-    return VocabStats(
-        lse, entropy, None if target is None else logprob, values if k else None, ids if k else None
-    )
+    return VocabStats(lse, entropy, None if target is None else logprob, values if k else None, ids if k else None)

@@ -13,33 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmx_kernels.registration import register
 from rmx_kernels.tiles import compute_dtype
 
+SCALING = "float temperature, float? softcap"
 STATS = "(Tensor lse, Tensor entropy, Tensor logprob, Tensor topk_logprobs, Tensor topk_ids, Tensor m, Tensor log_d)"
 SAVED = "Tensor? target, Tensor topk_ids, Tensor m, Tensor log_d, Tensor entropy"
 UPSTREAM = "Tensor? g_lse, Tensor? g_entropy, Tensor? g_logprob, Tensor? g_topk"
-
-torch.library.define(
-    "rmx_kernels::entropy_topk", f"(Tensor logits, Tensor? target, int k, float temperature, float? softcap) -> {STATS}"
-)
-torch.library.define(
-    "rmx_kernels::entropy_topk_backward",
-    f"(Tensor logits, {SAVED}, {UPSTREAM}, float temperature, float? softcap) -> Tensor",
-)
-
-
-@torch.library.impl("rmx_kernels::entropy_topk", "cpu")
-def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.entropy_topk import cpu
-
-    return cpu.forward(*arguments)
-
-
-@torch.library.impl("rmx_kernels::entropy_topk_backward", "cpu")
-def _cpu_backward(*arguments: Any) -> Tensor:
-    from rmx_kernels.entropy_topk import cpu
-
-    return cpu.backward(*arguments)
 
 
 def fake_stats(x: Tensor, target: Tensor | None, k: int) -> tuple[Tensor, ...]:
@@ -52,12 +32,10 @@ def fake_stats(x: Tensor, target: Tensor | None, k: int) -> tuple[Tensor, ...]:
     return real, next(others), logprob, real.new_empty((*lead, k)), topk_ids, *others
 
 
-@torch.library.register_fake("rmx_kernels::entropy_topk")
 def _fake(logits: Tensor, target: Tensor | None, k: int, temperature: float, softcap: float | None) -> Any:
     return fake_stats(logits, target, k)
 
 
-@torch.library.register_fake("rmx_kernels::entropy_topk_backward")
 def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -79,14 +57,15 @@ def _backward(ctx: Any, *upstream: Any) -> Any:
     return dx, None, None, None, None
 
 
-def once_differentiable(name: str) -> None:
-    """Make a second differentiation an error, not a silent zero."""
-
-    def refuse(*_: Any) -> None:
-        raise RuntimeError(f"{name}: trying to differentiate twice a function that is once_differentiable")
-
-    torch.library.register_autograd(name, refuse)
-
-
-torch.library.register_autograd("rmx_kernels::entropy_topk", _backward, setup_context=_setup_context)
-once_differentiable("rmx_kernels::entropy_topk_backward")
+register(
+    "entropy_topk",
+    f"(Tensor logits, Tensor? target, int k, {SCALING}) -> {STATS}",
+    _fake,
+    (_backward, _setup_context),
+)
+register(
+    "entropy_topk",
+    f"(Tensor logits, {SAVED}, {UPSTREAM}, {SCALING}) -> Tensor",
+    _fake_backward,
+    suffix="_backward",
+)

@@ -13,33 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels.entropy_topk.ops import once_differentiable
+from rmx_kernels.entropy_topk.ops import SCALING
+from rmx_kernels.registration import register
 from rmx_kernels.tiles import compute_dtype
 
-INPUTS = "Tensor logits, Tensor base_logits, Tensor target, Tensor ce_weight, Tensor kl_weight"
-SCALING = "float temperature, float? softcap"
-
-torch.library.define(
-    "rmx_kernels::gated_contrastive_loss",
-    f"({INPUTS}, {SCALING}) -> (Tensor loss, Tensor logprob, Tensor kl, Tensor norms)",
-)
-torch.library.define(
-    "rmx_kernels::gated_contrastive_loss_backward", f"({INPUTS}, Tensor norms, Tensor g_loss, {SCALING}) -> Tensor"
-)
-
-
-@torch.library.impl("rmx_kernels::gated_contrastive_loss", "cpu")
-def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.gated_contrastive_loss import cpu
-
-    return cpu.forward(*arguments)
-
-
-@torch.library.impl("rmx_kernels::gated_contrastive_loss_backward", "cpu")
-def _cpu_backward(*arguments: Any) -> Tensor:
-    from rmx_kernels.gated_contrastive_loss import cpu
-
-    return cpu.backward(*arguments)
+WEIGHTS = "Tensor ce_weight, Tensor kl_weight"
+INPUTS = f"Tensor logits, Tensor base_logits, Tensor target, {WEIGHTS}"
+LOSS = "Tensor loss, Tensor logprob, Tensor kl, Tensor norms"
 
 
 def fake_loss(x: Tensor) -> tuple[Tensor, ...]:
@@ -47,12 +27,10 @@ def fake_loss(x: Tensor) -> tuple[Tensor, ...]:
     return row.new_empty(()), row, torch.empty_like(row), row.new_empty(4, row.numel())
 
 
-@torch.library.register_fake("rmx_kernels::gated_contrastive_loss")
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return fake_loss(logits)
 
 
-@torch.library.register_fake("rmx_kernels::gated_contrastive_loss_backward")
 def _fake_backward(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -72,5 +50,10 @@ def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
     return dx, None, None, None, None, None, None
 
 
-torch.library.register_autograd("rmx_kernels::gated_contrastive_loss", _backward, setup_context=_setup_context)
-once_differentiable("rmx_kernels::gated_contrastive_loss_backward")
+register("gated_contrastive_loss", f"({INPUTS}, {SCALING}) -> ({LOSS})", _fake, (_backward, _setup_context))
+register(
+    "gated_contrastive_loss",
+    f"({INPUTS}, Tensor norms, Tensor g_loss, {SCALING}) -> Tensor",
+    _fake_backward,
+    suffix="_backward",
+)

@@ -1,7 +1,7 @@
 """Schemas, fake kernels and autograd formulas of linear_entropy_topk.
 
-    rmx_kernels::linear_entropy_topk           hidden [B..., H], weight [V, H], bias [V] -> as entropy_topk
-    rmx_kernels::linear_entropy_topk_backward  -> d hidden, d weight, d bias; without elements where not needed
+rmx_kernels::linear_entropy_topk           hidden [B..., H], weight [V, H], bias [V] -> as entropy_topk
+rmx_kernels::linear_entropy_topk_backward  -> d hidden, d weight, d bias; without elements where not needed
 """
 
 from collections.abc import Sequence
@@ -10,35 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels.entropy_topk.ops import SAVED, STATS, UPSTREAM, fake_stats, once_differentiable
+from rmx_kernels.entropy_topk.ops import SAVED, SCALING, STATS, UPSTREAM, fake_stats
+from rmx_kernels.registration import register
 
-torch.library.define(
-    "rmx_kernels::linear_entropy_topk",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? target, int k, float temperature, float? softcap) -> "
-    + STATS,
-)
-torch.library.define(
-    "rmx_kernels::linear_entropy_topk_backward",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, {SAVED}, {UPSTREAM}, float temperature, float? softcap, "
-    "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-)
+HEADED = "Tensor hidden, Tensor weight, Tensor? bias"
+NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
 
 
-@torch.library.impl("rmx_kernels::linear_entropy_topk", "cpu")
-def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.linear_entropy_topk import cpu
-
-    return cpu.forward(*arguments)
-
-
-@torch.library.impl("rmx_kernels::linear_entropy_topk_backward", "cpu")
-def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.linear_entropy_topk import cpu
-
-    return cpu.backward(*arguments)
-
-
-@torch.library.register_fake("rmx_kernels::linear_entropy_topk")
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, k: int, *_: Any) -> Any:
     return fake_stats(hidden, target, k)
 
@@ -53,7 +31,6 @@ def asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | N
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
-@torch.library.register_fake("rmx_kernels::linear_entropy_topk_backward")
 def _fake_backward(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return fake_gradients(hidden, weight, others[-3:])
 
@@ -77,5 +54,15 @@ def _backward(ctx: Any, *upstream: Any) -> Any:
     return *asked(gradients, needs), None, None, None, None
 
 
-torch.library.register_autograd("rmx_kernels::linear_entropy_topk", _backward, setup_context=_setup_context)
-once_differentiable("rmx_kernels::linear_entropy_topk_backward")
+register(
+    "linear_entropy_topk",
+    f"({HEADED}, Tensor? target, int k, {SCALING}) -> {STATS}",
+    _fake,
+    (_backward, _setup_context),
+)
+register(
+    "linear_entropy_topk",
+    f"({HEADED}, {SAVED}, {UPSTREAM}, {SCALING}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    suffix="_backward",
+)

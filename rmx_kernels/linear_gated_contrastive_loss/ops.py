@@ -1,6 +1,7 @@
 """Schemas, fake kernels and autograd formulas of linear_gated_contrastive_loss.
 
     rmx_kernels::linear_gated_contrastive_loss           -> loss [], logprob [B...], kl [B...], norms [4, N], d_hidden
+    rmx_kernels::linear_gated_contrastive_loss_d_hidden  -> d hidden
     rmx_kernels::linear_gated_contrastive_loss_backward  -> d weight, d bias; without elements where not needed
 
 The weights of the rows are known before the loss is, so d_hidden for an upstream gradient of 1 comes with the value,
@@ -13,61 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels.entropy_topk.ops import once_differentiable
-from rmx_kernels.gated_contrastive_loss.ops import SCALING, fake_loss
+from rmx_kernels.entropy_topk.ops import SCALING
+from rmx_kernels.gated_contrastive_loss.ops import LOSS, WEIGHTS, fake_loss
 from rmx_kernels.head_cpu import product_dtype
 from rmx_kernels.linear_entropy_topk.ops import fake_gradients
 from rmx_kernels.linear_logprob_kl.ops import HEADED
-
-WEIGHTS = "Tensor ce_weight, Tensor kl_weight"
-
-torch.library.define(
-    "rmx_kernels::linear_gated_contrastive_loss",
-    f"({HEADED}, {WEIGHTS}, Tensor? base_lse, {SCALING}, bool gradient) -> "
-    "(Tensor loss, Tensor logprob, Tensor kl, Tensor norms, Tensor d_hidden)",
-)
-torch.library.define(
-    "rmx_kernels::linear_gated_contrastive_loss_backward",
-    f"({HEADED}, {WEIGHTS}, Tensor norms, Tensor g_loss, {SCALING}, bool need_weight, bool need_bias) -> "
-    "(Tensor, Tensor)",
-)
-torch.library.define(
-    "rmx_kernels::linear_gated_contrastive_loss_d_hidden", "(Tensor d_hidden, Tensor g_loss, ScalarType dtype) -> Tensor"
-)
+from rmx_kernels.registration import register
 
 
-@torch.library.impl("rmx_kernels::linear_gated_contrastive_loss_d_hidden", "CompositeExplicitAutograd")
-def _d_hidden(d_hidden: Tensor, g_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient that came with the value, times the upstream gradient: an operator, so as to refuse a second one."""
-    return (d_hidden * g_loss).to(dtype)
-
-
-@torch.library.impl("rmx_kernels::linear_gated_contrastive_loss", "cpu")
-def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.linear_gated_contrastive_loss import cpu
-
-    return cpu.forward(*arguments)
-
-
-@torch.library.impl("rmx_kernels::linear_gated_contrastive_loss_backward", "cpu")
-def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.linear_gated_contrastive_loss import cpu
-
-    return cpu.backward(*arguments)
-
-
-@torch.library.register_fake("rmx_kernels::linear_gated_contrastive_loss")
 def _fake(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     shape = hidden.shape if others[-1] else (0,)
     return *fake_loss(hidden), hidden.new_empty(shape, dtype=product_dtype(hidden.dtype))
 
 
-@torch.library.register_fake("rmx_kernels::linear_gated_contrastive_loss_d_hidden")
 def _fake_d_hidden(d_hidden: Tensor, g_loss: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(d_hidden, dtype=dtype)
 
 
-@torch.library.register_fake("rmx_kernels::linear_gated_contrastive_loss_backward")
 def _fake_backward(hidden: Tensor, base_hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return fake_gradients(hidden, weight, (False, *others[-2:]))[1:]
 
@@ -98,6 +61,22 @@ def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
     return dx, None, d_weight, d_bias, *none
 
 
-torch.library.register_autograd("rmx_kernels::linear_gated_contrastive_loss", _backward, setup_context=_setup_context)
-once_differentiable("rmx_kernels::linear_gated_contrastive_loss_backward")
-once_differentiable("rmx_kernels::linear_gated_contrastive_loss_d_hidden")
+register(
+    "linear_gated_contrastive_loss",
+    f"({HEADED}, {WEIGHTS}, Tensor? base_lse, {SCALING}, bool gradient) -> ({LOSS}, Tensor d_hidden)",
+    _fake,
+    (_backward, _setup_context),
+)
+register(
+    "linear_gated_contrastive_loss",
+    f"({HEADED}, {WEIGHTS}, Tensor norms, Tensor g_loss, {SCALING}, bool need_weight, bool need_bias) -> "
+    "(Tensor, Tensor)",
+    _fake_backward,
+    suffix="_backward",
+)
+register(
+    "linear_gated_contrastive_loss",
+    "(Tensor d_hidden, Tensor g_loss, ScalarType dtype) -> Tensor",
+    _fake_d_hidden,
+    suffix="_d_hidden",
+)

@@ -13,44 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels.entropy_topk.ops import once_differentiable
-from rmx_kernels.linear_entropy_topk.ops import asked, fake_gradients
+from rmx_kernels.entropy_topk.ops import SCALING
+from rmx_kernels.linear_entropy_topk.ops import NEEDS, asked, fake_gradients
+from rmx_kernels.registration import register
 from rmx_kernels.tiles import compute_dtype
 
 HEADED = "Tensor hidden, Tensor base_hidden, Tensor weight, Tensor? bias, Tensor target"
-SCALING = "float temperature, float? softcap"
-NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
-
-torch.library.define(
-    "rmx_kernels::linear_logprob_kl", f"({HEADED}, {SCALING}) -> (Tensor logprob, Tensor kl, Tensor norms)"
-)
-torch.library.define(
-    "rmx_kernels::linear_logprob_kl_backward",
-    f"({HEADED}, Tensor norms, Tensor? g_logprob, Tensor? g_kl, {SCALING}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
-)
 
 
-@torch.library.impl("rmx_kernels::linear_logprob_kl", "cpu")
-def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.linear_logprob_kl import cpu
-
-    return cpu.forward(*arguments)
-
-
-@torch.library.impl("rmx_kernels::linear_logprob_kl_backward", "cpu")
-def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from rmx_kernels.linear_logprob_kl import cpu
-
-    return cpu.backward(*arguments)
-
-
-@torch.library.register_fake("rmx_kernels::linear_logprob_kl")
 def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
     row = hidden.new_empty(hidden.shape[:-1], dtype=compute_dtype(hidden.dtype))
     return row, torch.empty_like(row), row.new_empty(4, row.numel())
 
 
-@torch.library.register_fake("rmx_kernels::linear_logprob_kl_backward")
 def _fake_backward(hidden: Tensor, base_hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return fake_gradients(hidden, weight, others[-3:])
 
@@ -70,5 +45,15 @@ def _backward(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None, _: Any) -
     return d_hidden, None, d_weight, d_bias, None, None, None
 
 
-torch.library.register_autograd("rmx_kernels::linear_logprob_kl", _backward, setup_context=_setup_context)
-once_differentiable("rmx_kernels::linear_logprob_kl_backward")
+register(
+    "linear_logprob_kl",
+    f"({HEADED}, {SCALING}) -> (Tensor logprob, Tensor kl, Tensor norms)",
+    _fake,
+    (_backward, _setup_context),
+)
+register(
+    "linear_logprob_kl",
+    f"({HEADED}, Tensor norms, Tensor? g_logprob, Tensor? g_kl, {SCALING}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    suffix="_backward",
+)

@@ -1,0 +1,44 @@
+"""Registration of operators with torch.library; their kernels are loaded when they first run."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+KERNELS = {"cpu": "cpu", "cuda": "triton"}  # device type -> the module of an operator's folder that serves it
+Formula = tuple[Callable[..., Any], Callable[..., Any]]  # (backward, setup_context)
+
+
+def register(op: str, schema: str, fake: Callable[..., Any], autograd: Formula | None = None, suffix: str = "") -> None:
+    """Define rmx_kernels::{op}{suffix}.
+
+    Its kernels are the functions ``forward``, or that named by the suffix, of the modules rmx_kernels.{op}.cpu and
+    .triton, where this version ships them. Without a formula a differentiation is an error, not a silent zero.
+    """
+    name, function = f"rmx_kernels::{op}{suffix}", suffix.removeprefix("_") or "forward"
+    torch.library.define(name, schema)
+    torch.library.register_fake(name, fake)
+    for device, implementation in KERNELS.items():
+        module = f"rmx_kernels.{op}.{implementation}"
+        if importlib.util.find_spec(module) is not None:
+            torch.library.impl(name, device, _late(module, function))
+    if autograd is None:
+        torch.library.register_autograd(name, _refuse(name))
+    else:
+        torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
+
+
+def _late(module: str, function: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    return kernel
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{name}: trying to differentiate twice a function that is once_differentiable")
+
+    return refuse
