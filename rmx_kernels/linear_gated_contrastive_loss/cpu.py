@@ -28,7 +28,7 @@ def _live(
     x, base_x = (h.reshape(-1, head.H) for h in (hidden, base_hidden))
     norms = torch.full((4, index.shape[0]), float("nan"), dtype=head.real)
     scale = native.scale(temperature, softcap)
-    rows = Rows(head, scale, x[index], base_x[index[:anchored]], ids[index], norms)
+    rows = Rows(head, scale, x, base_x, index, anchored, ids[index], norms)
     return rows, index, (ce[index], kl_w[index])
 
 
@@ -55,14 +55,9 @@ def forward(
             rows.norms[3] = 0
         logprob, kl, dx = rows.terms(weights if gradient else None, base_lse is not None)
         loss = weighted_sum(*weights, logprob, kl)
-        N = target.numel()
-        whole = rows.norms.new_full((6, N), float("nan"))
+        whole = rows.norms.new_full((6, target.numel()), float("nan"))
         whole[:, index] = torch.cat([rows.norms, logprob[None], kl[None]])
-        d_hidden = dx
-        if gradient:
-            d_hidden = dx.new_zeros(N, dx.shape[1])
-            d_hidden[index] = dx
-            d_hidden = d_hidden.view(hidden.shape)
+        d_hidden = dx.view(hidden.shape) if gradient else dx
     return loss, whole[4].clone().view(target.shape), whole[5].clone().view(target.shape), whole[:4].clone(), d_hidden
 
 
@@ -88,7 +83,7 @@ def backward(
         )
         rows.norms.copy_(norms[:, index])
         sink = HeadGradient(rows.head, weight, bias, need_weight, need_bias)
-        rows.backward(weights, False, sink, g_loss)
+        rows.d_head(weights, sink, g_loss)
     return sink.weight, sink.bias
 
 
