@@ -1,0 +1,109 @@
+"""The least that an operator must do: bare torch.mm of its shapes, or its reads and writes at a large copy's rate.
+
+Floors are timed in the same rounds as the providers, because a shared machine's speed drifts. A share above 100 % means
+that the work was less than the floor counts (a row without an anchor needs fewer products) or came from a cache.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from providers import DEVICE
+from torch import Tensor
+
+COPY_BYTES = (2 << 30) if DEVICE == "cuda" else (128 << 20)  # far beyond every cache
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of a GPU
+LOGIT_BYTES = 1 << 30  # of the products' output, so that a floor fits wherever the inputs do
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+
+
+def flush() -> None:
+    """Empty a GPU's L2 cache. On a CPU the interleaved rounds do that, as a trainer's other work does."""
+    if DEVICE == "cuda":
+        _flush_buffer().zero_()
+        synchronize()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Floor:
+    label: str
+    flops: int
+    bytes: int  # that have to be moved: inputs read, results written
+    measure: Callable[[], float]  # one timed round, in seconds
+
+
+def gemm_floor(x: Tensor, weight: Tensor, forward: int, backward: int = 0) -> Floor:
+    """So many bare products x [N, H] @ weight.T and dz [N, V] @ weight."""
+    (N, H), V = x.shape, len(weight)
+    rows = min(N, max(1, LOGIT_BYTES // (V * x.element_size())))
+    logits = torch.empty(rows, V, dtype=x.dtype, device=x.device).fill_(1e-3)  # never NaN or denormal
+    out = torch.empty(rows, H, dtype=x.dtype, device=x.device)
+
+    def there() -> None:
+        for part in x.split(rows):
+            torch.mm(part, weight.T, out=logits[: len(part)])
+
+    def back() -> None:
+        for part in x.split(rows):
+            torch.mm(logits[: len(part)], weight, out=out[: len(part)])
+
+    def measure() -> float:
+        return forward * seconds(there) + (backward * seconds(back) if backward else 0.0)
+
+    count = forward + backward
+    label = f"{count} GEMM{'s' if count > 1 else ''}"
+    return Floor(label, count * 2 * N * H * V, count * (N + V) * H * x.element_size(), measure)
+
+
+@functools.cache
+def _copy_buffers() -> tuple[Tensor, Tensor]:
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
+    return source, torch.ones_like(source)
+
+
+def copy_seconds() -> float:
+    source, destination = _copy_buffers()
+    return seconds(lambda: destination.copy_(source))
+
+
+def copy_floor(moved: int, label: str) -> Floor:
+    """``moved`` bytes at the rate of a large copy, which moves two bytes for each it reads."""
+    return Floor(label, 0, moved, lambda: copy_seconds() * moved / (2 * COPY_BYTES))
+
+
+@dataclass(frozen=True)
+class Rates:
+    gemm: dict[str, float]  # FLOP/s by dtype
+    copy: float  # bytes/s, reads and writes together
+
+
+@functools.cache
+def rates() -> Rates:
+    """Medians at the start of the run: square products of 2048 (8192 on a GPU), and the large copy."""
+    size, gemm = 8192 if DEVICE == "cuda" else 2048, {}
+    for name, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
+        x = torch.ones(size, size, dtype=dtype, device=DEVICE)
+        out = torch.empty_like(x)
+        times = [seconds(lambda x=x, out=out: torch.mm(x, x, out=out)) for _ in range(6)]  # type: ignore[misc]
+        gemm[name] = 2 * size**3 / statistics.median(times[1:])
+    return Rates(gemm, 2 * COPY_BYTES / statistics.median([copy_seconds() for _ in range(6)][1:]))
