@@ -13,14 +13,10 @@ released has one sequence at a time. Results are merged into results/<device>-<d
 """
 
 import copy
-import ctypes
 import dataclasses
 import functools
-import gc
 import importlib.util
 import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +30,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from measure import extra_peak_bytes
 from pytest_benchmark.fixture import BenchmarkFixture
+from report import device_name, results_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -50,7 +48,6 @@ from rmx_kernels import __version__, backends, linear_gated_contrastive_loss
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATOR = "linear_gated_contrastive_loss"
 IMPL = next(n for n, b in backends().items() if b.available and DEVICE in b.devices and OPERATOR in b.operators)
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = 7
 DEMO = load_config(Path(rmx.__file__).with_name("demo.yaml"))
 QWEN_LAYERS = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
@@ -186,34 +183,6 @@ def check(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) ->
     return figures
 
 
-def extra_memory(step: Callable[[], object]) -> int:
-    """Bytes at the peak of a step above those held before it: of CUDA's allocator, or resident ones (Linux, glibc)."""
-    gc.collect()  # cycles, such as the float32 models of the check
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-
-    def resident(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        return int(found[1]) << 10
-
-    ctypes.CDLL(None).malloc_trim(0)  # freed blocks that are kept would hide what the step takes
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
-
-
-def device_name() -> str:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return f"{model[1] if model else platform.machine()} {torch.get_num_threads()} threads"
-
-
 def compare(
     benchmark: BenchmarkFixture,
     capsys: pytest.CaptureFixture[str],
@@ -240,7 +209,7 @@ def compare(
     providers: dict[str, dict[str, Any]] = {}
     for name, step in STEPS.items():
         step(pair, sequences, config)  # what only the first step of a shape sets up is left out of its peak
-        peak = extra_memory(functools.partial(step, pair, sequences, config))
+        peak = extra_peak_bytes(functools.partial(step, pair, sequences, config))
         copies = 2 if name == "released" else 1
         memory = {"weight_bytes": copies * copy_bytes, "peak_extra_bytes": peak}
         providers[name] = {"seconds": [], **memory, "relative_error": errors[name]}
@@ -277,7 +246,8 @@ def table(case: str, result: dict[str, Any]) -> str:
         f"{'':14}{'median':>10}{'speed-up':>10}{'peak extra':>12}{'weights':>10}{'gradient':>10}{'loss':>9} error",
     ]
     for name, row in result["providers"].items():
-        peak, weights = (row[key] / 2**20 for key in ("peak_extra_bytes", "weight_bytes"))
+        peak = float("nan") if row["peak_extra_bytes"] is None else row["peak_extra_bytes"] / 2**20
+        weights = row["weight_bytes"] / 2**20
         error = row["relative_error"]
         lines.append(
             f"{name:14}{row['median_seconds']:>8.3f} s{row['speedup']:>8.2f} x{peak:>8.0f} MiB{weights:>6.0f} MiB"
@@ -287,9 +257,7 @@ def table(case: str, result: dict[str, Any]) -> str:
 
 
 def store(case: str, result: dict[str, Any]) -> None:
-    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = RESULTS / f"{slug}-{result['date'][:10]}-train-step.json"
-    RESULTS.mkdir(exist_ok=True)
+    path = results_file(result["device"], result["date"][:10] + "-train-step")
     cases = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(cases | {case: result}, indent=1) + "\n", encoding="utf-8")
 

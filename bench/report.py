@@ -107,6 +107,11 @@ def device_name() -> str:
     return f"{models[0] if models else platform.processor() or platform.machine()}, {threads} core{'s'[: threads > 1]}"
 
 
+def results_file(device: str, what: str) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{what}.json"
+
+
 def version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -171,8 +176,7 @@ class Report:
     def write(self) -> Path:
         """Rows measured now replace those of the same operator, shape, dtype and provider."""
         header = self.header()
-        slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
-        path = RESULTS / f"{slug}-{header['date']}.json"
+        path = results_file(header["device"], header["date"])
         known = json.loads(path.read_text()) if path.exists() else {"results": [], "skipped": []}
         results = {key(row): row for row in known["results"]}
         results |= {key(row): row for row in (asdict(r) | {"error_ratio": r.error_ratio} for r in self.rows)}
@@ -181,7 +185,6 @@ class Report:
         for operator in self.operators():
             for (provider, reason), where in self.skips(operator).items():
                 skipped.append({"operator": operator, "provider": provider, "reason": reason, "cases": where})
-        RESULTS.mkdir(exist_ok=True)
         content = header | {"results": list(results.values()), "skipped": skipped}
         path.write_text(json.dumps(content, indent=1) + "\n")
         return path
