@@ -39,9 +39,27 @@ struct TopK {
         sink(0);
     }
 
+    // The first block of a row, if K lanes hold numbers: at least K columns reach the K-th largest of the lanes' maxima,
+    // and only they are looked at.
+    template <class T>
+    RMX_INLINE bool fill_block(const T* z, int64_t n, int64_t first, const T* largest) {
+        if (count > 0 || K > MAX_LANES || n < MAX_LANES) return false;
+        T sorted[MAX_LANES];
+        std::copy(largest, largest + MAX_LANES, sorted);
+        std::nth_element(sorted, sorted + (K - 1), sorted + MAX_LANES, [](T a, T b) { return a > b; });
+        const T bound = sorted[K - 1];
+        if (!(bound > -std::numeric_limits<T>::infinity())) return false;
+        for (int64_t l = 0; l < MAX_LANES; ++l)
+            if (largest[l] >= bound)
+                for (int64_t j = l; j < n; j += MAX_LANES)
+                    if (z[j] >= bound) count < K ? fill(z[j], first + j) : offer(z[j], first + j);
+        return true;
+    }
+
     // Lanes whose maximum is below the worst of K hold nothing new; only the others are read again.
     template <class T>
     RMX_INLINE void offer_block(const T* z, int64_t n, int64_t first, T block_max, const T* largest) {
+        if (fill_block(z, n, first, largest)) return;
         if (count < K) {
             const int64_t filling = std::min(n, K - count);
             for (int64_t j = 0; j < filling; ++j) fill(z[j], first + j);
@@ -83,9 +101,9 @@ RMX_INLINE void fold_row(const FoldArguments& a, int64_t i) {
     alignas(64) T largest[MAX_LANES];
     for (int64_t start = 0; start < a.columns; start += BLOCK) {
         const int64_t n = std::min(BLOCK, a.columns - start), column = a.first + start;
-        const int64_t padded = load_block(z, x + start, n, scale);
+        int64_t padded;
+        const T block_max = load_and_max_block(z, x + start, n, scale, &padded, largest);
         if (chosen != nullptr && target >= column && target < column + n) *chosen = z[target - column];
-        const T block_max = max_block(z, padded, largest);
         if (out.K > 0) topk.offer_block(z, n, column, block_max, largest);
         sums.fold(z, padded, block_max, x + start + n);
     }

@@ -23,8 +23,9 @@ RMX_INLINE void find_norm(const X* x, int64_t V, const Scale<T>& scale, T* m, T*
     Sums<T, false> sums;
     for (int64_t start = 0; start < V; start += BLOCK) {
         const int64_t n = std::min(BLOCK, V - start);
-        const int64_t padded = load_block(z, x + start, n, scale);
-        sums.fold(z, padded, max_block(z, padded, largest), x + start + n);
+        int64_t padded;
+        const T block_max = load_and_max_block(z, x + start, n, scale, &padded, largest);
+        sums.fold(z, padded, block_max, x + start + n);
     }
     *m = sums.m - sums.m == T(0) ? sums.m : std::numeric_limits<T>::quiet_NaN();
     *log_d = static_cast<T>(log_(sums.d));

@@ -49,9 +49,9 @@ RMX_INLINE int64_t load_block(T* __restrict z, const X* __restrict x, int64_t n,
 // z of one raw logit.
 template <class T, class X>
 RMX_INLINE T load_one(X x, const Scale<T>& scale) {
-    T z = load(x);
-    if (scale.softcap > 0) z = scale.softcap * tanh_(z * scale.per_softcap);
-    return scale.per_temperature != T(1) ? z * scale.per_temperature : z;
+    T z[MAX_LANES];
+    load_block(z, &x, 1, scale);
+    return z[0];
 }
 
 // dx = the gradient with respect to the raw logits, from dz, that with respect to z: dcap(u) / du = 1 - (cap / softcap)^2.
@@ -91,12 +91,25 @@ RMX_INLINE T max_lanes(const T* lanes) {
     }
 }
 
-// largest[l] = the maximum of the columns l, l + MAX_LANES, ...; NaN is passed over.
-template <class T>
-RMX_INLINE T max_block(const T* __restrict z, int64_t n, T* __restrict largest) {
+// load_block, and largest[l] = the maximum of the columns l, l + MAX_LANES, ... of z, and that of the block; NaN is passed
+// over. Both in one loop, since the conversion waits for its loads.
+template <class T, class X>
+RMX_INLINE T load_and_max_block(T* __restrict z, const X* __restrict x, int64_t n, const Scale<T>& scale, int64_t* padded,
+                                T* __restrict largest) {
     for (int64_t l = 0; l < MAX_LANES; ++l) largest[l] = -std::numeric_limits<T>::infinity();
-    for (int64_t j = 0; j < n; j += MAX_LANES)
-        for (int64_t l = 0; l < MAX_LANES; ++l) largest[l] = z[j + l] > largest[l] ? z[j + l] : largest[l];
+    const int64_t whole = scale.softcap > 0 ? 0 : n / MAX_LANES * MAX_LANES;
+    for (int64_t j = 0; j < whole; j += MAX_LANES)
+        for (int64_t l = 0; l < MAX_LANES; ++l) {
+            const T u = load(x[j + l]) * scale.per_temperature;
+            z[j + l] = u;
+            largest[l] = u > largest[l] ? u : largest[l];
+        }
+    *padded = whole;
+    if (whole < n) {
+        *padded += load_block(z + whole, x + whole, n - whole, scale);
+        for (int64_t j = whole; j < *padded; j += MAX_LANES)
+            for (int64_t l = 0; l < MAX_LANES; ++l) largest[l] = z[j + l] > largest[l] ? z[j + l] : largest[l];
+    }
     return max_lanes(largest);
 }
 

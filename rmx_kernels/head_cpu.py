@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import native
-from rmx_kernels.tiles import compute_dtype
+from rmx_kernels.tiles import chunks, compute_dtype
 
 LOGIT_BYTES = 48 << 20  # of the whole rows of logits that are held at a time
-TILE_COLUMNS = 4096  # of a [rows, columns] tile: 8 MiB in bfloat16; a multiple of the kernels' block
-TILE_ROWS = 1024
+TILE_COLUMNS = 8192  # of a [rows, columns] tile: 8 MiB in bfloat16; a multiple of the kernels' block
+TILE_ROWS = 512
 UPCAST_BYTES = 4 << 20  # of a slice of the head in float32, where the CPU has no product in its dtype
 
 
@@ -24,11 +24,6 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return dtype
     return compute_dtype(dtype)
-
-
-def chunks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 class Head:

@@ -24,6 +24,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if n >= 4 else (torch.nn.functional.pad(a, (0, 0, 0, 4 - n)) @ b)[:n].clone()
 
 
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices of ``size``, the last one shorter, that cover range(count)."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
 class VocabTiles:
     """Scaled logits z = cap(x) / temperature (or of x @ weight.T + bias), for the rows in ``index`` only.
 
@@ -51,14 +57,12 @@ class VocabTiles:
         width = TILE_COLUMNS
         if self.weight is not None:  # the upcast slice of the head is scratch as well
             width = min(width, max(256, TILE_BYTES // (4 * self.weight.shape[1])))
-        for start in range(0, self.V, width):
-            yield slice(start, min(start + width, self.V))
+        return chunks(self.V, width)
 
     def rows(self) -> Iterator[slice]:
         width = TILE_COLUMNS if self.weight is None else max(TILE_COLUMNS, self.weight.shape[1])
         step = max(1, TILE_BYTES // (4 * width))
-        for start in range(0, self.N, step):
-            yield slice(start, min(start + step, self.N))
+        return chunks(self.N, step)
 
     def head(self, cols: slice) -> Tensor | None:
         """The slice of the head that a tile needs, upcast once for all row chunks."""

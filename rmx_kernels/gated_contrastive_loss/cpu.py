@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, native
+from rmx_kernels.gated_contrastive_loss.reference import split_rows
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
 from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import compute_dtype
@@ -12,9 +13,9 @@ from rmx_kernels.tiles import compute_dtype
 
 def live_rows(ce: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
     """(positions of the rows with a weight, those with an anchor first; how many have one)."""
-    anchored = (kl_weight != 0).nonzero().squeeze(1)
-    decisions = ((kl_weight == 0) & (ce != 0)).nonzero().squeeze(1)
-    return torch.cat([anchored, decisions]), anchored.shape[0]
+    groups = split_rows(ce, kl_weight)
+    index = torch.cat([torch.empty(0, dtype=torch.int64), *(rows for rows, _ in groups)])
+    return index, sum(rows.shape[0] for rows, with_base in groups if with_base)
 
 
 def flat_weights(
@@ -32,6 +33,13 @@ def weighted_sum(ce: Tensor, kl_weight: Tensor, logprob: Tensor, kl: Tensor) -> 
         used = weight != 0
         total += (weight[used].double() * term[used].double()).sum()
     return total.to(ce.dtype)
+
+
+def spread(index: Tensor, norms: Tensor, terms: Tensor, lead: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [B...], kl [B...], norms [4, N]) of all rows, NaN in those that are not live."""
+    whole = norms.new_full((6, lead.numel()), float("nan"))
+    whole[:, index] = torch.cat([norms, terms])
+    return whole[4].clone().view(lead), whole[5].clone().view(lead), whole[:4].clone()
 
 
 def _pack(*tensors: Tensor | None) -> native.Loss:
@@ -52,18 +60,14 @@ def forward(
     ids, ce, kl_w = flat_weights(target, ce_weight, kl_weight, V, real)
     index, anchored = live_rows(ce, kl_w)
     n = index.shape[0]
-    norms, terms = torch.empty(4, n, dtype=real), torch.full((2, n), float("nan"), dtype=real)
+    norms, terms = (torch.full((count, n), float("nan"), dtype=real) for count in (4, 2))
     own = ids[index]
     loss = _pack(own, None, None, *norms, *terms)
     student, base = native.rows(logits, index), native.rows(base_logits, index)
     scale = native.scale(temperature, softcap)
     native.call("rmx_gated_contrastive_loss", student, base, anchored, scale, n, V, loss, None)
     total = weighted_sum(ce[index], kl_w[index], *terms)
-    whole = torch.full((6, ids.shape[0]), float("nan"), dtype=real)
-    whole[:, index] = torch.cat([norms, terms])
-    whole[2:4, index[anchored:]] = float("nan")
-    logprob, kl = (x.clone().view(target.shape) for x in whole[4:])
-    return total, logprob, kl, whole[:4].clone()
+    return total, *spread(index, norms, terms, target.shape)
 
 
 def backward(

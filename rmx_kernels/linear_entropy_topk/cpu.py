@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rmx_kernels import native
 from rmx_kernels.entropy_topk.cpu import RunningStats, StatsGradient, named, shaped, token_ids
-from rmx_kernels.head_cpu import TILE_COLUMNS, TILE_ROWS, Head, HeadGradient, chunks
+from rmx_kernels.head_cpu import TILE_COLUMNS, TILE_ROWS, Head, HeadGradient
 from rmx_kernels.results import VocabStats
+from rmx_kernels.tiles import chunks
 
 
 def forward(

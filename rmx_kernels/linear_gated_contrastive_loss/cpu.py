@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import native
-from rmx_kernels.gated_contrastive_loss.cpu import flat_weights, live_rows, weighted_sum
+from rmx_kernels.gated_contrastive_loss.cpu import flat_weights, live_rows, spread, weighted_sum
 from rmx_kernels.head_cpu import Head, HeadGradient
 from rmx_kernels.linear_logprob_kl.cpu import Rows
 from rmx_kernels.results import ContrastiveLoss
@@ -55,10 +55,8 @@ def forward(
             rows.norms[3] = 0
         logprob, kl, dx = rows.terms(weights if gradient else None, base_lse is not None)
         loss = weighted_sum(*weights, logprob, kl)
-        whole = rows.norms.new_full((6, target.numel()), float("nan"))
-        whole[:, index] = torch.cat([rows.norms, logprob[None], kl[None]])
-        d_hidden = dx.view(hidden.shape) if gradient else dx
-    return loss, whole[4].clone().view(target.shape), whole[5].clone().view(target.shape), whole[:4].clone(), d_hidden
+    parts = spread(index, rows.norms, torch.stack([logprob, kl]), target.shape)
+    return loss, *parts, dx.view(hidden.shape) if gradient else dx
 
 
 def backward(

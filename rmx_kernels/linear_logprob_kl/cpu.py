@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rmx_kernels import native
 from rmx_kernels.entropy_topk.cpu import token_ids
-from rmx_kernels.head_cpu import TILE_COLUMNS, TILE_ROWS, Head, HeadGradient, chunks
+from rmx_kernels.head_cpu import TILE_COLUMNS, TILE_ROWS, Head, HeadGradient
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
 from rmx_kernels.results import LogprobKL
+from rmx_kernels.tiles import chunks
 
 
 @dataclass(frozen=True)
