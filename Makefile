@@ -11,8 +11,10 @@ SEED ?= 0
 demo: $(INSTALLED)
 	$(BIN)/rmx demo --seed $(SEED)
 
+# The Triton kernels have a run of their own: a process interprets them, on CPU tensors, or does not.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k triton -m "not heavy"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -124,6 +124,7 @@ def compare(benchmark: Any, report: Report, work: Work, name: str) -> None:
     eager = None if alone else providers.provider(operator, "eager")
     eager_times: list[float] = []
     floor_times: list[float] = []
+    times: list[float] = []
 
     def interleave() -> None:
         roofline.flush()
@@ -134,17 +135,15 @@ def compare(benchmark: Any, report: Report, work: Work, name: str) -> None:
         roofline.flush()
 
     def timed() -> None:
-        work.once(run)
-        roofline.synchronize()
+        times.append(roofline.seconds(lambda: work.once(run)))
 
     rounds = shapes.mode().fewest
     if not heavy:  # else each round counts, and the calls above have warmed everything
         round_seconds = roofline.seconds(interleave) + roofline.seconds(timed)
         rounds = min(MOST_ROUNDS, max(rounds, int(case.budget / round_seconds)))
-        eager_times.clear()
-        floor_times.clear()
+        for warmed in (times, eager_times, floor_times):
+            warmed.clear()
     benchmark.pedantic(timed, setup=interleave, rounds=rounds)
-    times = benchmark.stats.stats.data
     median, floor = statistics.median(times), statistics.median(floor_times)
     row = Row(
         operator=operator,

@@ -31,7 +31,7 @@ ROWS = (1, 16, 64, 256, 2048, 16384)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # What every claim of speed or memory is about: (operator, dtype, N, H, V).
-HEADLINE = (
+CPU_HEADLINE = (
     ("entropy_topk", "bf16", 256, 0, 49152),
     ("entropy_topk", "fp32", 256, 0, 49152),
     ("linear_entropy_topk", "bf16", 256, 576, 49152),
@@ -42,6 +42,18 @@ HEADLINE = (
     ("linear_cross_entropy", "bf16", 256, 576, 49152),
     ("linear_cross_entropy", "fp32", 256, 576, 49152),  # of which torch's own returns the loss in full precision
 )
+GPU_HEADLINE = (
+    ("entropy_topk", "bf16", 8192, 0, 151936),
+    ("entropy_topk", "fp32", 8192, 0, 151936),
+    ("linear_entropy_topk", "bf16", 8192, 4096, 131072),
+    ("linear_entropy_topk", "bf16", 8192, 1536, 151936),
+    ("linear_entropy_topk", "bf16", 64, 1536, 151936),
+    ("gated_contrastive_loss", "bf16", 8192, 0, 151936),
+    ("linear_gated_contrastive_loss", "bf16", 8192, 1536, 151936),
+    ("linear_cross_entropy", "bf16", 8192, 1536, 151936),
+    ("linear_cross_entropy", "bf16", 8192, 4096, 131072),
+)
+HEADLINE = GPU_HEADLINE if providers.DEVICE == "cuda" else CPU_HEADLINE
 # Per logit, in eager: bytes held at the peak besides the inputs; bytes moved by the passes that follow the product,
 # such that the estimated time fits 256 x 49152. Estimates choose cases, they never enter a result.
 EAGER_PEAK = {

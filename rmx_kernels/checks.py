@@ -109,6 +109,33 @@ def head(hidden: Tensor, weight: object, bias: object) -> None:
     same_device("bias", bias, "hidden", hidden)
 
 
+def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
+    """None, or (A [r, H], B [V, r], scale), both tensors of the dtype and device of hidden [..., H]."""
+    if value is None:
+        return
+    if not isinstance(value, tuple):
+        raise TypeError(f"lora: expected a tuple (A, B, scale) or None, got {type(value).__name__}")
+    if len(value) != 3:
+        raise ValueError(f"lora: expected a tuple (A, B, scale), got {len(value)} value(s)")
+    A, B, scale = value
+    for part, x in (("A", A), ("B", B)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"lora: expected {part} to be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype != hidden.dtype:
+            raise TypeError(f"lora: expected {part} of the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"lora: expected {part} on the device of hidden, {hidden.device}, got {x.device}")
+    H, V = hidden.shape[-1], weight.shape[0]
+    if A.dim() != 2 or A.shape[1] != H or A.shape[0] == 0:
+        raise ValueError(f"lora: expected A of shape [r, {H}] with r >= 1, got {tuple(A.shape)}")
+    if tuple(B.shape) != (V, A.shape[0]):
+        raise ValueError(f"lora: expected B of shape [{V}, {A.shape[0]}], r as in A, got {tuple(B.shape)}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"lora: expected scale to be a number, got {type(scale).__name__}")
+    if not -math.inf < scale < math.inf:  # as in scaling
+        raise ValueError(f"lora: expected scale to be a finite number, got {scale}")
+
+
 def scaling(temperature: object, softcap: object) -> None:
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if name == "softcap" and value is None:

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from rmx_kernels import native
+from rmx_kernels.registration import INTERPRETED
 
 OPERATORS = (
     "entropy_topk",
@@ -44,15 +45,21 @@ def _shipped(impl: str) -> tuple[str, ...]:
 
 def _describe(impl: str) -> Backend:
     operators = _shipped(impl)
-    devices = {"triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda", "mps", "xpu")}[impl]
+    devices = {
+        "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
+        "cpu": ("cpu",),
+        "reference": ("cpu", "cuda", "mps", "xpu"),
+    }[impl]
     reason = ""
     if not operators:
         reason = f"this version of rmx_kernels ships no {impl} implementation"
+    elif impl == "cpu" and INTERPRETED:
+        reason = "TRITON_INTERPRET is set: the interpreted Triton kernels have its place"
     elif impl == "cpu" and native.missing():
         reason = native.missing()
     elif impl == "triton" and importlib.util.find_spec("triton") is None:
         reason = "the triton package is not installed"
-    elif impl == "triton" and not torch.cuda.is_available():
+    elif impl == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         reason = "torch sees no CUDA or ROCm device"
     return Backend(impl, reason == "", devices, operators, reason)
 
@@ -66,20 +73,20 @@ def backends() -> dict[str, Backend]:
     return {impl: _describe(impl) for impl in IMPLS}
 
 
-def load(op: str, impl: str | None, device: torch.device) -> ModuleType:
-    """Return the module whose ``run`` computes ``op`` for tensors on ``device``.
+def load(op: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """Return the module whose ``run`` computes ``op`` for tensors of ``dtype`` on ``device``.
 
     Raises:
         ValueError: ``impl`` is not None or one of :data:`IMPLS`.
         BackendUnavailable: the implementation that was named cannot run here; the message says why.
     """
-    return _LOADED[op, _constant(op, impl, device.type)]
+    return _LOADED[op, _constant(op, impl, device.type, dtype)]
 
 
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
-def _choose(op: str, impl: str | None, device: str) -> str:
+def _choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
     """The name of the implementation, whose module is then in _LOADED."""
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
@@ -90,6 +97,8 @@ def _choose(op: str, impl: str | None, device: str) -> str:
             reason = f"this version of rmx_kernels ships no {name} implementation of {op}"
         if not reason and name != "reference" and device not in backend.devices:
             reason = f"the tensors are on {device!r}, it runs on {', '.join(backend.devices)}"
+        if not reason and name == "triton" and dtype == torch.float64:
+            reason = "the tensors are float64, it computes in float32"
         if not reason:
             _LOADED[op, name] = importlib.import_module(f"rmx_kernels.{op}.{name}")
             return name
@@ -100,7 +109,7 @@ def _choose(op: str, impl: str | None, device: str) -> str:
     raise AssertionError("unreachable: the reference runs on every device")
 
 
-_constant: Callable[[str, str | None, str], str] = torch.compiler.assume_constant_result(_choose)
+_constant: Callable[[str, str | None, str, torch.dtype], str] = torch.compiler.assume_constant_result(_choose)
 
 
 @functools.cache

@@ -26,11 +26,18 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return compute_dtype(dtype)
 
 
-class Head:
-    """W [V, H] and bias [V] or None."""
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Of a gradient for hidden that is still to be multiplied by the upstream gradient, on any device."""
+    if hidden.device.type == "cpu":
+        return product_dtype(hidden.dtype)
+    return hidden.dtype if hidden.dtype == torch.bfloat16 else compute_dtype(hidden.dtype)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
+
+class Head:
+    """W [V, H], bias [V] or None, and B [V, r] of a LoRA pair or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, lora_weight: Tensor | None = None) -> None:
+        self.weight, self.lora_weight = weight, lora_weight
         self.V, self.H = weight.shape
         self.dtype, self.real = product_dtype(weight.dtype), compute_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
@@ -44,67 +51,92 @@ class Head:
 
     def rows(self, *parts: Tensor) -> Tensor:
         """The rows of each part, followed by up to 3 rows of zeros, in the dtype of the product."""
-        fours = [x for part in parts for x in (part, part.new_zeros(-part.shape[0] % 4, self.H))]
+        fours = [x for part in parts for x in (part, part.new_zeros(-part.shape[0] % 4, part.shape[1]))]
         return torch.cat(fours).to(self.dtype)
+
+    def lora_rows(self, lora_hidden: Tensor | None, where: Tensor | slice) -> Tensor | None:
+        """:meth:`rows` of lora_hidden [N, r], where there is one."""
+        return None if lora_hidden is None else self.rows(lora_hidden[where])
 
     def buffer(self, columns: int, *rows: int) -> Tensor:
         """Room for a tile of logits of parts of so many rows."""
         return native.scratch(sum(-(-n // 4) * 4 for n in rows) * min(columns, self.V), self.dtype)
 
-    def _upcast(self, cols: slice) -> Iterator[tuple[slice, Tensor]]:
-        width = max(256, UPCAST_BYTES // (4 * self.H)) if self.dtype != self.weight.dtype else self.V
+    def _upcast(self, matrix: Tensor, cols: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of ``cols``, counted from its beginning, and those rows of W or B in the dtype of the product."""
+        width = max(256, UPCAST_BYTES // (4 * matrix.shape[1])) if self.dtype != matrix.dtype else self.V
         for part in chunks(cols.stop - cols.start, width):
-            yield part, self.weight[cols.start + part.start : cols.start + part.stop].to(self.dtype)
+            yield part, matrix[cols.start + part.start : cols.start + part.stop].to(self.dtype)
 
-    def logits(self, x: Tensor, buffer: Tensor, cols: slice | None = None) -> Tensor:
-        """x [rows, H] @ weight[cols].T + bias[cols], [rows, columns], at the beginning of the buffer."""
+    def logits(self, x: Tensor, buffer: Tensor, cols: slice | None = None, lora_hidden: Tensor | None = None) -> Tensor:
+        """x [rows, H] @ weight[cols].T + bias[cols], [rows, columns], at the beginning of the buffer.
+
+        Plus lora_hidden [n, r] @ lora_weight[cols].T in the first n rows.
+        """
         cols = slice(0, self.V) if cols is None else cols
         columns = cols.stop - cols.start
         out = buffer[: x.shape[0] * columns].view(x.shape[0], columns)
-        for part, weight in self._upcast(cols):
+        for part, weight in self._upcast(self.weight, cols):
             z = out if weight.shape[0] == columns else out[:, part]
             if self.bias is None:
                 torch.mm(x, weight.T, out=z)
             else:  # added before the sum is rounded
                 torch.addmm(self.bias[cols.start + part.start : cols.start + part.stop], x, weight.T, out=z)
+        if lora_hidden is not None and self.lora_weight is not None:
+            student = out[: lora_hidden.shape[0]]
+            for part, lora_weight in self._upcast(self.lora_weight, cols):
+                student[:, part].addmm_(lora_hidden, lora_weight.T)
         return out
 
     def back(self, dz: Tensor) -> Tensor:
         """dz [rows, V] @ weight, [rows, H]: one product, so that the sum over the vocabulary is rounded once."""
-        if self.dtype == self.weight.dtype:
-            return torch.mm(dz, self.weight)
-        total = dz.new_zeros(dz.shape[0], self.H)
-        for part, weight in self._upcast(slice(0, self.V)):
-            total.addmm_(dz[:, part], weight)
+        return self._back(dz, self.weight)
+
+    def lora_back(self, dz: Tensor) -> Tensor:
+        """dz [rows, V] @ lora_weight, [rows, r]."""
+        assert self.lora_weight is not None
+        return self._back(dz, self.lora_weight)
+
+    def _back(self, dz: Tensor, matrix: Tensor) -> Tensor:
+        if self.dtype == matrix.dtype:
+            return torch.mm(dz, matrix)
+        total = dz.new_zeros(dz.shape[0], matrix.shape[1])
+        for part, upcast in self._upcast(matrix, slice(0, self.V)):
+            total.addmm_(dz[:, part], upcast)
         return total
 
 
 class HeadGradient:
-    """dW [V, H] and dbias [V], summed over rows in full precision, one slice of the vocabulary at a time."""
+    """dW [V, H], dbias [V] and dB [V, r], summed over rows in full precision, one slice of the vocabulary at a time."""
 
-    def __init__(self, head: Head, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool) -> None:
-        self.head = head
-        self.weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype)
-        self.bias = torch.empty(weight.shape[:1] if need_bias and bias is not None else (0,), dtype=weight.dtype)
+    def __init__(self, head: Head, need_weight: bool, need_bias: bool, need_lora_weight: bool) -> None:
+        def room(like: Tensor | None, wanted: bool) -> Tensor:
+            shape = like.shape if like is not None and wanted else (0,)
+            return torch.empty(shape, dtype=head.weight.dtype)
+
+        self.real = head.real
+        self.weight, self.bias = room(head.weight, need_weight), room(head.bias, need_bias)
+        self.lora_weight = room(head.lora_weight, need_lora_weight)
 
     @property
     def wanted(self) -> bool:
-        return self.weight.numel() + self.bias.numel() > 0
+        return self.weight.numel() + self.bias.numel() + self.lora_weight.numel() > 0
 
     def open(self, cols: slice) -> None:
         self.cols = cols
-        self.dw = torch.zeros(cols.stop - cols.start, self.head.H, dtype=self.head.real)
-        self.db = torch.zeros(cols.stop - cols.start, dtype=self.head.real)
+        wholes = self.weight, self.bias, self.lora_weight  # no rows of those without elements
+        self.dw, self.db, self.d_lora = (torch.zeros_like(whole[cols], dtype=self.real) for whole in wholes)
 
-    def add(self, dz: Tensor, x: Tensor) -> None:
-        """dz [rows, columns] with respect to the raw logits of x [rows, H]."""
+    def add(self, dz: Tensor, x: Tensor, lora_hidden: Tensor | None) -> None:
+        """dz [rows, columns] with respect to the raw logits of x [rows, H] and lora_hidden [rows, r]."""
         if self.weight.numel():
             self.dw += dz.T @ x
         if self.bias.numel():
-            self.db += dz.sum(0, dtype=self.head.real)
+            self.db += dz.sum(0, dtype=self.real)
+        if self.lora_weight.numel() and lora_hidden is not None:
+            self.d_lora += dz.T @ lora_hidden
 
     def close(self, upstream: Tensor | float = 1.0) -> None:
-        if self.weight.numel():
-            self.weight[self.cols] = (self.dw * upstream).to(self.weight.dtype)
-        if self.bias.numel():
-            self.bias[self.cols] = (self.db * upstream).to(self.bias.dtype)
+        totals = (self.weight, self.dw), (self.bias, self.db), (self.lora_weight, self.d_lora)
+        for whole, total in totals:
+            whole[self.cols] = (total * upstream).to(whole.dtype)

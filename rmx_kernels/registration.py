@@ -2,12 +2,16 @@
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-KERNELS = {"cpu": "cpu", "cuda": "triton"}  # device type -> the module of an operator's folder that serves it
+# Triton's interpreter runs its kernels on CPU tensors; it is on or off for a whole process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+# device type -> the module of an operator's folder that serves it
+KERNELS = {"cpu": "triton" if INTERPRETED else "cpu", "cuda": "triton"}
 Formula = tuple[Callable[..., Any], Callable[..., Any]]  # (backward, setup_context)
 
 

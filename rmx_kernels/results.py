@@ -15,6 +15,12 @@ class VocabStats(NamedTuple):
     topk_ids: Tensor | None  # [B..., K]  int64, ties to the lower id; None where k = 0
 
 
+def named(stats: tuple[Tensor, ...], target: Tensor | None, k: int) -> VocabStats:
+    """The results of an operator (lse, entropy, logprob, topk_logprobs, topk_ids, ...), those not asked for as None."""
+    lse, entropy, logprob, values, ids = stats[:5]
+    return VocabStats(lse, entropy, None if target is None else logprob, values if k else None, ids if k else None)
+
+
 class ContrastiveLoss(NamedTuple):
     """The weighted sum, and its detached parts for metrics (NaN in rows where they were not computed)."""
 

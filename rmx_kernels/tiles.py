@@ -6,6 +6,7 @@ computed from upcast operands, so the logits are never rounded to bf16.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +25,29 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if n >= 4 else (torch.nn.functional.pad(a, (0, 0, 0, 4 - n)) @ b)[:n].clone()
 
 
+def flat(x: Tensor | None) -> Tensor | None:
+    """The rows of x [B..., columns], [N, columns]."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
 def chunks(count: int, size: int) -> Iterator[slice]:
     """Slices of ``size``, the last one shorter, that cover range(count)."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
+class HeadSlice(NamedTuple):
+    """What a tile of columns needs of the head and of the LoRA pair, in the compute dtype."""
+
+    weight: Tensor  # [columns, H]
+    lora_weight: Tensor | None  # [columns, r]
+
+
 class VocabTiles:
     """Scaled logits z = cap(x) / temperature (or of x @ weight.T + bias), for the rows in ``index`` only.
 
     x [N, V] without a weight, [N, H] with weight [V, H] and bias [V]; cap(u) = softcap * tanh(u / softcap).
+    A LoRA pair, lora_hidden [N, r] and lora_weight [V, r], adds lora_hidden @ lora_weight.T to the product.
     """
 
     def __init__(
@@ -41,12 +55,15 @@ class VocabTiles:
         x: Tensor,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        lora_hidden: Tensor | None = None,
+        lora_weight: Tensor | None = None,
         *,
         temperature: float = 1.0,
         softcap: float | None = None,
         index: Tensor | None = None,
     ) -> None:
         self.x, self.weight, self.bias = x, weight, bias
+        self.lora_hidden, self.lora_weight = lora_hidden, lora_weight
         self.temperature, self.softcap = float(temperature), softcap
         self.index = index
         self.dtype = compute_dtype(x.dtype)
@@ -64,21 +81,26 @@ class VocabTiles:
         step = max(1, TILE_BYTES // (4 * width))
         return chunks(self.N, step)
 
-    def head(self, cols: slice) -> Tensor | None:
+    def head(self, cols: slice) -> HeadSlice | None:
         """The slice of the head that a tile needs, upcast once for all row chunks."""
-        return None if self.weight is None else self.weight[cols].to(self.dtype)
+        if self.weight is None:
+            return None
+        lora_weight = None if self.lora_weight is None else self.lora_weight[cols].to(self.dtype)
+        return HeadSlice(self.weight[cols].to(self.dtype), lora_weight)
 
     def take(self, rows: slice) -> Tensor | slice:
         """Positions in x of a chunk of (selected) rows."""
         return rows if self.index is None else self.index[rows]
 
-    def __call__(self, rows: slice, cols: slice, head: Tensor | None) -> Tensor:
+    def __call__(self, rows: slice, cols: slice, head: HeadSlice | None) -> Tensor:
         """z [rows, cols] in the compute dtype."""
         if head is None:
             x = self.x[rows, cols] if self.index is None else self.x[:, cols].index_select(0, self.index[rows])
             z = x.to(self.dtype, copy=True)
         else:
-            z = product(self.x[self.take(rows)].to(self.dtype), head.T)
+            z = product(self.x[self.take(rows)].to(self.dtype), head.weight.T)
+            if self.lora_hidden is not None and head.lora_weight is not None:
+                z += product(self.lora_hidden[self.take(rows)].to(self.dtype), head.lora_weight.T)
             if self.bias is not None:
                 z += self.bias[cols].to(self.dtype)
         if self.softcap is not None:
@@ -93,79 +115,97 @@ class VocabTiles:
 
 
 class GradientSink:
-    """Adds up d loss / d (x, weight, bias) from gradient tiles; holds only the gradients that were asked for.
+    """Adds up d loss / d (x, weight, bias, lora_hidden, lora_weight) from gradient tiles; holds only those asked for.
 
-    ``scale``, an upstream gradient, multiplies the finished sums before they are rounded to the dtypes of the inputs.
+    ``scale``, an upstream gradient, multiplies the finished sums before they are rounded to the dtype of the inputs.
     """
 
     def __init__(
-        self, like: VocabTiles, need_x: bool, need_weight: bool, need_bias: bool, scale: Tensor | None = None
+        self,
+        like: VocabTiles,
+        need_x: bool = False,
+        need_weight: bool = False,
+        need_bias: bool = False,
+        need_lora_hidden: bool = False,
+        need_lora_weight: bool = False,
+        *,
+        scale: Tensor | None = None,
     ) -> None:
-        self.scale = scale
-        x, weight, bias = like.x, like.weight, like.bias
-        self.dtypes = x.dtype, None if weight is None else weight.dtype, None if bias is None else bias.dtype
-        self.x = self.weight = self.bias = None
-        if need_x:  # a linear dx is a sum over tiles, so it is held in the compute dtype
-            held = x.dtype if weight is None else like.dtype
-            self.x = torch.zeros_like(x, dtype=held, memory_format=torch.contiguous_format)
-        if need_weight and weight is not None:
-            self.weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        if need_bias and bias is not None:
-            self.bias = torch.zeros_like(bias)
+        def zeros(x: Tensor | None, wanted: bool, dtype: torch.dtype) -> Tensor | None:
+            if x is None or not wanted:
+                return None
+            return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+        self.scale, self.dtype, self.rounded = scale, like.dtype, like.x.dtype
+        self.linear = like.weight is not None
+        held = self.dtype if self.linear else self.rounded  # a linear dx is a sum over tiles
+        self.x, self.lora_hidden = zeros(like.x, need_x, held), zeros(like.lora_hidden, need_lora_hidden, held)
+        self.weight = zeros(like.weight, need_weight, self.rounded)
+        self.bias = zeros(like.bias, need_bias, self.rounded)
+        self.lora_weight = zeros(like.lora_weight, need_lora_weight, self.rounded)
 
     def scaled(self, gradient: Tensor) -> Tensor:
         return gradient if self.scale is None else gradient * self.scale
 
     @property
-    def active(self) -> bool:
-        return self.x is not None or self.weight is not None or self.bias is not None
+    def of_head(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.weight, self.bias, self.lora_weight
 
-    def open(self, cols: slice, head: Tensor | None) -> None:
+    @property
+    def active(self) -> bool:
+        return any(total is not None for total in (self.x, self.lora_hidden, *self.of_head))
+
+    def open(self, cols: slice, head: HeadSlice | None) -> None:
         self.cols, self.head = cols, head
-        dtype = compute_dtype(self.dtypes[0])
-        if self.weight is not None:
-            self.dw = torch.zeros_like(self.weight[cols], dtype=dtype)
-        if self.bias is not None:
-            self.db = torch.zeros_like(self.bias[cols], dtype=dtype)
+        self.sums = [
+            None if whole is None else torch.zeros_like(whole[cols], dtype=self.dtype) for whole in self.of_head
+        ]
 
     def add(self, tiles: VocabTiles, rows: slice, dz: Tensor, z: Tensor) -> None:
         """Consumes dz [rows, cols], the gradient with respect to the scaled logits z of a tile."""
         raw = tiles.unscale(dz, z)
         where = tiles.take(rows)
-        if self.x is not None:
-            if self.head is None:
+        if self.head is None:
+            if self.x is not None:
                 self.x[where, self.cols] = self.scaled(raw).to(self.x.dtype)
-            else:
-                self.x[where] += product(raw, self.head)
-        if self.weight is not None:
-            self.dw += raw.T @ tiles.x[where].to(tiles.dtype)
-        if self.bias is not None:
-            self.db += raw.sum(0)
+            return
+        if self.x is not None:
+            self.x[where] += product(raw, self.head.weight)
+        if self.lora_hidden is not None and self.head.lora_weight is not None:
+            self.lora_hidden[where] += product(raw, self.head.lora_weight)
+        dw, db, d_lora = self.sums
+        if dw is not None:
+            dw += raw.T @ tiles.x[where].to(tiles.dtype)
+        if db is not None:
+            db += raw.sum(0)
+        if d_lora is not None and tiles.lora_hidden is not None:
+            d_lora += raw.T @ tiles.lora_hidden[where].to(tiles.dtype)
 
     def close(self) -> None:
         """Rounds the finished slice, once: over rows it added up in the compute dtype."""
-        if self.weight is not None:
-            self.weight[self.cols] = self.scaled(self.dw).to(self.weight.dtype)
-        if self.bias is not None:
-            self.bias[self.cols] = self.scaled(self.db).to(self.bias.dtype)
+        for whole, total in zip(self.of_head, self.sums, strict=True):
+            if whole is not None and total is not None:
+                whole[self.cols] = self.scaled(total).to(whole.dtype)
 
     def poison(self, tiles: VocabTiles, bad: Tensor) -> None:
         """NaN for the rows of ``tiles`` that ``bad`` marks, and for every sum that they are part of."""
         if not bool(bad.any()):
             return
         rows = bad.nonzero().squeeze(1)
-        if self.x is not None:
-            self.x[rows if tiles.index is None else tiles.index[rows]] = float("nan")
-        for total in (self.weight, self.bias):
+        for total in (self.x, self.lora_hidden):
+            if total is not None:
+                total[rows if tiles.index is None else tiles.index[rows]] = float("nan")
+        for total in self.of_head:
             if total is not None:
                 total.fill_(float("nan"))
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dweight, dbias) in the dtypes of their inputs."""
-        x = self.x
-        if x is not None and self.dtypes[1] is not None:  # linear: held in the compute dtype, not scaled yet
-            x = self.scaled(x).to(self.dtypes[0])
-        return x, self.weight, self.bias
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dweight, dbias, dlora_hidden, dlora_weight) in the dtype of the inputs."""
+        x, lora_hidden = (
+            self.scaled(total).to(self.rounded) if total is not None and self.linear else total
+            for total in (self.x, self.lora_hidden)
+        )
+        return x, *self.of_head[:2], lora_hidden, self.lora_weight
 
 
 class RowSums:

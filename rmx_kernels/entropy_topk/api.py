@@ -51,5 +51,5 @@ def entropy_topk(
     checks.top_k(k, logits.shape[-1])
     if target is not None:
         checks.targets(target, logits.shape[:-1], logits.shape[-1], logits.device)
-    module = dispatch.load("entropy_topk", impl, logits.device)
+    module = dispatch.load("entropy_topk", impl, logits.device, logits.dtype)
     return module.run(logits, target, k=k, temperature=temperature, softcap=softcap)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, native
-from rmx_kernels.results import VocabStats
+from rmx_kernels.results import VocabStats, named
 from rmx_kernels.tiles import compute_dtype
 
 
@@ -137,8 +137,3 @@ def backward(
 def run(logits: Tensor, target: Tensor | None, *, k: int, temperature: float, softcap: float | None) -> VocabStats:
     """Arguments as checked by the public operator."""
     return named(torch.ops.rmx_kernels.entropy_topk(logits, target, k, temperature, softcap), target, k)
-
-
-def named(stats: tuple[Tensor, ...], target: Tensor | None, k: int) -> VocabStats:
-    lse, entropy, logprob, values, ids, _, _ = stats
-    return VocabStats(lse, entropy, None if target is None else logprob, values if k else None, ids if k else None)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rmx_kernels.results import VocabStats
-from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, pick
+from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, flat, pick
 
 
 def exact_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -36,12 +36,14 @@ class _VocabStats(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        lora_hidden: Tensor | None,
+        lora_weight: Tensor | None,
         target: Tensor | None,
         k: int,
         temperature: float,
         softcap: float | None,
     ) -> tuple[Tensor, ...]:
-        tiles = VocabTiles(x, weight, bias, temperature=temperature, softcap=softcap)
+        tiles = VocabTiles(x, weight, bias, lora_hidden, lora_weight, temperature=temperature, softcap=softcap)
         sums = RowSums(tiles.N, tiles.dtype, x.device)
         chosen = sums.m.new_full((tiles.N if target is not None else 0,), float("nan"))
         best = sums.m.new_full((tiles.N, k), float("-inf")), torch.zeros(tiles.N, k, dtype=torch.int64, device=x.device)
@@ -62,7 +64,7 @@ class _VocabStats(torch.autograd.Function):
         entropy = sums.entropy()
         ctx.temperature, ctx.softcap, ctx.has_target = temperature, softcap, target is not None
         ids = best[1]
-        ctx.save_for_backward(x, weight, bias, target, m, log_d, entropy, ids)
+        ctx.save_for_backward(x, weight, bias, lora_hidden, lora_weight, target, m, log_d, entropy, ids)
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
         logprob = (chosen - m) - log_d if target is not None else chosen
@@ -71,9 +73,10 @@ class _VocabStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_lse: Any, g_entropy: Any, g_logprob: Any, g_topk: Any, _: Any) -> Any:
-        x, weight, bias, target, m, log_d, entropy, ids = ctx.saved_tensors
-        tiles = VocabTiles(x, weight, bias, temperature=ctx.temperature, softcap=ctx.softcap)
-        sink = GradientSink(tiles, *ctx.needs_input_grad[:3])
+        *inputs, target, m, log_d, entropy, ids = ctx.saved_tensors
+        x = inputs[0]
+        tiles = VocabTiles(*inputs, temperature=ctx.temperature, softcap=ctx.softcap)
+        sink = GradientSink(tiles, *ctx.needs_input_grad[:5])
         if not ctx.has_target:
             g_logprob = None
         # dz = p * along_p - g_entropy * p * (log p + H) + g_logprob * onehot(target) + g_topk * onehot(ids)
@@ -112,6 +115,8 @@ def run(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
     k: int,
     temperature: float,
     softcap: float | None,
@@ -121,7 +126,7 @@ def run(
     with torch.autocast(x.device.type, enabled=False):
         ids = None if target is None else target.reshape(-1).long()
         lse, entropy, logprob, values, topk_ids = _VocabStats.apply(
-            x.reshape(-1, x.shape[-1]), weight, bias, ids, k, temperature, softcap
+            *(flat(x), weight, bias, flat(lora_hidden), lora_weight, ids, k, temperature, softcap)
         )
     return VocabStats(
         lse.view(lead),

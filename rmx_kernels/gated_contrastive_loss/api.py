@@ -59,5 +59,5 @@ def gated_contrastive_loss(
     checks.row_weights("ce_weight", ce_weight, rows, logits.device)
     checks.row_weights("kl_weight", kl_weight, rows, logits.device)
     checks.targets(target, rows, V, logits.device, used=(ce_weight != 0) | (kl_weight != 0))
-    module = dispatch.load("gated_contrastive_loss", impl, logits.device)
+    module = dispatch.load("gated_contrastive_loss", impl, logits.device, logits.dtype)
     return module.run(logits, base_logits, target, ce_weight, kl_weight, temperature=temperature, softcap=softcap)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from rmx_kernels.linear_logprob_kl.reference import RowGroup, normalisers, sweep
 from rmx_kernels.results import ContrastiveLoss
-from rmx_kernels.tiles import GradientSink, VocabTiles
+from rmx_kernels.tiles import GradientSink, VocabTiles, flat
 
 
 def split_rows(ce_weight: Tensor, kl_weight: Tensor) -> list[tuple[Tensor, bool]]:
@@ -33,6 +33,8 @@ class _ContrastiveLoss(torch.autograd.Function):
         base_x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        lora_hidden: Tensor | None,
+        lora_weight: Tensor | None,
         target: Tensor,
         ce_weight: Tensor,
         kl_weight: Tensor,
@@ -42,17 +44,19 @@ class _ContrastiveLoss(torch.autograd.Function):
         recorded: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
-        whole = VocabTiles(x, weight, bias, **scaling)
+        student = x, weight, bias, lora_hidden, lora_weight
+        whole = VocabTiles(*student, **scaling)
         ce, kl_w = ce_weight.to(whole.dtype), kl_weight.to(whole.dtype)
-        need_x, need_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:4])
-        early = recorded and need_x and weight is not None and not need_head
-        sink = GradientSink(whole, early, False, False)
+        need_x, _, need_weight, need_bias, need_lora_hidden, need_lora_weight = ctx.needs_input_grad[:6]
+        need_head = need_weight or need_bias or need_lora_weight
+        early = recorded and (need_x or need_lora_hidden) and weight is not None and not need_head
+        sink = GradientSink(whole, early and need_x, need_lora_hidden=early and need_lora_hidden)
         logprob = ce.new_full((x.shape[0],), float("nan"))
         kl = torch.full_like(logprob, float("nan"))
         norms: list[Tensor] = []
         rows = split_rows(ce, kl_w)
         for index, with_base in rows:
-            m, log_d, chosen = normalisers(VocabTiles(x, weight, bias, index=index, **scaling), target[index])
+            m, log_d, chosen = normalisers(VocabTiles(*student, index=index, **scaling), target[index])
             logprob[index] = (chosen - m) - log_d
             norms += [m, log_d]
             if not with_base:
@@ -62,7 +66,7 @@ class _ContrastiveLoss(torch.autograd.Function):
                 norms += [known, torch.zeros_like(known)]
             else:
                 norms += normalisers(VocabTiles(base_x, weight, bias, index=index, **scaling), None)[:2]
-        groups = _groups(x, base_x, weight, bias, target, rows, norms, scaling)
+        groups = _groups(student, base_x, target, rows, norms, scaling)
         row_kls = sweep(groups, [(ce[index], kl_w[index]) for index, _ in rows], sink)
         loss = ce.new_zeros(())
         for (index, _), row_kl in zip(rows, row_kls, strict=True):
@@ -74,9 +78,9 @@ class _ContrastiveLoss(torch.autograd.Function):
         ctx.scaling, ctx.early = scaling, early
         if early:
             ctx.dtype = x.dtype
-            ctx.save_for_backward(sink.x)
+            ctx.save_for_backward(sink.x, sink.lora_hidden)
         else:
-            ctx.save_for_backward(x, base_x, weight, bias, target, ce, kl_w, *norms)
+            ctx.save_for_backward(*student, base_x, target, ce, kl_w, *norms)
         ctx.mark_non_differentiable(logprob, kl)
         return loss, logprob, kl
 
@@ -84,38 +88,39 @@ class _ContrastiveLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, _logprob: Any, _kl: Any) -> Any:
         if ctx.early:
-            dx, dweight, dbias = (ctx.saved_tensors[0] * g_loss).to(ctx.dtype), None, None
-        else:
-            x, base_x, weight, bias, target, ce, kl_w, *norms = ctx.saved_tensors
-            rows = split_rows(ce, kl_w)
-            need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-            sink = GradientSink(VocabTiles(x, weight, bias, **ctx.scaling), need_x, need_weight, need_bias, g_loss)
-            with torch.autocast(x.device.type, enabled=False):
-                groups = _groups(x, base_x, weight, bias, target, rows, norms, ctx.scaling)
-                sweep(groups, [(ce[index], kl_w[index]) for index, _ in rows], sink)
-            dx, dweight, dbias = sink.gradients()
-        return dx, None, dweight, dbias, None, None, None, None, None, None, None
+            dx, d_lora = (None if d is None else (d * g_loss).to(ctx.dtype) for d in ctx.saved_tensors)
+            return dx, None, None, None, d_lora, *[None] * 8
+        *student, base_x, target, ce, kl_w = ctx.saved_tensors[:9]
+        norms, rows = ctx.saved_tensors[9:], split_rows(ce, kl_w)
+        needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6]
+        sink = GradientSink(VocabTiles(*student, **ctx.scaling), *needs, scale=g_loss)
+        with torch.autocast(base_x.device.type, enabled=False):
+            groups = _groups(student, base_x, target, rows, norms, ctx.scaling)
+            sweep(groups, [(ce[index], kl_w[index]) for index, _ in rows], sink)
+        dx, *others = sink.gradients()
+        return dx, None, *others, *[None] * 7
 
 
 def _groups(
-    x: Tensor,
+    student: Sequence[Any],
     base_x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     target: Tensor,
     rows: Sequence[tuple[Tensor, bool]],
     norms: Sequence[Tensor],
     scaling: dict[str, Any],
 ) -> list[RowGroup]:
-    """norms: (m, log d) of each group's student, followed by the base's where there is one."""
+    """student: (x, weight, bias, lora_hidden, lora_weight), whose head the base shares, without the LoRA pair.
+
+    norms: (m, log d) of each group's student, followed by the base's where there is one.
+    """
     groups, left = [], iter(norms)
     for index, with_base in rows:
-        student, norm = VocabTiles(x, weight, bias, index=index, **scaling), (next(left), next(left))
+        tiles, norm = VocabTiles(*student, index=index, **scaling), (next(left), next(left))
         if with_base:
-            base = VocabTiles(base_x, weight, bias, index=index, **scaling)
-            groups.append(RowGroup(student, target[index], norm, base, (next(left), next(left))))
+            base = VocabTiles(base_x, *student[1:3], index=index, **scaling)
+            groups.append(RowGroup(tiles, target[index], norm, base, (next(left), next(left))))
         else:
-            groups.append(RowGroup(student, target[index], norm))
+            groups.append(RowGroup(tiles, target[index], norm))
     return groups
 
 
@@ -128,6 +133,8 @@ def run(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
     temperature: float,
     softcap: float | None,
     base_lse: Tensor | None = None,
@@ -140,6 +147,8 @@ def run(
             base_x.detach().reshape(-1, width),
             weight,
             bias,
+            flat(lora_hidden),
+            lora_weight,
             target.reshape(-1).long(),
             ce_weight.detach().reshape(-1),
             kl_weight.detach().reshape(-1),

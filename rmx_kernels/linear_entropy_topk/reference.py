@@ -15,5 +15,17 @@ def run(
     k: int,
     temperature: float,
     softcap: float | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
 ) -> VocabStats:
-    return reference.run(hidden, target, weight=weight, bias=bias, k=k, temperature=temperature, softcap=softcap)
+    return reference.run(
+        hidden,
+        target,
+        weight=weight,
+        bias=bias,
+        lora_hidden=lora_hidden,
+        lora_weight=lora_weight,
+        k=k,
+        temperature=temperature,
+        softcap=softcap,
+    )

@@ -4,6 +4,7 @@ from torch import Tensor
 
 import rmx_kernels.linear_gated_contrastive_loss.ops  # noqa: F401  registers the schemas
 from rmx_kernels import checks, dispatch
+from rmx_kernels.lora import LoRA, split
 from rmx_kernels.results import ContrastiveLoss
 
 
@@ -16,6 +17,7 @@ def linear_gated_contrastive_loss(
     kl_weight: Tensor,
     *,
     bias: Tensor | None = None,
+    lora: LoRA | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     base_lse: Tensor | None = None,
@@ -24,8 +26,10 @@ def linear_gated_contrastive_loss(
     r"""What :func:`gated_contrastive_loss` returns for student and base logits that share one output head.
 
     .. math::
-        \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}),
-        \quad z_s = \mathrm{cap}(h_s W^\top + b) / \mathrm{temperature}, \quad z_b \text{ likewise from } h_b
+        \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i})
+
+        z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}, \quad
+        z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
@@ -34,6 +38,9 @@ def linear_gated_contrastive_loss(
         target: token ids [...] in [0, V), int64 or int32; not read in rows whose two weights are zero.
         ce_weight, kl_weight: [...] floating point, constants.
         bias: [V] or None. Differentiable like weight.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
+            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+            The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
         temperature, softcap: as in :func:`entropy_topk`, applied to both.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
@@ -58,6 +65,7 @@ def linear_gated_contrastive_loss(
     checks.like("base_hidden", base_hidden, "hidden", hidden)
     checks.frozen("base_hidden", base_hidden, "the base distribution is a constant")
     checks.head(hidden, weight, bias)
+    checks.lora(hidden, weight, lora)
     checks.scaling(temperature, softcap)
     rows = hidden.shape[:-1]
     checks.row_weights("ce_weight", ce_weight, rows, hidden.device)
@@ -66,7 +74,8 @@ def linear_gated_contrastive_loss(
         checks.row_weights("base_lse", base_lse, rows, hidden.device)
         checks.full_precision("base_lse", base_lse)
     checks.targets(target, rows, weight.shape[0], hidden.device, used=(ce_weight != 0) | (kl_weight != 0))
-    module = dispatch.load("linear_gated_contrastive_loss", impl, hidden.device)
+    module = dispatch.load("linear_gated_contrastive_loss", impl, hidden.device, hidden.dtype)
+    lora_hidden, lora_weight = split(hidden, lora)
     return module.run(
         hidden,
         base_hidden,
@@ -78,4 +87,6 @@ def linear_gated_contrastive_loss(
         temperature=temperature,
         softcap=softcap,
         base_lse=base_lse,
+        lora_hidden=lora_hidden,
+        lora_weight=lora_weight,
     )

@@ -8,6 +8,7 @@ from rmx_kernels.gated_contrastive_loss.cpu import flat_weights, live_rows, spre
 from rmx_kernels.head_cpu import Head, HeadGradient
 from rmx_kernels.linear_logprob_kl.cpu import Rows
 from rmx_kernels.results import ContrastiveLoss
+from rmx_kernels.tiles import flat
 
 
 def _live(
@@ -15,6 +16,8 @@ def _live(
     base_hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     target: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor,
@@ -22,13 +25,13 @@ def _live(
     softcap: float | None,
 ) -> tuple[Rows, Tensor, tuple[Tensor, Tensor]]:
     """(the live rows, their positions, their weights)"""
-    head = Head(weight, bias)
+    head = Head(weight, bias, lora_weight)
     ids, ce, kl_w = flat_weights(target, ce_weight, kl_weight, head.V, head.real)
     index, anchored = live_rows(ce, kl_w)
     x, base_x = (h.reshape(-1, head.H) for h in (hidden, base_hidden))
     norms = torch.full((4, index.shape[0]), float("nan"), dtype=head.real)
     scale = native.scale(temperature, softcap)
-    rows = Rows(head, scale, x, base_x, index, anchored, ids[index], norms)
+    rows = Rows(head, scale, x, base_x, flat(lora_hidden), index, anchored, ids[index], norms)
     return rows, index, (ce[index], kl_w[index])
 
 
@@ -37,6 +40,8 @@ def forward(
     base_hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     target: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor,
@@ -44,19 +49,22 @@ def forward(
     temperature: float,
     softcap: float | None,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The kernel of rmx_kernels::linear_gated_contrastive_loss."""
     with torch.autocast("cpu", enabled=False):
         rows, index, weights = _live(
-            hidden, base_hidden, weight, bias, target, ce_weight, kl_weight, temperature, softcap
+            *(hidden, base_hidden, weight, bias, lora_hidden, lora_weight, target, ce_weight, kl_weight),
+            *(temperature, softcap),
         )
         if base_lse is not None:
             rows.norms[2] = base_lse.reshape(-1)[index]
             rows.norms[3] = 0
-        logprob, kl, dx = rows.terms(weights if gradient else None, base_lse is not None)
+        logprob, kl, dx, du = rows.terms(weights if gradient else None, base_lse is not None)
         loss = weighted_sum(*weights, logprob, kl)
     parts = spread(index, rows.norms, torch.stack([logprob, kl]), target.shape)
-    return loss, *parts, dx.view(hidden.shape) if gradient else dx
+    dx = dx.view(hidden.shape) if gradient else dx
+    du = du.view(lora_hidden.shape) if lora_hidden is not None and gradient else du
+    return loss, *parts, dx, du
 
 
 def backward(
@@ -64,6 +72,8 @@ def backward(
     base_hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     target: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor,
@@ -73,16 +83,18 @@ def backward(
     softcap: float | None,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor]:
+    need_lora_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel of rmx_kernels::linear_gated_contrastive_loss_backward."""
     with torch.autocast("cpu", enabled=False):
         rows, index, weights = _live(
-            hidden, base_hidden, weight, bias, target, ce_weight, kl_weight, temperature, softcap
+            *(hidden, base_hidden, weight, bias, lora_hidden, lora_weight, target, ce_weight, kl_weight),
+            *(temperature, softcap),
         )
         rows.norms.copy_(norms[:, index])
-        sink = HeadGradient(rows.head, weight, bias, need_weight, need_bias)
+        sink = HeadGradient(rows.head, need_weight, need_bias, need_lora_weight)
         rows.d_head(weights, sink, g_loss)
-    return sink.weight, sink.bias
+    return sink.weight, sink.bias, sink.lora_weight
 
 
 def d_hidden(d_hidden: Tensor, g_loss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,11 +114,14 @@ def run(
     temperature: float,
     softcap: float | None,
     base_lse: Tensor | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
 ) -> ContrastiveLoss:
     """Arguments as checked by the public operator."""
-    loss, logprob, kl, _, _ = torch.ops.rmx_kernels.linear_gated_contrastive_loss(
-        *(hidden, base_hidden.detach(), weight, bias, target, ce_weight.detach(), kl_weight.detach()),
-        *(None if base_lse is None else base_lse.detach(), temperature, softcap),
-        torch.is_grad_enabled() and hidden.requires_grad,
+    trained = hidden.requires_grad or (lora_hidden is not None and lora_hidden.requires_grad)
+    loss, logprob, kl, _, _, _ = torch.ops.rmx_kernels.linear_gated_contrastive_loss(
+        *(hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target),
+        *(ce_weight.detach(), kl_weight.detach(), None if base_lse is None else base_lse.detach()),
+        *(temperature, softcap, torch.is_grad_enabled() and trained),
     )
     return ContrastiveLoss(loss, logprob.detach(), kl.detach())

@@ -18,6 +18,8 @@ def run(
     temperature: float,
     softcap: float | None,
     base_lse: Tensor | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
 ) -> ContrastiveLoss:
     return reference.run(
         hidden,
@@ -27,6 +29,8 @@ def run(
         kl_weight,
         weight=weight,
         bias=bias,
+        lora_hidden=lora_hidden,
+        lora_weight=lora_weight,
         temperature=temperature,
         softcap=softcap,
         base_lse=base_lse,

@@ -2,8 +2,10 @@
 
     rmx_kernels::linear_logprob_kl           hidden, base_hidden [B..., H], weight [V, H], bias [V], target [B...]
                                              -> logprob [B...], kl [B...], norms [4, N]
-    rmx_kernels::linear_logprob_kl_backward  -> d hidden, d weight, d bias; without elements where not needed
+    rmx_kernels::linear_logprob_kl_backward  -> d hidden, d weight, d bias, d lora_hidden, d lora_weight;
+                                             without elements where not needed
 
+lora_hidden [B..., r] and lora_weight [V, r], both or neither, add lora_hidden @ lora_weight.T to hidden @ weight.T.
 norms: m and log d of the N flattened rows of the student, then of the base, where lse = m + log d.
 """
 
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor
 
 from rmx_kernels.entropy_topk.ops import SCALING
-from rmx_kernels.linear_entropy_topk.ops import NEEDS, asked, fake_gradients
+from rmx_kernels.linear_entropy_topk.ops import GRADIENTS, NEEDS, asked, fake_gradients
 from rmx_kernels.registration import register
 from rmx_kernels.tiles import compute_dtype
 
-HEADED = "Tensor hidden, Tensor base_hidden, Tensor weight, Tensor? bias, Tensor target"
+HEADED = (
+    "Tensor hidden, Tensor base_hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
+    "Tensor target"
+)
 
 
 def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -26,23 +31,23 @@ def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return row, torch.empty_like(row), row.new_empty(4, row.numel())
 
 
-def _fake_backward(hidden: Tensor, base_hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(hidden, weight, others[-3:])
+def _fake_backward(hidden: Tensor, base_hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return fake_gradients((hidden, *others[:4]), others[-5:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    hidden, base_hidden, weight, bias, target, ctx.temperature, ctx.softcap = inputs
+    *tensors, ctx.temperature, ctx.softcap = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, base_hidden, weight, bias, target, output[2])
+    ctx.save_for_backward(*tensors, output[2])
 
 
 def _backward(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None, _: Any) -> Any:
-    needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4]
+    needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6]
     gradients = torch.ops.rmx_kernels.linear_logprob_kl_backward(
         *ctx.saved_tensors, g_logprob, g_kl, ctx.temperature, ctx.softcap, *needs
     )
-    d_hidden, d_weight, d_bias = asked(gradients, needs)
-    return d_hidden, None, d_weight, d_bias, None, None, None
+    d_hidden, *others = asked(gradients, needs)
+    return d_hidden, None, *others, None, None, None
 
 
 register(
@@ -53,7 +58,7 @@ register(
 )
 register(
     "linear_logprob_kl",
-    f"({HEADED}, Tensor norms, Tensor? g_logprob, Tensor? g_kl, {SCALING}, {NEEDS}) -> (Tensor, Tensor, Tensor)",
+    f"({HEADED}, Tensor norms, Tensor? g_logprob, Tensor? g_kl, {SCALING}, {NEEDS}) -> {GRADIENTS}",
     _fake_backward,
     suffix="_backward",
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rmx_kernels.results import LogprobKL
-from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, pick
+from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, flat, pick
 
 BASE_MASS_TOLERANCE = 0.05  # of sum p_b around 1: bf16 hidden states scored in another batch stay within it
 
@@ -103,36 +103,40 @@ class _LogprobKL(torch.autograd.Function):
         base_x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        lora_hidden: Tensor | None,
+        lora_weight: Tensor | None,
         target: Tensor,
         temperature: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        student = VocabTiles(x, weight, bias, temperature=temperature, softcap=softcap)
-        base = VocabTiles(base_x, weight, bias, temperature=temperature, softcap=softcap)
+        scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+        student = VocabTiles(x, weight, bias, lora_hidden, lora_weight, **scaling)
+        base = VocabTiles(base_x, weight, bias, **scaling)
         m, log_d, chosen = normalisers(student, target)
         base_m, base_log_d, _ = normalisers(base, None)
         zero = torch.zeros_like(m)
         group = RowGroup(student, target, (m, log_d), base, (base_m, base_log_d))
-        (kl,) = sweep([group], [(zero, zero)], GradientSink(student, False, False, False))
+        (kl,) = sweep([group], [(zero, zero)], GradientSink(student))
         assert kl is not None
-        ctx.save_for_backward(x, base_x, weight, bias, target, m, log_d, base_m, base_log_d)
-        ctx.scaling = {"temperature": temperature, "softcap": softcap}
+        tensors = x, base_x, weight, bias, lora_hidden, lora_weight, target
+        ctx.save_for_backward(*tensors, m, log_d, base_m, base_log_d)
+        ctx.scaling = scaling
         ctx.set_materialize_grads(False)
         return (chosen - m) - log_d, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None) -> Any:
-        x, base_x, weight, bias, target, m, log_d, base_m, base_log_d = ctx.saved_tensors
-        student = VocabTiles(x, weight, bias, **ctx.scaling)
+        x, base_x, weight, bias, *lora, target, m, log_d, base_m, base_log_d = ctx.saved_tensors
+        student = VocabTiles(x, weight, bias, *lora, **ctx.scaling)
         base = None if g_kl is None else VocabTiles(base_x, weight, bias, **ctx.scaling)
-        sink = GradientSink(student, ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        sink = GradientSink(student, ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
         zero = torch.zeros_like(m)
         weights = zero if g_logprob is None else -g_logprob, zero if g_kl is None else g_kl
         with torch.autocast(x.device.type, enabled=False):
             sweep([RowGroup(student, target, (m, log_d), base, (base_m, base_log_d))], [weights], sink)
-        dx, dweight, dbias = sink.gradients()
-        return dx, None, dweight, dbias, None, None, None
+        dx, *others = sink.gradients()
+        return dx, None, *others, None, None, None
 
 
 def run(
@@ -144,6 +148,8 @@ def run(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
 ) -> LogprobKL:
     """Arguments as checked by the public operator."""
     lead, H = hidden.shape[:-1], hidden.shape[-1]
@@ -153,6 +159,8 @@ def run(
             base_hidden.detach().reshape(-1, H),
             weight,
             bias,
+            flat(lora_hidden),
+            lora_weight,
             target.reshape(-1).long(),
             temperature,
             softcap,

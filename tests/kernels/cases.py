@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import oracles
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import head_cpu, tiles
+from rmx_kernels import configs, head_cpu, tiles
 
 Arguments = dict[str, Any]
 
@@ -68,6 +68,22 @@ def make(
     return arguments | base
 
 
+def with_lora(arguments: Arguments, r: int = 3, scale: float = 0.5, seed: int = 0) -> Arguments:
+    """The arguments with a LoRA pair that moves the logits as far as hidden does."""
+    weight = arguments["weight"]
+    V, H = weight.shape
+    place: Any = {"dtype": weight.dtype, "device": weight.device.type}
+    A = randn(r, H, seed=seed + 7, **place) * (1 / H**0.5)
+    B = randn(V, r, seed=seed + 8, **place)
+    return arguments | {"lora": (A, B, scale)}
+
+
+def tensors(arguments: Arguments) -> list[Tensor]:
+    """All of them, those of the LoRA pair among them."""
+    values = [v for value in arguments.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
 def call(op: str, arguments: Arguments, **options: Any) -> Any:
     return getattr(rmx_kernels, op)(**arguments, **options)
 
@@ -82,12 +98,18 @@ def cotangents(outputs: Sequence[Tensor], seed: int = 11) -> list[Tensor]:
 
 
 def leaves(op: str, arguments: Arguments) -> tuple[Arguments, list[Tensor]]:
-    """Copies of the arguments whose differentiable tensors are fresh leaves, and those leaves."""
+    """Copies of the arguments whose differentiable tensors are fresh leaves, and those leaves, A and B last."""
     fresh = {
         name: value.detach().clone().requires_grad_(name in DIFFERENTIABLE[op]) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    return fresh, [fresh[name] for name in DIFFERENTIABLE[op] if name in fresh]
+    inputs = [fresh[name] for name in DIFFERENTIABLE[op] if name in fresh]
+    if arguments.get("lora") is not None:
+        *pair, scale = arguments["lora"]
+        pair = [x.detach().clone().requires_grad_() for x in pair]
+        fresh["lora"] = (*pair, scale)
+        inputs += pair
+    return fresh, inputs
 
 
 def forward_backward(op: str, arguments: Arguments, **options: Any) -> list[Tensor]:
@@ -102,9 +124,12 @@ def forward_backward(op: str, arguments: Arguments, **options: Any) -> list[Tens
 def full_logits(op: str, arguments: Arguments, ids: Tensor | None, dtype: torch.dtype, **scaling: Any) -> list[Tensor]:
     """The differentiable results of an operator by way of full logits in dtype, then their gradients."""
     cast = {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
+    if "lora" in arguments:
+        A, B, scale = arguments["lora"]
+        cast["lora"] = A.to(dtype), B.to(dtype), scale
     given, inputs = leaves(op, cast)
     head = [given[name] for name in ("weight", "bias") if name in given]
-    logits = oracles.linear(given["hidden"], *head) if head else given["logits"]
+    logits = oracles.linear(given["hidden"], *head, lora=given.get("lora")) if head else given["logits"]
     outputs: Sequence[Tensor]
     if ids is not None:
         outputs = oracles.vocab_stats(logits, given["target"], ids, **scaling)
@@ -119,8 +144,18 @@ def full_logits(op: str, arguments: Arguments, ids: Tensor | None, dtype: torch.
     return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents(outputs))]
 
 
-def check(op: str, arguments: Arguments, impl: str, **scaling: Any) -> Any:
-    """Compare every differentiable result and every gradient with the fp64 oracle, by the error of eager."""
+class Compared(NamedTuple):
+    """A differentiable result or a gradient; the magnitude of it or of the terms it sums."""
+
+    name: str
+    got: Tensor
+    eager: Tensor
+    oracle: Tensor
+    size: Tensor
+
+
+def compare(op: str, arguments: Arguments, impl: str, **scaling: Any) -> tuple[Any, list[Compared]]:
+    """The result of a call, and every differentiable part and gradient of it beside eager's and the fp64 oracle's."""
     fresh, inputs = leaves(op, arguments)
     dtype = inputs[0].dtype
     result = call(op, fresh, impl=impl, **scaling)
@@ -134,17 +169,28 @@ def check(op: str, arguments: Arguments, impl: str, **scaling: Any) -> Any:
     oracle = full_logits(op, arguments, ids, torch.float64, **scaling)
     names = [n for n, v in zip(result._fields, result, strict=True) if any(v is o for o in outputs)]
     names += ["d " + name for name in DIFFERENTIABLE[op] if name in arguments]
+    names += ["d A", "d B"] if "lora" in arguments else []
+    compared = []
     for name, *values in zip(names, got, eager, oracle, strict=True):
         size = values[-1].detach().abs()
         if name == "loss":  # a sum of terms of both signs, so its rounding goes with their size
             live = [arguments["ce_weight"] * result.logprob, arguments["kl_weight"] * result.kl]
             size = sum(term.nan_to_num(0).abs().sum() for term in live)
         if dtype == torch.float64:  # eager is no yardstick here, and results are differences of such terms
-            operands = [v for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point()]
+            operands = [v for v in tensors(arguments) if v.is_floating_point()]
             size = size + max([1.0, *(float(v.abs().max()) for v in operands if v.numel())]) ** 2
-        oracles.assert_as_good_as_eager(*values, what=name, input_dtype=dtype, size=size)
+        compared.append(Compared(name, *values, size))
     for name, value in zip(names[len(outputs) :], got[len(outputs) :], strict=True):
         assert value.dtype == dtype, f"{name}: {value.dtype}"
+    return result, compared
+
+
+def check(op: str, arguments: Arguments, impl: str, **scaling: Any) -> Any:
+    """Compare every differentiable result and every gradient with the fp64 oracle, by the error of eager."""
+    result, compared = compare(op, arguments, impl, **scaling)
+    for name, *values, size in compared:
+        dtype = arguments[DIFFERENTIABLE[op][0]].dtype
+        oracles.assert_as_good_as_eager(*values, what=name, input_dtype=dtype, size=size)
     return result
 
 
@@ -157,10 +203,14 @@ def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 @contextmanager
 def tiny_tiles(columns: int = 5, rows: int = 3) -> Iterator[None]:
     """Tiles of a few columns and rows, so that small shapes cross many. The native kernels take rows in fours, and
-    columns in whole blocks of theirs."""
+    columns in whole blocks of theirs; the Triton kernels take rows in fours, and 16 columns."""
     native = {"LOGIT_BYTES": 1, "TILE_ROWS": 4, "TILE_COLUMNS": 1024, "UPCAST_BYTES": 1}
+    sweep = configs.Sweep(columns=16, warps=1)
+    small = configs.Config(sweep, sweep, sweep, sweep, finish_warps=1, logit_bytes=1)
+    launches = {"CONFIGS": dict.fromkeys(configs.CONFIGS, small), "ROW_MULTIPLE": 4, "HEAD_TILE_BYTES": 1}
     with (
         patch.multiple(tiles, TILE_COLUMNS=columns, TILE_BYTES=4 * columns * rows),
         patch.multiple(head_cpu, **native),
+        patch.multiple(configs, **launches),
     ):
         yield

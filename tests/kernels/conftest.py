@@ -13,7 +13,8 @@ from rmx_kernels.checks import FLOATS
 from rmx_kernels.dispatch import OPERATORS
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {}  # of the implementations that take fewer than all of FLOATS
+# Of the implementations that take fewer than all of FLOATS.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.bfloat16, torch.float16, torch.float32)}
 
 
 def runnable(op: str, device: str) -> list[str]:
@@ -28,6 +29,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for op in getattr(metafunc.module, "OPERATORS", OPERATORS) if "op" in names else (metafunc.module.OPERATOR,):
         for device in DEVICES:
             for impl in runnable(op, device):
+                if impl not in getattr(metafunc.module, "IMPLS", (impl,)):
+                    continue
                 taken = DTYPES.get(impl, FLOATS)
                 for dtype in taken if "dtype" in names else (torch.float64,) if "fp64" in names else (None,):
                     if dtype is not None and dtype not in taken:

@@ -32,8 +32,16 @@ def scaled(logits: Tensor, temperature: float = 1.0, softcap: float | None = Non
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(hidden, weight, bias)
+def linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, lora: tuple[Tensor, Tensor, float] | None = None
+) -> Tensor:
+    """hidden @ (W + scale B A).T + bias; in other dtypes than float64 the way PEFT adds the LoRA pair."""
+    if lora is None:
+        return F.linear(hidden, weight, bias)
+    A, B, scale = lora
+    if hidden.dtype == torch.float64:
+        return F.linear(hidden, weight + scale * B @ A, bias)
+    return F.linear(hidden, weight, bias) + scale * F.linear(F.linear(hidden, A), B)
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:

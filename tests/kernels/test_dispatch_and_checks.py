@@ -27,6 +27,11 @@ def trainable(x: Tensor) -> Tensor:
     return x.clone().requires_grad_()
 
 
+def lora_with(index: int, change: Change) -> Change:
+    """A change of A, B or scale."""
+    return lambda lora: tuple(change(x) if i == index else x for i, x in enumerate(lora))
+
+
 def replaced(index: int, value: int) -> Change:
     def change(x: Tensor) -> Tensor:
         x = x.clone()
@@ -90,6 +95,31 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
         ("two dimensions", lambda x: x[None], ValueError),
         ("another device", elsewhere, ValueError),
     ],
+    "lora": [
+        ("a list", list, TypeError),
+        ("a tensor", lambda lora: lora[0], TypeError),
+        ("no scale", lambda lora: lora[:2], ValueError),
+        ("a fourth value", lambda lora: (*lora, 1.0), ValueError),
+        *(
+            (f"{part}: {what}", lora_with(i, change), error)
+            for i, part in enumerate(("A", "B"))
+            for what, change, error in (
+                ("no tensor", Tensor.tolist, TypeError),
+                ("integers", Tensor.long, TypeError),
+                ("another dtype", Tensor.bfloat16, TypeError),
+                ("another device", elsewhere, ValueError),
+                ("one dimension", lambda x: x[0], ValueError),
+                ("three dimensions", lambda x: x[None], ValueError),
+                ("transposed", Tensor.t, ValueError),
+                ("another rank", lambda x: x[:2] if x.shape[0] == 3 else x[:, :2], ValueError),
+            )
+        ),
+        ("another hidden size", lora_with(0, lambda A: A[:, 1:]), ValueError),
+        ("another vocabulary", lora_with(1, lambda B: B[1:]), ValueError),
+        ("rank 0", lambda lora: (lora[0][:0], lora[1][:, :0], lora[2]), ValueError),
+        *((f"scale {v}", lora_with(2, lambda _, v=v: v), ValueError) for v in (math.nan, math.inf, -math.inf)),
+        *((f"scale {v}", lora_with(2, lambda _, v=v: v), TypeError) for v in (True, "1", None, torch.tensor(1.0))),
+    ],
     "target": [
         ("no tensor", Tensor.tolist, TypeError),
         ("floats", Tensor.float, TypeError),
@@ -120,7 +150,7 @@ def good(op: str) -> cases.Arguments:
     arguments = cases.make(op)
     if op == "linear_gated_contrastive_loss":
         arguments["base_lse"] = torch.zeros(6)
-    return arguments
+    return cases.with_lora(arguments) if op.startswith("linear") else arguments
 
 
 TABLE = [
@@ -165,9 +195,9 @@ def test_constants_may_belong_to_a_graph_where_none_is_recorded(op: str) -> None
 @pytest.mark.parametrize("op", OPERATORS)
 def test_inputs_are_left_as_they_were(op: str) -> None:
     arguments = good(op)
-    copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    copies = [v.clone() for v in cases.tensors(arguments)]
     cases.forward_backward(op, arguments)
-    assert all(torch.equal(v, copies[n]) for n, v in arguments.items() if isinstance(v, Tensor))
+    assert all(torch.equal(v, copy) for v, copy in zip(cases.tensors(arguments), copies, strict=True))
 
 
 def test_backends_describe_each_implementation() -> None:
@@ -220,6 +250,18 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.load("entropy_topk", "cpu", torch.device("cuda"))
     with pytest.raises(BackendUnavailable, match=r"CUDA|triton package"):
         dispatch.load("entropy_topk", "triton", torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_float64_is_not_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dispatch._warn_of_fallback.cache_clear()
+    cuda = torch.device("cuda")
+    assert dispatch.load("entropy_topk", None, cuda, torch.float32) == "rmx_kernels.entropy_topk.triton"
+    with pytest.raises(BackendUnavailable, match="float64"):
+        dispatch.load("entropy_topk", "triton", cuda, torch.float64)
+    with pytest.warns(RuntimeWarning, match="float64"):
+        assert dispatch.load("entropy_topk", None, cuda, torch.float64) == "rmx_kernels.entropy_topk.reference"
 
 
 def test_package_exports_what_it_names() -> None:

@@ -25,7 +25,7 @@ SIZES = [  # N, V, k
     (3, 8193, 5),  # a last tile of one column, narrower than k
     (2, 2 * 8192 + 3, 7),
     (2, 50257, 8),  # GPT-2: no multiple of any tile
-    (300, 257, 3),  # more rows than one chunk of 256
+    pytest.param(300, 257, 3, marks=pytest.mark.heavy),  # more than one chunk of 256
 ]
 
 
@@ -203,7 +203,7 @@ def test_rows_without_a_distribution_are_nan(device: str, impl: str, bad: float,
     cases.assert_same_bits([v[::2] for v in got], [v[::2] for v in expected])
 
 
-@pytest.mark.parametrize(("V", "columns"), [(37, 8), (8200, 8192)])
+@pytest.mark.parametrize(("V", "columns"), [(37, 8), pytest.param(8200, 8192, marks=pytest.mark.heavy)])
 def test_rows_do_not_depend_on_their_number(device: str, impl: str, V: int, columns: int) -> None:
     """Bit for bit, forward and backward: one row alone, a few, or more than a chunk of 256."""
     logits = randn(300, V, device=device) * 3

@@ -28,6 +28,20 @@ def test_any_shape_and_tiling(op, device, impl, fp64, N, V, H, columns, rows, sc
         cases.check(op, cases.make(op, (N,), V, H, fp64, device), impl, **scaling)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    N=st.integers(0, 7),
+    V=st.integers(1, 40),
+    H=st.integers(1, 9),
+    rows=st.integers(1, 4),
+    scaling=st.sampled_from([{}, SCALED, {"temperature": 2.5}]),
+)
+def test_any_shape_and_tiling_in_float32(op, device, impl, N, V, H, rows, scaling):
+    """As good as eager for implementations that take no float64."""
+    with tiny_tiles(5, rows):
+        cases.check(op, cases.make(op, (N,), V, H, torch.float32, device), impl, **scaling)
+
+
 def test_two_runs_give_the_same_bits(op: str, device: str, impl: str) -> None:
     arguments = cases.make(op, (33,), V=1031, H=17, dtype=torch.bfloat16, device=device)
     assert_same_bits(*(forward_backward(op, arguments, impl=impl, **SCALED) for _ in range(2)))

@@ -22,7 +22,7 @@ SIZES = [  # N, V
     (6, 8193),
     (5, 2 * 8192 + 3),
     (4, 50257),  # GPT-2: no multiple of any tile
-    (300, 257),  # more rows than one chunk of 256
+    pytest.param(300, 257, marks=pytest.mark.heavy),  # more than one chunk of 256
 ]
 
 

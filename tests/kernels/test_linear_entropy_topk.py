@@ -24,7 +24,7 @@ SIZES = [  # N, V, H, k
     (3, 8193, 16, 5),  # a last tile of one column, narrower than k
     (2, 2 * 8192 + 3, 5, 7),
     (2, 50257, 3, 8),  # GPT-2: no multiple of any tile
-    (300, 257, 9, 3),  # more rows than one chunk of 256
+    pytest.param(300, 257, 9, 3, marks=pytest.mark.heavy),  # more than one chunk of 256
     (3, 601, 4099, 6),  # a head so wide that fewer columns fit a tile
 ]
 
@@ -162,6 +162,7 @@ def test_confident_targets_keep_their_gradient(device: str, impl: str, dtype: to
     assert (result.logprob < 0).all()
 
 
+@pytest.mark.heavy
 def test_many_rows_add_up_in_the_head_gradient(device: str, impl: str, dtype: torch.dtype) -> None:
     """600 rows in three chunks, whose sum a low-precision accumulator would lose."""
     arguments = cases.make(OPERATOR, (600,), 29, 5, dtype, device)

@@ -22,7 +22,7 @@ SIZES = [  # N, V, H
     (6, 8193, 16),
     (5, 2 * 8192 + 3, 5),
     (4, 50257, 3),  # GPT-2: no multiple of any tile
-    (300, 257, 9),  # more rows than one chunk of 256
+    pytest.param(300, 257, 9, marks=pytest.mark.heavy),  # more than one chunk of 256
     (6, 601, 4099),  # a head so wide that fewer columns fit a tile
 ]
 
@@ -153,6 +153,7 @@ def test_common_offset(device: str, impl: str, dtype: torch.dtype, offset: float
     cases.check(OPERATOR, arguments, impl)
 
 
+@pytest.mark.heavy
 def test_many_rows_add_up_in_the_head_gradient(device: str, impl: str, dtype: torch.dtype) -> None:
     """600 rows in ten chunks, anchored or not, whose sum a low-precision accumulator would lose."""
     arguments = cases.make(OPERATOR, (600,), 29, 5, dtype, device)

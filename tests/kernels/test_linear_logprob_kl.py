@@ -23,7 +23,7 @@ SIZES = [  # N, V, H
     (3, 8193, 16),
     (2, 2 * 8192 + 3, 5),
     (2, 50257, 3),  # GPT-2: no multiple of any tile
-    (300, 257, 9),  # more rows than one chunk of 256
+    pytest.param(300, 257, 9, marks=pytest.mark.heavy),  # more than one chunk of 256
 ]
 
 

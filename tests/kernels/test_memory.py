@@ -19,10 +19,12 @@ from rmx_kernels.head_cpu import LOGIT_BYTES
 from rmx_kernels.tiles import TILE_BYTES
 
 OPERATORS = ("linear_entropy_topk", "linear_gated_contrastive_loss", "linear_logprob_kl")
+IMPLS = ("reference", "cpu")  # that of the Triton kernels is larger than these shapes: test_triton_gpu.py
 SCRATCH = 64 << 20  # bytes, the bound that is documented for the CPU
 
 LARGEST = {"reference": 2 * TILE_BYTES, "cpu": LOGIT_BYTES}  # bytes of one tensor
 
+H = 64
 SHAPES = [  # N, V: 32 MiB of logits in float32, then 128 MiB, by more rows or by a larger vocabulary
     (512, 16384),
     (2048, 16384),
@@ -38,6 +40,7 @@ class Ledger(TorchDispatchMode):
         self.known = {StorageWeakRef(x.untyped_storage()) for x in known}
         self.alive: dict[StorageWeakRef, int] = {}
         self.largest = self.peak = self.most_elements = 0
+        self.shapes: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -48,6 +51,7 @@ class Ledger(TorchDispatchMode):
                     self.alive[storage] = x.untyped_storage().nbytes()
                     self.largest = max(self.largest, self.alive[storage])
                     self.most_elements = max(self.most_elements, x.numel())
+                    self.shapes.add(tuple(x.shape))
         self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
         self.peak = max(self.peak, sum(self.alive.values()))
         return result
@@ -83,9 +87,11 @@ def measure(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Ledger, int]:
     """The ledger of a forward and backward, and the bytes of the gradients that it returns."""
-    arguments = cases.make(op, (N,), V, 64, dtype, device)
-    inputs = [arguments[name].requires_grad_() for name in trained]
-    with inside(Ledger([v for v in arguments.values() if isinstance(v, Tensor)]), op, impl) as ledger:
+    arguments = cases.make(op, (N,), V, H, dtype, device)
+    if "lora" in trained:
+        arguments = cases.with_lora(arguments, 8)
+    inputs = [x.requires_grad_() for name in trained for x in cases.tensors({name: arguments[name]})]
+    with inside(Ledger(cases.tensors(arguments)), op, impl) as ledger:
         outputs = cases.differentiable(cases.call(op, arguments, impl=impl))
         if outputs:
             torch.autograd.grad(outputs, inputs, cases.cotangents(outputs))
@@ -93,16 +99,16 @@ def measure(
 
 
 @pytest.mark.parametrize(("N", "V"), SHAPES)
-@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight", "bias"), ("hidden", "lora")])
 def test_scratch_is_bounded(op: str, device: str, impl: str, N: int, V: int, trained: tuple[str, ...]) -> None:
     """No large tensor but the gradients, which may be held once more until they are scaled and returned."""
     ledger, gradients = measure(op, impl, device, N, V, trained)
-    weight = V * 64 * 4 if "weight" in trained else 0
+    weight = V * H * 4 if "weight" in trained else 0
     assert ledger.peak <= SCRATCH + 2 * gradients
     assert 1 << 20 <= ledger.largest <= max(LARGEST.get(impl, SCRATCH), weight)  # at least a tile, which is seen
 
 
-@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias")])
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias"), ("hidden", "lora")])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_native_scratch_is_bounded_in_low_precision(op: str, trained: tuple[str, ...]) -> None:
     """Room for twice as many logits is no room for all of them. The reference works in float32 anyway."""
@@ -111,10 +117,20 @@ def test_native_scratch_is_bounded_in_low_precision(op: str, trained: tuple[str,
     assert ledger.most_elements < 512 * 65536
 
 
-def test_scratch_does_not_grow(op: str, device: str, impl: str) -> None:
+@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "lora")])
+def test_scratch_does_not_grow(op: str, device: str, impl: str, trained: tuple[str, ...]) -> None:
     """Four times the rows or four times the vocabulary: some more row statistics, no more tiles."""
-    peaks = [measure(op, impl, device, N, V, ("hidden",))[0].peak for N, V in SHAPES]
+    d_lora_weight = 8 * 4 if "lora" in trained else 0  # bytes a token, of a gradient that is returned
+    peaks = [measure(op, impl, device, N, V, trained)[0].peak - V * d_lora_weight for N, V in SHAPES]
     assert max(peaks) - peaks[0] <= 4 << 20
+
+
+def test_lora_on_a_frozen_head_makes_nothing_of_its_size(op: str, device: str, impl: str) -> None:
+    """Neither W + scale B A nor a gradient of W."""
+    ledger, _ = measure(op, impl, device, *SHAPES[0], ("hidden", "lora"))
+    V = SHAPES[0][1]
+    assert not ledger.shapes & {(V, H), (H, V)}
+    assert (V, 8) in ledger.shapes  # the gradient of B, which is seen
 
 
 def test_nothing_is_kept_for_a_backward_that_cannot_come(op: str, device: str, impl: str) -> None:

@@ -17,7 +17,8 @@ from rmx_kernels.dispatch import OPERATORS
 
 PLAIN = (1.0, None)
 SCALING = tuple(SCALED.values())
-NEEDS = [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+ALL, HEAD_NEEDS = (True,) * 5, [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+NEEDS = [ALL, *(tuple(i == j for j in range(5)) for i in range(5))]
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
 UTILS = (*STATIC, "test_aot_dispatch_dynamic")  # which compares results with eager's, and takes NaN for a difference
 Call = tuple[Any, ...]
@@ -59,21 +60,30 @@ def headed(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return hidden, a["base_hidden"], weight, bias, a["target"]
 
 
+def lora_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(lora_hidden, lora_weight) for the rows and tokens of :func:`headed`; r = 3."""
+    lora_hidden, lora_weight = (cases.randn(*shape, 3, seed=7, dtype=dtype) for shape in ((2, 3), (11,)))
+    return lora_hidden.requires_grad_(), lora_weight.requires_grad_()
+
+
 def linear_entropy_topk(dtype: torch.dtype) -> dict[str, list[Call]]:
     hidden, _, weight, bias, target = headed(dtype)
+    u, B = lora_pair(dtype)
     upstream = cases.randn(2, 3)
     calls: list[Call] = [
-        (hidden, weight, bias, target, 2, *PLAIN),
-        (hidden, weight.detach(), None, target.int(), 11, *SCALING),
-        (hidden.detach(), weight, None, None, 0, *PLAIN),
+        (hidden, weight, bias, None, None, target, 2, *PLAIN),
+        (hidden, weight.detach(), None, u, B, target.int(), 11, *SCALING),
+        (hidden.detach(), weight, None, None, None, None, 0, *PLAIN),
+        (hidden, weight, bias, u, B, target, 2, *SCALING),
+        (hidden.detach(), weight.detach(), None, u.detach(), B, target, 0, *PLAIN),
     ]
     backward = []
-    for _, _, b, ids, k, *scaling in calls:
-        inputs = detached(hidden, weight, b, ids)
+    for *tensors, ids, k, temperature, softcap in calls:
+        inputs, scaling = detached(hidden, weight, *tensors[2:], ids), (temperature, softcap)
         _, entropy, _, _, topk_ids, m, log_d = packet("linear_entropy_topk")(*inputs, k, *scaling)
         g_logprob = None if ids is None else upstream
         gradients = (upstream, upstream, g_logprob, cases.randn(2, 3, k))
-        for needs in NEEDS if b is not None else NEEDS[:2]:
+        for needs in NEEDS:
             backward.append((*inputs, topk_ids, m, log_d, entropy, *gradients, *scaling, *needs))
     return {"linear_entropy_topk": calls, "linear_entropy_topk_backward": backward}
 
@@ -103,38 +113,45 @@ def gated_contrastive_loss(dtype: torch.dtype) -> dict[str, list[Call]]:
 def linear_gated_contrastive_loss(dtype: torch.dtype) -> dict[str, list[Call]]:
     name = "linear_gated_contrastive_loss"
     hidden, base_hidden, weight, bias, target = headed(dtype)
+    u, B = lora_pair(dtype)
     base_lse = rmx_kernels.linear_entropy_topk(*detached(base_hidden, weight), bias=bias.detach()).lse
     calls: list[Call] = [
-        (hidden, base_hidden, weight, bias, target, *weights(), None, *SCALING, True),
-        (hidden, base_hidden, weight.detach(), bias.detach(), target, *weights(), base_lse, *PLAIN, True),
-        (hidden.detach(), base_hidden, weight, None, target.int(), *weights(dead=0), None, *PLAIN, False),
+        (hidden, base_hidden, weight, bias, None, None, target, *weights(), None, *SCALING, True),
+        (hidden, base_hidden, *detached(weight, bias), None, None, target, *weights(), base_lse, *PLAIN, True),
+        (hidden.detach(), base_hidden, weight, None, None, None, target.int(), *weights(dead=0), None, *PLAIN, False),
+        (hidden, base_hidden, weight, bias, u, B, target, *weights(), None, *SCALING, True),
+        (hidden, base_hidden, *detached(weight, bias), u, B.detach(), target, *weights(), base_lse, *PLAIN, True),
+        (hidden.detach(), base_hidden, weight.detach(), None, u.detach(), B, target, *weights(), None, *PLAIN, False),
     ]
     backward, products = [], []
     for call in calls:
-        _, _, _, norms, d_hidden = packet(name)(*detached(*call))
-        for needs in ((True, False), (False, True), (True, True))[: 3 if call[3] is not None else 1]:
-            backward.append((*detached(*call[:7]), norms, torch.tensor(0.7), *call[8:10], *needs))
-        if call[-1]:
-            products.append((d_hidden, torch.tensor(0.7), dtype))
+        _, _, _, norms, *early = packet(name)(*detached(*call))
+        for needs in HEAD_NEEDS:
+            backward.append((*detached(*call[:9]), norms, torch.tensor(0.7), *call[10:12], *needs))
+        assert [x.numel() > 0 for x in early] == [call[-1], call[-1] and call[4] is not None]
+        products += [(x, torch.tensor(0.7), dtype) for x in early if x.numel()]
     return {name: calls, f"{name}_backward": backward, f"{name}_d_hidden": products}
 
 
 def linear_logprob_kl(dtype: torch.dtype) -> dict[str, list[Call]]:
     hidden, base_hidden, weight, bias, target = headed(dtype)
+    u, B = lora_pair(dtype)
     calls: list[Call] = [
-        (hidden, base_hidden, weight, bias, target, *SCALING),
-        (hidden, base_hidden, weight.detach(), None, target.int(), *PLAIN),
-        (hidden.detach(), base_hidden, weight, None, target, *PLAIN),
+        (hidden, base_hidden, weight, bias, None, None, target, *SCALING),
+        (hidden, base_hidden, weight.detach(), None, None, None, target.int(), *PLAIN),
+        (hidden.detach(), base_hidden, weight, None, None, None, target, *PLAIN),
+        (hidden, base_hidden, weight, bias, u, B, target, *SCALING),
+        (hidden, base_hidden, weight.detach(), None, u.detach(), B, target.int(), *PLAIN),
     ]
     backward: list[Call] = []
     upstream = cases.randn(2, 3)
     for call in calls:
-        inputs, scaling = detached(*call[:5]), call[5:]
+        inputs, scaling = detached(*call[:7]), call[7:]
         norms = packet("linear_logprob_kl")(*inputs, *scaling)[2]
-        for needs in NEEDS if call[3] is not None else NEEDS[:2]:
+        for needs in NEEDS:
             backward.append((*inputs, norms, upstream, upstream, *scaling, *needs))
-        backward.append((*inputs, norms, upstream, None, *scaling, *NEEDS[0]))
-        backward.append((*inputs, norms, None, upstream, *scaling, *NEEDS[0]))
+        backward.append((*inputs, norms, upstream, None, *scaling, *ALL))
+        backward.append((*inputs, norms, None, upstream, *scaling, *ALL))
     return {"linear_logprob_kl": calls, "linear_logprob_kl_backward": backward}
 
 
@@ -203,6 +220,19 @@ def test_compiled_without_a_graph_break(op: str, chosen: str | None) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op.startswith("linear")])
+def test_compiled_with_lora(op: str) -> None:
+    """Its small product is part of the graph; still the bits of eager, and one compilation."""
+    backend = CompileCounterWithBackend("aot_eager")
+    function = compiled(op, backend, **SCALED)
+    for N in (6, 9, 32):
+        arguments = cases.with_lora(cases.make(op, (N,)))
+        expected = cases.forward_backward(op, arguments, **SCALED)
+        assert_same_bits(forward_backward(op, function, arguments), expected)
+    assert backend.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor() -> None:
     """With code around the operator, which is compiled, and leaves the operator's bits alone."""
     op = "linear_gated_contrastive_loss"
@@ -265,9 +295,10 @@ with FakeTensorMode():
     assert [tuple(x.shape) for x in ops.entropy_topk(h, ids, 2, 1.0, None)] == [
         (3,), (3,), (3,), (3, 2), (3, 2), (3,), (3,)
     ]
-    loss = ops.linear_gated_contrastive_loss(h, h, W, None, ids, w, w, None, 1.0, None, True)
-    assert [tuple(x.shape) for x in loss] == [(), (3,), (3,), (4, 3), (3, 8)]
-    assert ops.linear_logprob_kl(h, h, W, None, ids, 1.0, None)[1].shape == (3,)
+    for u, B, shape in ((None, None, (0,)), (torch.empty(3, 2), torch.empty(11, 2), (3, 2))):
+        loss = ops.linear_gated_contrastive_loss(h, h, W, None, u, B, ids, w, w, None, 1.0, None, True)
+        assert [tuple(x.shape) for x in loss] == [(), (3,), (3,), (4, 3), (3, 8), shape]
+        assert ops.linear_logprob_kl(h, h, W, None, u, B, ids, 1.0, None)[1].shape == (3,)
 loaded = {m for m in sys.modules if m.startswith("rmx_kernels.") and m.split(".")[-1] in ("cpu", "triton", "reference")}
 assert not loaded, loaded
 assert native._open.cache_info().currsize == 0

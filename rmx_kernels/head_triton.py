@@ -1,0 +1,146 @@
+"""Products of rows with the output head on a GPU, for the Triton kernels: the vendor's GEMM on whole rows of logits.
+
+As many rows as fit into ``logit_bytes`` are multiplied at once; the row kernels then work on them, and a gradient
+replaces the logits and is multiplied back. Nothing is computed twice, and the sum over the vocabulary of a row's
+gradient is one product, rounded once. Rows are filled up to one of two sizes, whatever their number, since libraries
+choose their kernel, and with it the order of summation, by the size.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rmx_kernels import configs
+from rmx_kernels.tiles import chunks
+
+Index = Tensor | slice
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: Tensor | None = None) -> None:
+    """out = a @ b (+ add), summed in float32; out is of a's dtype, rounded once, or in float32."""
+    if not a.is_cuda:  # under the interpreter: as a GPU does it, which a CPU does not in float16
+        out.copy_(a.float() @ b.float() if add is None else add.float() + a.float() @ b.float())
+    elif out.dtype != a.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        if add is not None:
+            out += add
+    elif add is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(add, a, b, out=out)
+
+
+def product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def row_sizes(*weights: Tensor | None) -> Tensor:
+    """Sum of the weights' magnitudes [N], 1 for 0: a float16 gradient's rows are divided by it, for want of range."""
+    given = [w.abs() if w.dim() == 1 else w.abs().sum(-1) for w in weights if w is not None]
+    total = torch.stack(given).sum(0)
+    return torch.where(total == 0, 1.0, total)
+
+
+class Head:
+    """W [V, H], bias [V] or None, and the LoRA pair's B [V, r] or None; ``models`` whose rows are held together."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, lora_weight: Tensor | None, models: int) -> None:
+        self.weight, self.bias, self.lora_weight = weight, bias, lora_weight
+        self.V, self.H = weight.shape
+        self.narrow = weight.dtype == torch.float16  # no range for gradients, few digits for logits above 1024
+        self.logit_dtype = torch.float32 if self.narrow else weight.dtype
+        size = models * self.logit_dtype.itemsize + (weight.element_size() if self.narrow else 0)
+        fit = configs.config(weight.device).logit_bytes // (self.V * size)
+        self.chunk = max(1, fit // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
+
+    def filled(self, n: int) -> int:
+        """Rows of the product in which n of them are computed."""
+        return configs.ROW_MULTIPLE if n <= configs.ROW_MULTIPLE else self.chunk
+
+    def buffer(self, rows: int, columns: int) -> Tensor:
+        """Of a tile of logits."""
+        return self.weight.new_empty(rows, columns, dtype=self.logit_dtype)
+
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
+        """Where the gradient of a tile of logits goes: in their place, or in float16 beside them."""
+        return self.weight.new_empty(logits.shape) if self.narrow else logits
+
+    def take(self, x: Tensor, rows: Index, filled: int) -> Tensor:
+        """The rows x[rows], followed by zeros."""
+        taken = x[rows]
+        return torch.cat([taken, taken.new_zeros(filled - taken.shape[0], x.shape[1])])
+
+    def logits(self, x: Tensor, lora_hidden: Tensor | None, buffer: Tensor, cols: slice | None = None) -> Tensor:
+        """x [rows, H] @ W[cols].T + bias[cols] (+ lora_hidden @ B[cols].T), [rows, columns], in the buffer."""
+        cols = slice(0, self.V) if cols is None else cols
+        z = buffer[: x.shape[0]]
+        product(x, self.weight[cols].T, z, None if self.bias is None else self.bias[cols])
+        if lora_hidden is not None and self.lora_weight is not None:
+            product(lora_hidden.to(z.dtype), self.lora_weight[cols].T.to(z.dtype), z, z)
+        return z
+
+    def back(self, dz: Tensor, weight: Tensor, size: Tensor | None) -> Tensor:
+        """dz [rows, V] @ W or B; the first rows times ``size`` [n], where dz was divided by it."""
+        if size is None:
+            total = dz.new_empty(dz.shape[0], weight.shape[1])
+            product(dz, weight, total)
+            return total
+        return product_fp32(dz, weight)[: size.shape[0]] * size[:, None]
+
+    def slices(self) -> Iterator[slice]:
+        """Of the vocabulary, for the gradient of a trained head."""
+        return chunks(self.V, max(1024, configs.HEAD_TILE_BYTES // (4 * self.H) // 1024 * 1024))
+
+    def slice_rows(self, columns: int) -> int:
+        return max(1, configs.HEAD_TILE_BYTES // (columns * self.logit_dtype.itemsize) // configs.ROW_MULTIPLE) * (
+            configs.ROW_MULTIPLE
+        )
+
+
+def multiple(n: int) -> int:
+    """n rows, filled up to a multiple of ROW_MULTIPLE."""
+    return -(-n // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
+
+
+class HeadGradient:
+    """dW [V, H], dbias [V] and dB [V, r], summed over rows in float32, one slice of the vocabulary at a time."""
+
+    def __init__(self, head: Head, need_weight: bool, need_bias: bool, need_lora: bool) -> None:
+        self.head = head
+        weight, lora = head.weight, head.lora_weight
+        self.weight = weight.new_empty(weight.shape if need_weight else (0,))
+        self.bias = weight.new_empty(weight.shape[:1] if need_bias and head.bias is not None else (0,))
+        self.lora_weight = weight.new_empty(lora.shape if need_lora and lora is not None else (0,))
+
+    @property
+    def wanted(self) -> bool:
+        return self.weight.numel() + self.bias.numel() + self.lora_weight.numel() > 0
+
+    def open(self, cols: slice) -> None:
+        self.cols = cols
+        self.sums = [
+            torch.zeros(cols.stop - cols.start, *whole.shape[1:], dtype=torch.float32, device=whole.device)
+            for whole in self._wholes()
+        ]
+
+    def add(self, dz: Tensor, x: Tensor, lora_hidden: Tensor | None, size: Tensor | None) -> None:
+        """dz [n, columns] of the raw logits of x [n, H], divided by size [n] where there is one."""
+        parts = [x if whole is self.weight else None if whole is self.bias else lora_hidden for whole in self._wholes()]
+        for total, part in zip(self.sums, parts, strict=True):
+            if part is None:
+                total += (dz.float() if size is None else dz.float() * size[:, None]).sum(0)
+            elif size is None:
+                total += product_fp32(dz.T, part)
+            else:
+                total += dz.T.float() @ (part.float() * size[:, None])
+
+    def close(self, upstream: Tensor | float = 1.0) -> None:
+        for whole, total in zip(self._wholes(), self.sums, strict=True):
+            whole[self.cols] = (total * upstream).to(whole.dtype)
+
+    def _wholes(self) -> list[Tensor]:
+        return [whole for whole in (self.weight, self.bias, self.lora_weight) if whole.numel()]

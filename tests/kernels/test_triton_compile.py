@@ -1,0 +1,168 @@
+"""Every launch that ships, compiled ahead of time for four architectures: no spills, and within shared memory.
+
+The launches are recorded from the operators themselves, over real vocabularies, so a new kernel, argument or
+configuration is compiled without being named here. No GPU is needed.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rmx_kernels import configs, registration
+
+pytestmark = pytest.mark.skipif(registration.INTERPRETED, reason="the interpreter compiles nothing")
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any], int]  # (kernel, arguments, constants, warps)
+TARGETS = {  # and the shared memory of one program, in KiB (CUDA programming guide; CDNA3 instruction set)
+    "sm_80": (GPUTarget("cuda", 80, 32), 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+}
+PTX_TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+
+
+def kernels_of(op: str) -> Any:
+    return importlib.import_module(f"rmx_kernels.{op}.triton")
+
+
+def run_statistics(dtype: torch.dtype, V: int, k: int, softcap: float | None) -> None:
+    module = kernels_of("entropy_topk")
+    x, target, g = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    stats = module.forward(x, target, k, 0.7, softcap)
+    norms = (stats[4].zero_(), stats[5], stats[6], stats[1])
+    module.backward(x, target, *norms, g, g, g, torch.zeros(2, k) if k else None, 0.7, softcap)
+
+
+def run_loss(dtype: torch.dtype, V: int, softcap: float | None) -> None:
+    losses, linear = kernels_of("gated_contrastive_loss"), kernels_of("linear_logprob_kl")
+    x, target, w = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    norms = losses.forward(x, x, target, w, w, 0.7, softcap)[3]
+    losses.backward(x, x, target, w, w, norms, w[0], 0.7, softcap)
+    h, head = torch.zeros(2, 4, dtype=dtype), torch.zeros(V, 4, dtype=dtype)
+    linear.forward(h, h, head, None, None, None, target, 0.7, softcap)
+    loss = kernels_of("linear_gated_contrastive_loss").forward
+    loss(h, h, head, None, None, None, target, w, w, w, 0.7, softcap, True)
+
+
+def launches(architecture: str) -> list[Launch]:
+    """What the operators launch there, each variant once."""
+    recorded: dict[Any, Launch] = {}
+
+    def record(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> None:
+        kinds = tuple(kind(a) for a in arguments)
+        key = kernel.fn, kinds, tuple(constants.items()), warps
+        recorded[key] = kernel, arguments, constants, warps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "architecture", lambda device: architecture)
+        for op in ("entropy_topk", "gated_contrastive_loss"):
+            patch.setattr(kernels_of(op), "launch", record)
+        for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):  # sorts of all sizes
+            run_statistics(torch.bfloat16, V, k, None)
+        for dtype in POINTERS:
+            for softcap in (None, 30.0) if dtype.is_floating_point else ():
+                run_statistics(dtype, 50257, 2, softcap)  # an odd vocabulary: nothing is aligned
+                run_loss(dtype, 151936, softcap)
+        run_loss(torch.bfloat16, 50257, None)
+    return list(recorded.values())
+
+
+def kind(argument: Any) -> str:
+    """The type of an argument in a kernel's signature, with what Triton specialises on: 16 bytes of alignment."""
+    if argument is None:
+        return "constexpr"
+    if isinstance(argument, Tensor):
+        return POINTERS[argument.dtype]
+    if isinstance(argument, float):
+        return "fp32"
+    return ("i64" if abs(argument) >= 2**31 else "i32") + (":16" if argument % 16 == 0 else "")
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    kernel, arguments, constants, warps = launch
+    kinds = dict(zip(kernel.arg_names, (kind(a) for a in arguments), strict=False))
+    kinds |= dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds[name].removesuffix(":16") for name in kernel.arg_names}
+    values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if kinds[name][0] == "*" or kinds[name].endswith(":16")]
+    source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def spills(binary: Any, architecture: str, folder: Path) -> int:
+    """Spilled registers, as the assembler counts them: in bytes on NVIDIA, in registers on AMD."""
+    if "amdgcn" in binary.asm:
+        return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"]))
+    source = folder / "kernel.ptx"
+    source.write_text(binary.asm["ptx"])
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = tools / ("ptxas-blackwell" if architecture == "sm_100" else "ptxas")
+    command = [tool, "-v", f"--gpu-name={PTX_TARGETS[architecture]}", source, "-o", os.devnull]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    counted = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert counted, report
+    return sum(int(n) for pair in counted for n in pair)
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_no_spills_and_within_shared_memory(architecture: str, tmp_path: Path) -> None:
+    target, shared_kib = TARGETS[architecture]
+    names = set()
+    for launch in launches(architecture):
+        binary = compiled(launch, target)
+        names.add(launch[0].fn.__qualname__ + launch[0].fn.__module__)
+        what = f"{launch[0].fn.__name__} {[kind(a) for a in launch[1]]} {launch[2]}, {launch[3]} warps"
+        assert spills(binary, architecture, tmp_path) == 0, what
+        assert binary.metadata.shared <= shared_kib * 1024, f"{what}: {binary.metadata.shared} bytes"
+    assert len(names) == 6
+
+
+def test_every_architecture_has_a_configuration() -> None:
+    assert set(configs.CONFIGS) == set(TARGETS)
+
+
+@pytest.mark.parametrize("kernel", ["fold", "gradient"])
+@pytest.mark.parametrize("op", ["entropy_topk", "gated_contrastive_loss"])
+def test_logits_move_16_bytes_at_a_time(op: str, kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """bfloat16 rows of an aligned vocabulary: no scalar load of a logit, which costs most of the bandwidth."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in launches("sm_90"):
+        function = launch[0].fn
+        if (
+            function.__name__ == kernel
+            and op in function.__module__.split(".")
+            and launch[1][0].dtype == torch.bfloat16
+        ):
+            if launch[1][0].shape[-1] % 16:
+                continue
+            ptx = compiled(launch, TARGETS["sm_90"][0]).asm["ptx"]
+            assert re.search(r"ld\.global\.v4\.b32", ptx), ptx[-3000:]
+            assert not re.search(r"(ld|st)\.global(\.v2)?\.b16", ptx)
+            return
+    raise AssertionError("nothing was launched")
