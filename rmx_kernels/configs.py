@@ -56,10 +56,8 @@ def config(device: torch.device) -> Config:
 
 
 def chunk_columns(V: int, K: int) -> int:
-    """Columns of which the statistics keep the maximum: the top-k reads K chunks again, so about sqrt(V / K) wide."""
+    """Columns of which the statistics keep the maximum. The top-k sorts K segments' maxima and K chunks' columns."""
     width = 16
-    while width < 128 and 2 * width * width * K < 2 * V:
-        width *= 2
-    while 8192 * width < V:  # so that the maxima of a row fit into the registers of one program
+    while width < 64 and width * width * K < V:
         width *= 2
     return width

@@ -1,8 +1,9 @@
 """Triton kernels: one read of the logits for all statistics. Also serve linear_entropy_topk, on whole rows of logits.
 
 ``fold`` takes a segment of a row a program and keeps m, d, T and the maximum of every few columns. ``finish`` merges
-the segments of a row; any of the k most probable tokens lies in one of the k chunks with the largest maxima (ties to
-the left), so it reads only those again. Neither knows how many rows there are, so a row's bits depend on the row alone.
+the segments of a row; any of the k most probable tokens lies in one of the k segments with the largest maxima (ties to
+the left), and there in one of the k chunks with the largest, so it reads only those again. Neither knows how many rows
+there are, so a row's bits depend on the row alone.
 """
 
 from collections.abc import Sequence
@@ -69,7 +70,9 @@ def finish(
     row_m, row_log_d, lse, entropy, logprob,  # [N]; logprob where there is a target
     values, ids,  # [N, K] where there are peaks
     V, S, C, K, per_temperature, softcap,
-    SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, CHOSEN: tl.constexpr, KEPT: tl.constexpr,
+    SEGMENTS: tl.constexpr, WIDEST: tl.constexpr,  # of a row, and of them read again
+    CHUNKS: tl.constexpr, CHOSEN: tl.constexpr,  # of a segment, and of all read again
+    CHUNK: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
     segment = tl.arange(0, SEGMENTS)
@@ -92,9 +95,12 @@ def finish(
         z = scaled(tl.load(x + start + at, mask=valid, other=0.0), valid, per_temperature, softcap)
         tl.store(logprob + row, tl.where(valid, (z - M) - log_d, float("nan")))
     if peaks is not None:
-        chunk = tl.arange(0, CHUNKS)
-        peak = tl.load(peaks + row * C + chunk, mask=chunk < C, other=0.0)
-        best = tl.topk(tl.where(chunk < C, key_of(peak, chunk), NO_KEY), CHOSEN)
+        best = tl.topk(tl.where(known, key_of(segment_m, segment), NO_KEY), WIDEST)
+        chunk = index_of(best)[:, None] * CHUNKS + tl.arange(0, CHUNKS)[None, :]
+        inside = (best != NO_KEY)[:, None] & (chunk < C)
+        peak = tl.load(peaks + row * C + chunk, mask=inside, other=0.0)
+        keys = tl.reshape(tl.where(inside, key_of(peak, chunk), NO_KEY), [WIDEST * CHUNKS])
+        best = tl.topk(keys, CHOSEN)
         column = index_of(best)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         inside = (best != NO_KEY)[:, None] & (column < V)
         z = scaled(tl.load(x + start + column, mask=inside, other=0.0), inside, per_temperature, softcap)
@@ -179,20 +185,22 @@ class Statistics:
             COLUMNS=columns,
             CHUNK=chunk,
         )
-        sizes: dict[str, Any] = dict.fromkeys(("CHUNKS", "CHUNK", "CHOSEN", "KEPT"), 1)
+        segments = power_of_2(max(2, S))  # tl.topk takes no single one
+        sizes: dict[str, Any] = dict.fromkeys(("WIDEST", "CHUNKS", "CHUNK", "CHOSEN", "KEPT"), 1)
         warps, values, ids = setting.finish_warps, None, None
         if in_registers:
-            chunks, kept = power_of_2(max(2, C)), power_of_2(max(2, self.k))  # tl.topk takes no single one
-            chosen = min(kept, chunks)
-            sizes = {"CHUNKS": chunks, "CHUNK": chunk, "CHOSEN": chosen, "KEPT": kept}
-            warps *= 2 if max(chunks, chosen * chunk) > 2048 else 1
+            chunks, kept = columns // chunk, power_of_2(max(2, self.k))
+            widest = min(kept, segments)
+            chosen = min(kept, widest * chunks)
+            sizes = {"WIDEST": widest, "CHUNKS": chunks, "CHUNK": chunk, "CHOSEN": chosen, "KEPT": kept}
+            warps *= 2 if max(widest * chunks, chosen * chunk) > 2048 else 1
             values, ids = self.values[rows], self.ids[rows]
         target, logprob = (None, None) if self.target is None else (self.target[rows], self.logprob[rows])
         launch(
             *(finish, n, device, *x.arguments, target, m, d, T, peaks, self.m[rows], self.log_d[rows], self.lse[rows]),
             *(self.entropy[rows], logprob, values, ids, V, S, C, self.k, *scale),
             warps=warps,
-            SEGMENTS=power_of_2(S),
+            SEGMENTS=segments,
             **sizes,
         )
         if self.k > MAX_K:
