@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, native
-from rmx_kernels.results import VocabStats, named
+from rmx_kernels.entropy_topk.ops import run as run
 from rmx_kernels.tiles import compute_dtype
 
 
@@ -132,8 +132,3 @@ def backward(
     scale = native.scale(temperature, softcap)
     gradient(native.rows(logits), native.rows(dx), scale, slice(0, gradient.N), 0, logits.shape[-1])
     return dx
-
-
-def run(logits: Tensor, target: Tensor | None, *, k: int, temperature: float, softcap: float | None) -> VocabStats:
-    """Arguments as checked by the public operator."""
-    return named(torch.ops.rmx_kernels.entropy_topk(logits, target, k, temperature, softcap), target, k)

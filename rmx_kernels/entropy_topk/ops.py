@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels.registration import register
+from rmx_kernels.results import VocabStats, named
 from rmx_kernels.tiles import compute_dtype
 
 SCALING = "float temperature, float? softcap"
@@ -69,3 +70,8 @@ register(
     _fake_backward,
     suffix="_backward",
 )
+
+
+def run(logits: Tensor, target: Tensor | None, *, k: int, temperature: float, softcap: float | None) -> VocabStats:
+    """The registered operator, whose kernels the device chooses; arguments as checked by the public one."""
+    return named(torch.ops.rmx_kernels.entropy_topk(logits, target, k, temperature, softcap), target, k)

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rmx_kernels import configs
+from rmx_kernels.entropy_topk.ops import run as run
 from rmx_kernels.entropy_topk.reference import exact_topk
-from rmx_kernels.results import VocabStats, named
 from rmx_kernels.vec_triton import (
     MAX_K,
     NO_KEY,
@@ -284,8 +284,3 @@ def backward(
     dx = torch.empty_like(logits, memory_format=torch.contiguous_format)
     backward_rows(x, dx.view(-1, x.columns), slice(0, x.N), 0, temperature, softcap)
     return dx
-
-
-def run(logits: Tensor, target: Tensor | None, *, k: int, temperature: float, softcap: float | None) -> VocabStats:
-    """Arguments as checked by the public operator."""
-    return named(torch.ops.rmx_kernels.entropy_topk(logits, target, k, temperature, softcap), target, k)

@@ -5,17 +5,10 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, native
-from rmx_kernels.gated_contrastive_loss.reference import split_rows
+from rmx_kernels.gated_contrastive_loss.ops import run as run
+from rmx_kernels.gated_contrastive_loss.reference import live_rows
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
-from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import compute_dtype
-
-
-def live_rows(ce: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
-    """(positions of the rows with a weight, those with an anchor first; how many have one)."""
-    groups = split_rows(ce, kl_weight)
-    index = torch.cat([torch.empty(0, dtype=torch.int64), *(rows for rows, _ in groups)])
-    return index, sum(rows.shape[0] for rows, with_base in groups if with_base)
 
 
 def flat_weights(
@@ -97,20 +90,3 @@ def backward(
         *(index.shape[0], 0, V, loss, gradient),
     )
     return dx
-
-
-def run(
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    *,
-    temperature: float,
-    softcap: float | None,
-) -> ContrastiveLoss:
-    """Arguments as checked by the public operator."""
-    loss, logprob, kl, _ = torch.ops.rmx_kernels.gated_contrastive_loss(
-        logits, base_logits.detach(), target, ce_weight.detach(), kl_weight.detach(), temperature, softcap
-    )
-    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

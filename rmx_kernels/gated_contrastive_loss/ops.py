@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rmx_kernels.entropy_topk.ops import SCALING
 from rmx_kernels.registration import register
+from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import compute_dtype
 
 WEIGHTS = "Tensor ce_weight, Tensor kl_weight"
@@ -57,3 +58,20 @@ register(
     _fake_backward,
     suffix="_backward",
 )
+
+
+def run(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    temperature: float,
+    softcap: float | None,
+) -> ContrastiveLoss:
+    """The registered operator, whose kernels the device chooses; arguments as checked by the public one."""
+    loss, logprob, kl, _ = torch.ops.rmx_kernels.gated_contrastive_loss(
+        logits, base_logits.detach(), target, ce_weight.detach(), kl_weight.detach(), temperature, softcap
+    )
+    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

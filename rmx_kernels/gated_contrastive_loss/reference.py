@@ -25,6 +25,14 @@ def split_rows(ce_weight: Tensor, kl_weight: Tensor) -> list[tuple[Tensor, bool]
     return [(index, with_base) for index, with_base in groups if index.numel() > 0]
 
 
+def live_rows(ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
+    """(positions of the rows with a weight, those with an anchor first; how many have one)."""
+    groups = split_rows(ce_weight, kl_weight)
+    none = torch.empty(0, dtype=torch.int64, device=ce_weight.device)
+    index = torch.cat([none, *(rows for rows, _ in groups)])
+    return index, sum(rows.shape[0] for rows, with_base in groups if with_base)
+
+
 class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(

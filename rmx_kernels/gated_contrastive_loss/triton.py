@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rmx_kernels import configs
+from rmx_kernels.gated_contrastive_loss.ops import run as run
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
-from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.vec_triton import (
     Rows,
     exact_log,
@@ -264,20 +264,3 @@ def backward(
     to = dx.view(-1, x.columns)
     row_gradient(x, base_x, x.N, to, ids, weights, norms, temperature, softcap, upstream=upstream)
     return dx
-
-
-def run(
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    *,
-    temperature: float,
-    softcap: float | None,
-) -> ContrastiveLoss:
-    """Arguments as checked by the public operator."""
-    loss, logprob, kl, _ = torch.ops.rmx_kernels.gated_contrastive_loss(
-        logits, base_logits.detach(), target, ce_weight.detach(), kl_weight.detach(), temperature, softcap
-    )
-    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

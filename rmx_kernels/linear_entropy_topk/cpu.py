@@ -10,7 +10,7 @@ from torch import Tensor
 from rmx_kernels import native
 from rmx_kernels.entropy_topk.cpu import RunningStats, StatsGradient, shaped, token_ids
 from rmx_kernels.head_cpu import TILE_COLUMNS, TILE_ROWS, Head, HeadGradient
-from rmx_kernels.results import VocabStats, named
+from rmx_kernels.linear_entropy_topk.ops import run as run
 from rmx_kernels.tiles import chunks, flat
 
 
@@ -115,22 +115,3 @@ def _d_head(
             gradient(native.rows(z), native.rows(z), scale, rows, cols.start, z.shape[1])
             sink.add(z[:n], own[:n], None if own_u is None else own_u[:n])
         sink.close()
-
-
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    *,
-    bias: Tensor | None,
-    k: int,
-    temperature: float,
-    softcap: float | None,
-    lora_hidden: Tensor | None = None,
-    lora_weight: Tensor | None = None,
-) -> VocabStats:
-    """Arguments as checked by the public operator."""
-    stats = torch.ops.rmx_kernels.linear_entropy_topk(
-        hidden, weight, bias, lora_hidden, lora_weight, target, k, temperature, softcap
-    )
-    return named(stats, target, k)

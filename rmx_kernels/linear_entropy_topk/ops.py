@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rmx_kernels.entropy_topk.ops import SAVED, SCALING, STATS, UPSTREAM, fake_stats
 from rmx_kernels.registration import register
+from rmx_kernels.results import VocabStats, named
 
 HEADED = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight"
 NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool need_lora_hidden, bool need_lora_weight"
@@ -73,3 +74,22 @@ register(
     _fake_backward,
     suffix="_backward",
 )
+
+
+def run(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None,
+    k: int,
+    temperature: float,
+    softcap: float | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+) -> VocabStats:
+    """The registered operator, whose kernels the device chooses; arguments as checked by the public one."""
+    stats = torch.ops.rmx_kernels.linear_entropy_topk(
+        hidden, weight, bias, lora_hidden, lora_weight, target, k, temperature, softcap
+    )
+    return named(stats, target, k)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rmx_kernels.entropy_topk.triton import Statistics, StatisticsGradient
 from rmx_kernels.head_triton import Head, HeadGradient, multiple, row_sizes
-from rmx_kernels.results import VocabStats, named
+from rmx_kernels.linear_entropy_topk.ops import run as run
 from rmx_kernels.tiles import chunks
 from rmx_kernels.vec_triton import Rows
 
@@ -109,22 +109,3 @@ def backward(
                 sink.add(dz[:n], own[:n], None if own_u is None else own_u[:n], None if size is None else size[rows])
             sink.close()
     return dx, sink.weight, sink.bias, du, sink.lora_weight
-
-
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    *,
-    bias: Tensor | None,
-    k: int,
-    temperature: float,
-    softcap: float | None,
-    lora_hidden: Tensor | None = None,
-    lora_weight: Tensor | None = None,
-) -> VocabStats:
-    """Arguments as checked by the public operator."""
-    stats = torch.ops.rmx_kernels.linear_entropy_topk(
-        hidden, weight, bias, lora_hidden, lora_weight, target, k, temperature, softcap
-    )
-    return named(stats, target, k)

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import native
-from rmx_kernels.gated_contrastive_loss.cpu import flat_weights, live_rows, spread, weighted_sum
+from rmx_kernels.gated_contrastive_loss.cpu import flat_weights, spread, weighted_sum
+from rmx_kernels.gated_contrastive_loss.reference import live_rows
 from rmx_kernels.head_cpu import Head, HeadGradient
+from rmx_kernels.linear_gated_contrastive_loss.ops import run as run
 from rmx_kernels.linear_logprob_kl.cpu import Rows
-from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import flat
 
 
@@ -100,28 +101,3 @@ def backward(
 def d_hidden(d_hidden: Tensor, g_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient that came with the value, times the upstream gradient: an operator, so as to refuse a second one."""
     return (d_hidden * g_loss).to(dtype)
-
-
-def run(
-    hidden: Tensor,
-    base_hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    base_lse: Tensor | None,
-    lora_hidden: Tensor | None = None,
-    lora_weight: Tensor | None = None,
-) -> ContrastiveLoss:
-    """Arguments as checked by the public operator."""
-    trained = hidden.requires_grad or (lora_hidden is not None and lora_hidden.requires_grad)
-    loss, logprob, kl, _, _, _ = torch.ops.rmx_kernels.linear_gated_contrastive_loss(
-        *(hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target),
-        *(ce_weight.detach(), kl_weight.detach(), None if base_lse is None else base_lse.detach()),
-        *(temperature, softcap, torch.is_grad_enabled() and trained),
-    )
-    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

@@ -22,6 +22,7 @@ from rmx_kernels.head_cpu import gradient_dtype
 from rmx_kernels.linear_entropy_topk.ops import asked, fake_gradients
 from rmx_kernels.linear_logprob_kl.ops import HEADED
 from rmx_kernels.registration import register
+from rmx_kernels.results import ContrastiveLoss
 
 
 def _fake(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -86,3 +87,28 @@ register(
     _fake_d_hidden,
     suffix="_d_hidden",
 )
+
+
+def run(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    base_lse: Tensor | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+) -> ContrastiveLoss:
+    """The registered operator, whose kernels the device chooses; arguments as checked by the public one."""
+    wanted = hidden.requires_grad or (lora_hidden is not None and lora_hidden.requires_grad)
+    loss, logprob, kl, _, _, _ = torch.ops.rmx_kernels.linear_gated_contrastive_loss(
+        *(hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target),
+        *(ce_weight.detach(), kl_weight.detach(), None if base_lse is None else base_lse.detach()),
+        *(temperature, softcap, torch.is_grad_enabled() and wanted),
+    )
+    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

@@ -7,20 +7,11 @@ multiplied, and those without a weight count for nothing.
 import torch
 from torch import Tensor
 
-from rmx_kernels.gated_contrastive_loss.reference import split_rows
+from rmx_kernels.gated_contrastive_loss.reference import live_rows
 from rmx_kernels.gated_contrastive_loss.triton import flat, weighted_sum
 from rmx_kernels.head_triton import HeadGradient
+from rmx_kernels.linear_gated_contrastive_loss.ops import run as run
 from rmx_kernels.linear_logprob_kl.triton import LossRows, all_rows
-from rmx_kernels.results import ContrastiveLoss
-
-
-def live_rows(ce: Tensor, kl_weight: Tensor) -> tuple[Tensor | None, int | None]:
-    """(positions of the rows with a weight, those with an anchor first; how many have one); (None, None): all rows."""
-    if ce.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None, None
-    groups = split_rows(ce, kl_weight)
-    index = torch.cat([torch.empty(0, dtype=torch.int64, device=ce.device), *(rows for rows, _ in groups)])
-    return index, sum(rows.shape[0] for rows, with_base in groups if with_base)
 
 
 def _live(
@@ -35,7 +26,8 @@ def _live(
     temperature: float,
     softcap: float | None,
 ) -> LossRows:
-    index, anchored = live_rows(*weights)
+    capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    index, anchored = (None, None) if capturing else live_rows(*weights)
     return all_rows(
         *(hidden, base_hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap),
         index=index,
@@ -104,28 +96,3 @@ def backward(
 def d_hidden(d_hidden: Tensor, g_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient that came with the value, times the upstream gradient: an operator, so as to refuse a second one."""
     return (d_hidden * g_loss).to(dtype)
-
-
-def run(
-    hidden: Tensor,
-    base_hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    base_lse: Tensor | None,
-    lora_hidden: Tensor | None = None,
-    lora_weight: Tensor | None = None,
-) -> ContrastiveLoss:
-    """Arguments as checked by the public operator."""
-    wanted = hidden.requires_grad or (lora_hidden is not None and lora_hidden.requires_grad)
-    loss, logprob, kl, _, _, _ = torch.ops.rmx_kernels.linear_gated_contrastive_loss(
-        *(hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target),
-        *(ce_weight.detach(), kl_weight.detach(), None if base_lse is None else base_lse.detach()),
-        *(temperature, softcap, torch.is_grad_enabled() and wanted),
-    )
-    return ContrastiveLoss(loss, logprob.detach(), kl.detach())

@@ -14,8 +14,8 @@ from torch import Tensor
 from rmx_kernels import native
 from rmx_kernels.entropy_topk.cpu import token_ids
 from rmx_kernels.head_cpu import TILE_COLUMNS, TILE_ROWS, Head, HeadGradient
+from rmx_kernels.linear_logprob_kl.ops import run as run
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
-from rmx_kernels.results import LogprobKL
 from rmx_kernels.tiles import chunks, flat
 
 
@@ -214,22 +214,3 @@ def backward(
     dx = dx.view(hidden.shape) if need_hidden else dx
     du = du.view(lora_hidden.shape) if lora_hidden is not None and need_lora_hidden else du
     return dx, sink.weight, sink.bias, du, sink.lora_weight
-
-
-def run(
-    hidden: Tensor,
-    base_hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    lora_hidden: Tensor | None = None,
-    lora_weight: Tensor | None = None,
-) -> LogprobKL:
-    """Arguments as checked by the public operator."""
-    logprob, kl, _ = torch.ops.rmx_kernels.linear_logprob_kl(
-        hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target, temperature, softcap
-    )
-    return LogprobKL(logprob, kl)

@@ -18,6 +18,7 @@ from torch import Tensor
 from rmx_kernels.entropy_topk.ops import SCALING
 from rmx_kernels.linear_entropy_topk.ops import GRADIENTS, NEEDS, asked, fake_gradients
 from rmx_kernels.registration import register
+from rmx_kernels.results import LogprobKL
 from rmx_kernels.tiles import compute_dtype
 
 HEADED = (
@@ -62,3 +63,22 @@ register(
     _fake_backward,
     suffix="_backward",
 )
+
+
+def run(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+) -> LogprobKL:
+    """The registered operator, whose kernels the device chooses; arguments as checked by the public one."""
+    logprob, kl, _ = torch.ops.rmx_kernels.linear_logprob_kl(
+        hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target, temperature, softcap
+    )
+    return LogprobKL(logprob, kl)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rmx_kernels.gated_contrastive_loss.triton import row_gradient, row_terms
 from rmx_kernels.head_cpu import gradient_dtype
 from rmx_kernels.head_triton import Head, HeadGradient, Index, multiple, row_sizes
-from rmx_kernels.results import LogprobKL
+from rmx_kernels.linear_logprob_kl.ops import run as run
 from rmx_kernels.tiles import chunks
 from rmx_kernels.vec_triton import Rows
 
@@ -222,22 +222,3 @@ def backward(
     dx = dx.view(hidden.shape) if need_hidden else dx
     du = du.view(lora_hidden.shape) if need_lora_hidden and lora_hidden is not None else du
     return dx, sink.weight, sink.bias, du, sink.lora_weight
-
-
-def run(
-    hidden: Tensor,
-    base_hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    lora_hidden: Tensor | None = None,
-    lora_weight: Tensor | None = None,
-) -> LogprobKL:
-    """Arguments as checked by the public operator."""
-    logprob, kl, _ = torch.ops.rmx_kernels.linear_logprob_kl(
-        hidden, base_hidden.detach(), weight, bias, lora_hidden, lora_weight, target, temperature, softcap
-    )
-    return LogprobKL(logprob, kl)
