@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import configs, head_cpu, tiles
+from rmx_kernels import configs, head_cpu, native, tiles
 
 Arguments = dict[str, Any]
 
@@ -194,6 +195,14 @@ def check(op: str, arguments: Arguments, impl: str, **scaling: Any) -> Any:
     return result
 
 
+def integers(x: Tensor) -> Tensor:
+    """The bits of x, which tell 0 from -0; every NaN alike."""
+    if not x.is_floating_point():
+        return x
+    canonical = torch.where(x.isnan(), x.new_tensor(torch.nan), x)
+    return canonical.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+
+
 def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(got) == len(expected)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -214,3 +223,14 @@ def tiny_tiles(columns: int = 5, rows: int = 3) -> Iterator[None]:
         patch.multiple(configs, **launches),
     ):
         yield
+
+
+@contextmanager
+def another_library(path: Path, abi: int = native.ABI) -> Iterator[None]:
+    """native opens the file at ``path`` in the place of the shipped one."""
+    try:
+        with patch.multiple(native, LIBRARY=path, ABI=abi):
+            native._open.cache_clear()
+            yield
+    finally:
+        native._open.cache_clear()

@@ -1,32 +1,26 @@
-"""What the native kernels promise beyond the grid: the same bits wherever and however they run, and an ABI in step."""
+"""What the native kernels promise beyond the grid: the same bits wherever and however they run, without copies."""
 
 import ctypes
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from distutils.core import run_setup  # that of setuptools
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import cases
-import numpy as np
 import oracles
 import pytest
 import torch
-from cases import SCALED, assert_same_bits, forward_backward, randint, randn
+from cases import SCALED, another_library, assert_same_bits, forward_backward, randint, randn
 from test_memory import Ledger, inside
 from torch import Tensor
 
-from rmx_kernels import BackendUnavailable, backends, dispatch, entropy_topk, native
+from rmx_kernels import backends, entropy_topk, native
 from rmx_kernels.checks import FLOATS
 from rmx_kernels.dispatch import OPERATORS
 from rmx_kernels.entropy_topk.cpu import RunningStats
@@ -34,17 +28,6 @@ from rmx_kernels.entropy_topk.cpu import RunningStats
 ROOT = Path(native.__file__).parents[1]
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")  # of instruction sets, each a superset of the one before
 INF = math.inf
-
-
-@contextmanager
-def another_library(path: Path, abi: int = native.ABI) -> Iterator[None]:
-    """native opens the file at ``path`` in the place of the shipped one."""
-    try:
-        with patch.multiple(native, LIBRARY=path, ABI=abi):
-            native._open.cache_clear()
-            yield
-    finally:
-        native._open.cache_clear()
 
 
 def test_the_library_is_built_and_loaded() -> None:
@@ -121,15 +104,7 @@ def everything(V: int, dtype: torch.dtype, scaling: dict[str, float]) -> list[Te
     weights = {"ce_weight": randn(N, seed=4), "kl_weight": randn(N, seed=5).relu()}
     arguments = {"logits": logits, "base_logits": base, "target": target, **weights}
     results += forward_backward("gated_contrastive_loss", arguments, impl="cpu", **scaling)
-    return [integers(x) for x in results]
-
-
-def integers(x: Tensor) -> Tensor:
-    """The bits of x, which tell 0 from -0; every NaN alike."""
-    if not x.is_floating_point():
-        return x
-    canonical = torch.where(x.isnan(), x.new_tensor(math.nan), x)
-    return canonical.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+    return [cases.integers(x) for x in results]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -163,7 +138,7 @@ def test_tiles_give_the_bits_of_the_whole_row(dtype: torch.dtype, tile: int) -> 
         return stats.finish()
 
     for a, b in zip(fold(tile), fold(V), strict=True):
-        assert torch.equal(integers(a), integers(b))
+        assert torch.equal(cases.integers(a), cases.integers(b))
 
 
 # ---- the same bits on any number of threads, and for any number of rows ------------------------------------------
@@ -253,7 +228,7 @@ def test_rows_do_not_depend_on_their_number_or_place(op: str, V: int, H: int, dt
     for rows in [slice(0, n) for n in (1, 2, 3, 5, 7, 16, 33, 64, 100)] + [slice(n, n + 7) for n in (1, 6, 50, 100)]:
         part = row_results(op, {n: v[rows] if n in PER_ROW else v for n, v in arguments.items()})
         for field, value in part.items():
-            assert torch.equal(integers(value), integers(whole[field][rows])), f"{field} of rows {rows}"
+            assert torch.equal(cases.integers(value), cases.integers(whole[field][rows])), f"{field} of rows {rows}"
 
 
 # ---- top-k -------------------------------------------------------------------------------------------------------
@@ -285,101 +260,6 @@ def test_top_k_is_that_of_a_stable_sort(V: int, dtype: torch.dtype) -> None:
         assert torch.equal(result.topk_ids, order[:, :k]), f"k = {k}"
         exact = (logits.double() - logits.double().logsumexp(-1, keepdim=True)).gather(-1, order[:, :k])
         torch.testing.assert_close(result.topk_logprobs.double(), exact, rtol=3e-7, atol=3e-7)
-
-
-# ---- arithmetic --------------------------------------------------------------------------------------------------
-# Where a row has one column, m is its scaled logit and log d is 0, so that the public operator shows a single load,
-# tanh or store; two columns show exp and log.
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_all_low_precision_numbers_are_read_exactly(dtype: torch.dtype) -> None:
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    lse = entropy_topk(x[:, None], impl="cpu").lse
-    assert torch.equal(lse[x.isfinite()], x[x.isfinite()].float())
-    assert lse[~x.isfinite()].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_gradients_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
-    """Every float32 exponent and all ties: subnormals, the largest numbers, infinities and NaN."""
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()
-    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
-    between = (values[1:].double() + values[:-1].double()).div(2).float()
-    beside = (between.nextafter(torch.tensor(end)) for end in (INF, -INF))
-    upstream = torch.cat([every, values, between, *beside]) + 0.0  # which makes 0 of -0, as sums of gradients do
-    logits = torch.zeros(upstream.shape[0], 1, dtype=dtype, requires_grad=True)
-    (gradient,) = torch.autograd.grad(entropy_topk(logits, impl="cpu").lse, logits, upstream)
-    assert torch.equal(integers(gradient[:, 0]), integers(upstream.to(dtype)))
-
-
-def relative_error(got: Tensor, exact: np.ndarray) -> np.ndarray:
-    assert exact.dtype == np.longdouble
-    return np.abs(got.detach().numpy().astype(np.longdouble) / exact - 1)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "lowest", "base", "slope"),
-    [(torch.float32, 87.0, 2.2e-7, 1.2e-7), (torch.float64, 100.0, 4.4e-16, 2.2e-16)],
-    ids=str,
-)
-def test_probabilities_are_accurate(dtype: torch.dtype, lowest: float, base: float, slope: float) -> None:
-    """p = exp(log p) of two columns [0, -x], to the errors that csrc/vec_math.h states for exp, 1e-7 + 6e-8 |log p|
-    in float32, and one rounding of log p and one of log d, half an ulp each. Below e^-87.3 float32 flushes to zero."""
-    x = torch.linspace(0, 100, 40001, dtype=torch.float64).to(dtype)
-    logits = torch.stack([torch.zeros_like(x), -x], -1).requires_grad_()
-    (p,) = torch.autograd.grad(entropy_topk(logits, impl="cpu").lse.sum(), logits)
-    e = np.exp(-x.numpy().astype(np.longdouble))
-    size = x.numpy()
-    kept = size <= lowest
-    assert (relative_error(p[:, 1], e / (1 + e)) <= base + slope * size)[kept].all()
-    assert (relative_error(p[:, 0], 1 / (1 + e)) <= base + slope * np.log1p(e)).all()
-    assert (p[:, 1].detach().numpy()[~kept] <= 1.7e-38).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_statistics_of_two_columns_are_accurate(dtype: torch.dtype) -> None:
-    """Log-sum-exp, log-prob and entropy of [0, -x], within a few roundings of numbers of the size of log 2 or x."""
-    x = torch.linspace(0, 100, 40001, dtype=torch.float64).to(dtype)
-    logits = torch.stack([torch.zeros_like(x), -x], -1)
-    stats = entropy_topk(logits, torch.ones(len(x), dtype=torch.int64), impl="cpu")
-    eps = torch.finfo(dtype).eps
-    big = x.numpy().astype(np.longdouble)
-    e = np.exp(-big)
-    for got, exact, size in (
-        (stats.lse, np.log1p(e), 1),
-        (stats.logprob, -big - np.log1p(e), 1 + big),
-        (stats.entropy, np.log1p(e) + big * e / (1 + e), 1),
-    ):
-        assert (np.abs(got.numpy().astype(np.longdouble) - exact) <= eps * size).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_log_is_rounded_once(dtype: torch.dtype) -> None:
-    """n equal logits among masked ones sum to n exactly, so that lse is log n: correctly rounded in float32, to an ulp
-    in float64."""
-    n = torch.arange(1, 2049)
-    logits = torch.zeros(2048, 2048, dtype=dtype).masked_fill(torch.arange(2048) >= n[:, None], -INF)
-    lse = entropy_topk(logits, impl="cpu").lse
-    exact = n.double().log()
-    if dtype == torch.float32:
-        assert torch.equal(lse, exact.float())
-    else:
-        assert ((lse - exact).abs() <= torch.finfo(dtype).eps * exact).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_softcap_is_accurate(dtype: torch.dtype) -> None:
-    """16 tanh(x / 16), whose divisions are exact, within 2 eps relative from subnormal to saturated x, and odd."""
-    eps = torch.finfo(dtype).eps
-    grid = torch.cat(
-        [torch.linspace(0, 400, 20001, dtype=torch.float64)[1:], torch.logspace(-30, 1, 5001, dtype=torch.float64)]
-    )
-    x = grid.to(dtype)
-    up, down = (entropy_topk(sign * x[:, None], softcap=16.0, impl="cpu").lse for sign in (1, -1))
-    assert torch.equal(up, -down)
-    assert (relative_error(up, 16 * np.tanh(x.numpy().astype(np.longdouble) / 16)) <= 2 * eps).all()
-    torch.testing.assert_close(up.double(), 16 * torch.tanh(x.double() / 16), rtol=2 * eps, atol=0)
 
 
 # ---- views without copies ----------------------------------------------------------------------------------------
@@ -427,147 +307,3 @@ def run_both(op: str, arguments: cases.Arguments) -> list[Tensor]:
     outputs = cases.differentiable(result)
     gradients = torch.autograd.grad(outputs, logits, [torch.full_like(o, 0.5) for o in outputs])
     return [*(v.detach() for v in result if v is not None), *gradients]
-
-
-# ---- without the library -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def not_warned_yet() -> Iterator[None]:
-    dispatch._warn_of_fallback.cache_clear()
-    yield
-    dispatch._warn_of_fallback.cache_clear()
-
-
-@pytest.mark.usefixtures("not_warned_yet")
-def test_without_the_library_the_reference_runs_and_says_so_once() -> None:
-    with patch.object(native, "_open", lambda: (None, "no compiler came by")):
-        backend = backends()["cpu"]
-        assert not backend.available and backend.reason == "no compiler came by"
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for op in OPERATORS:
-                arguments = cases.make(op)
-                with pytest.raises(BackendUnavailable, match=f"^impl='cpu' cannot run {op} here: no compiler came by$"):
-                    cases.call(op, arguments, impl="cpu")
-                got, expected = (forward_backward(op, arguments, impl=impl) for impl in (None, "reference"))
-                assert_same_bits(got, expected)
-    assert [w.category for w in caught] == [RuntimeWarning]
-    assert "no compiler came by" in str(caught[0].message) and "reference" in str(caught[0].message)
-    assert caught[0].filename == cases.__file__  # where the operator was called
-
-
-@pytest.mark.usefixtures("not_warned_yet")
-def test_with_the_library_nothing_warns() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cases.call("entropy_topk", cases.make("entropy_topk"))
-
-
-def test_a_library_that_is_not_there(tmp_path: Path) -> None:
-    with another_library(tmp_path / "librmx_cpu.so"):
-        assert re.search("not built: install a C.. *.*compiler", backends()["cpu"].reason)
-        with pytest.raises(BackendUnavailable, match="not built"):
-            entropy_topk(torch.zeros(2, 3), impl="cpu")
-    assert backends()["cpu"].available
-
-
-def test_a_file_that_is_no_library(tmp_path: Path) -> None:
-    path = tmp_path / "librmx_cpu.so"
-    path.write_bytes(b"a text, or a library for another machine")
-    with another_library(path):
-        reason = backends()["cpu"].reason
-        assert reason.startswith("the native kernels cannot be loaded: ") and str(path) in reason
-
-
-def test_a_library_of_another_abi_is_refused() -> None:
-    with another_library(native.LIBRARY, abi=native.ABI + 1):
-        assert backends()["cpu"].reason == (
-            f"{native.LIBRARY} was built for another version of rmx_kernels: install rmx again"
-        )
-
-
-def test_a_build_without_a_compiler_goes_on_and_says_so(tmp_path: Path) -> None:
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "rmx", "rmx_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    built = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "temp"],
-        cwd=tmp_path,
-        env=os.environ | {"CC": "false", "CXX": "false"},
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    assert "the native CPU kernels were NOT built" in built.stderr
-    assert list(tmp_path.rglob("*.so")) == []
-
-
-# ---- the C ABI and its mirror in Python --------------------------------------------------------------------------
-
-HEADER = re.sub(r"//[^\n]*", "", (ROOT / "csrc" / "rmx_cpu.h").read_text())
-FUNCTIONS = dict(re.findall(r"RMX_API[\w\s*]+?(\w+)\(([^)]*)\);", HEADER))
-STRUCTS = {name: body for body, name in re.findall(r"typedef struct \{([^}]*)\} (\w+);", HEADER)}
-MIRRORS = {
-    "rmx_scale": native.Scale,
-    "rmx_rows": native.Rows,
-    "rmx_sums": native.Sums,
-    "rmx_stats": native.Stats,
-    "rmx_stats_gradient": native.StatsGradient,
-    "rmx_loss": native.Loss,
-}
-C_TYPES = {"double": ctypes.c_double, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
-
-
-def c_fields(body: str) -> list[tuple[str, Any]]:
-    """(name, ctypes type) of each member, in order."""
-    fields = []
-    for declaration in body.split(";")[:-1]:
-        kind, names = re.fullmatch(r"\s*(?:const\s+)?(\w+)\s*(.*)", declaration, re.DOTALL).groups()
-        for name in names.split(","):
-            pointer = name.strip().startswith("*")
-            fields.append((name.strip(" *\n"), ctypes.c_void_p if pointer else C_TYPES[kind]))
-    return fields
-
-
-def test_structures_mirror_the_header() -> None:
-    assert set(STRUCTS) == set(MIRRORS) | {"rmx_entry"}
-    for name, mirror in MIRRORS.items():
-        assert c_fields(STRUCTS[name]) == list(mirror._fields_), name
-    entry = [("value", ctypes.c_double), ("id", ctypes.c_int64)]  # for which Python makes room of two int64
-    assert c_fields(STRUCTS["rmx_entry"]) == entry
-
-
-def test_functions_mirror_the_header() -> None:
-    assert set(native.SIGNATURES) | {"rmx_abi", "rmx_isa", "rmx_use_huge_pages"} == set(FUNCTIONS)
-    mirrors = {ctypes.POINTER(mirror): name for name, mirror in MIRRORS.items()}
-    for name, arguments in native.SIGNATURES.items():
-        declared = [re.sub(r"const |\*", "", a).split()[0] for a in FUNCTIONS[name].split(",")]
-        plain = {ctypes.c_int32: "int32_t", ctypes.c_int64: "int64_t", ctypes.c_void_p: "rmx_parallel_for"}
-        assert [mirrors.get(a) or plain[a] for a in arguments] == declared, name
-
-
-def test_numbers_mirror_the_header() -> None:
-    assert re.search(r"#define RMX_ABI (\d+)", HEADER).group(1) == str(native.ABI)
-    numbers = dict(re.findall(r"(RMX_\w+) = (\d+)", HEADER))
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-    assert {names[n]: int(numbers.pop(f"RMX_{n}")) for n in names} == native.DTYPES
-    assert numbers.pop("RMX_OK") == "0"
-    assert set(native.ERRORS) == {int(value) for value in numbers.values()}
-
-
-def test_the_library_exports_its_abi_and_nothing_else() -> None:
-    if shutil.which("nm") is None or sys.platform != "linux":
-        pytest.skip("nm -D --defined-only lists the exports of an ELF library")
-    listed = subprocess.run(["nm", "-D", "--defined-only", native.LIBRARY], capture_output=True, text=True, check=True)
-    exported = {line.split()[-1] for line in listed.stdout.splitlines()}
-    assert exported == set(FUNCTIONS)
-
-
-def test_an_unknown_dtype_is_an_error() -> None:
-    x = native.rows(torch.zeros(2, 3))
-    x.dtype = 9
-    sums = native.Sums(*[torch.empty(2).data_ptr()] * 3, None, None, 0, None)
-    with pytest.raises(RuntimeError, match=r"^rmx_entropy_topk: unknown dtype$"):
-        native.call("rmx_entropy_topk", x, native.scale(1.0, None), 2, 0, 3, sums)
