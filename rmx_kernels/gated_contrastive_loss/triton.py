@@ -90,7 +90,7 @@ def finish(
         part, known = row * S + segment, segment < S
         segment_m = tl.load(m + part, mask=known, other=float("-inf"))
         segment_d = tl.load(d + part, mask=known, other=0.0)
-        M, weight, _, D = merged(segment_m, segment_d)
+        M, weight, _step, D = merged(segment_m, segment_d)
         log_d = exact_log(D).to(tl.float32)
         at = tl.load(target + row)
         valid = (at >= 0) & (at < V)
@@ -101,7 +101,7 @@ def finish(
         if kl != 0:
             segment_base_m = tl.load(base_m + part, mask=known, other=float("-inf"))
             segment_base_d = tl.load(base_d + part, mask=known, other=0.0)
-            base_M, base_weight, _, base_D = merged(segment_base_m, segment_base_d)
+            base_M, base_weight, _base_step, base_D = merged(segment_base_m, segment_base_d)
             base_log_d = exact_log(base_D).to(tl.float32)
             rho, pi = weight * segment_d / D, base_weight * segment_base_d / base_D
             moved = (segment_m - M) - (segment_base_m - base_M)
