@@ -163,7 +163,7 @@ def all_rows(
 ) -> LossRows:
     """The rows of ``index`` [n], in that order, or all; the first ``anchored`` have a base (None: all)."""
     x, base_x = (h.reshape(-1, h.shape[-1]) for h in (hidden, base_hidden))
-    u = None if lora_hidden is None else lora_hidden.reshape(x.shape[0], -1)
+    u = None if lora_hidden is None else lora_hidden.reshape(-1, lora_hidden.shape[-1])
     anchored = x.shape[0] if anchored is None else anchored
     head = Head(weight, bias, lora_weight, models=2)
     return LossRows(head, temperature, softcap, x, base_x, u, target.reshape(-1).contiguous(), index, anchored)
