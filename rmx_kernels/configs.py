@@ -36,9 +36,7 @@ CONFIGS = {
     "gfx942": Config(Sweep(4096, 4), Sweep(4096, 4), Sweep(4096, 4), Sweep(4096, 4), 4, 224 * MIB),  # 64 threads a warp
 }
 ROW_MULTIPLE = 128  # rows of one product: few enough that reading the head bounds it, and what products are padded to
-HEAD_TILE_BYTES = (
-    48 * MIB
-)  # each of a slice of a trained head's gradient in float32, and of the logits that it is made of
+HEAD_TILE_BYTES = 48 * MIB  # of a slice of a trained head's gradient in float32, and of the logits that it is made of
 
 
 def architecture(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rmx_kernels import configs
 from rmx_kernels.entropy_topk.ops import run as run
 from rmx_kernels.entropy_topk.reference import exact_topk
+from rmx_kernels.tiles import VocabTiles, chunks
 from rmx_kernels.vec_triton import (
     MAX_K,
     NO_KEY,
@@ -152,11 +153,9 @@ def gradient(
 def _sorted_topk(x: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """The k largest scaled logits of rows x [N, V] and their ids, exactly, for a k that is too large for registers."""
     values, ids = x.new_empty(x.shape[0], k, dtype=torch.float32), x.new_empty(x.shape[0], k, dtype=torch.int64)
-    for rows in torch.arange(x.shape[0]).split(max(1, SORT_BYTES // (4 * x.shape[1]))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        z = x[part].float()
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        values[part], ids[part] = exact_topk(z / temperature, k)
+    tiles = VocabTiles(x, temperature=temperature, softcap=softcap)
+    for rows in chunks(tiles.N, max(1, SORT_BYTES // (4 * tiles.V))):
+        values[rows], ids[rows] = exact_topk(tiles(rows, slice(0, tiles.V), None), k)
     return values, ids
 
 

@@ -46,7 +46,7 @@ class LossRows:
         Gradients have no elements where not asked for; without weights, all rows have both values.
         """
         found = torch.full((6, self.x.shape[0]), float("nan"), dtype=torch.float32, device=self.x.device)
-        dx, du = self._zeros(gradient)
+        dx, du = self._zeros(gradient, gradient)
         buffers = self._buffers(self.head.filled(min(self.n, self.head.chunk)), self.head.V)
         size = row_sizes(*weights) if gradient and weights is not None and self.head.narrow else None
         for rows in chunks(self.n, self.head.chunk):
@@ -64,7 +64,7 @@ class LossRows:
 
     def gradients(self, weights: Weights, norms: Tensor, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
         """(d x [N, H], d u [N, r]) from known norms; without elements where not asked for."""
-        dx, du = self._zeros(need_x)[0], self._zeros(need_u)[1]
+        dx, du = self._zeros(need_x, need_u)
         if not need_x and not need_u:
             return dx, du
         buffers = self._buffers(self.head.filled(min(self.n, self.head.chunk)), self.head.V)
@@ -100,10 +100,10 @@ class LossRows:
     def _with_base(self, rows: slice) -> int:
         return min(max(self.anchored - rows.start, 0), rows.stop - rows.start)
 
-    def _zeros(self, wanted: bool) -> tuple[Tensor, Tensor]:
+    def _zeros(self, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
         dtype = gradient_dtype(self.x)
-        dx = self.x.new_zeros(self.x.shape if wanted else (0,), dtype=dtype)
-        du = self.x.new_zeros(self.u.shape if wanted and self.u is not None else (0,), dtype=dtype)
+        dx = self.x.new_zeros(self.x.shape if need_x else (0,), dtype=dtype)
+        du = self.x.new_zeros(self.u.shape if need_u and self.u is not None else (0,), dtype=dtype)
         return dx, du
 
     def _buffers(self, rows: int, columns: int) -> list[Tensor]:
