@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written aside, synced, then renamed. Readers name the file and line of a fault."""
+"""Files that are whole or absent: written aside, synced, then renamed; and journals, which grow by whole lines.
+
+Readers name the file and line of a fault.
+"""
 
 import dataclasses
 import hashlib
@@ -9,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pydantic
 
@@ -27,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` (file or directory); rename it into place if the body succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    _remove(aside)
+    remove(aside)
     try:
         yield aside
         for file in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
@@ -38,20 +41,21 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.close(fd)
         if path.is_dir():  # a directory cannot be replaced in one step: the old one is out of the way, then gone
             old = path.with_name(f".{path.name}.old.partial")
-            _remove(old)
+            remove(old)
             os.replace(path, old)
             os.replace(aside, path)
-            _remove(old)
+            remove(old)
         else:
             os.replace(aside, path)
     except BaseException as fault:
-        _remove(aside)
+        remove(aside)
         if isinstance(fault, OSError) and fault.filename is None:
             fault.filename = str(path)  # a full disk does not say what it had no room for
         raise
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -140,3 +144,67 @@ def read_records(path: Path, cls: type[R]) -> tuple[dict[str, Any], list[R]]:
         except ArtefactError as fault:
             raise ArtefactError(f"{path}:{number}: {fault}") from fault
     return meta, records
+
+
+class Journal(Generic[R]):
+    """Records as they come, so that a kill loses no more than the unit that was being written.
+
+    JSON lines: a first line ``{"meta": ...}``, then an array of records a unit, synced before :meth:`append` returns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+
+    @classmethod
+    def open(cls, path: Path, record: type[R], meta: dict[str, Any]) -> tuple["Journal[R]", list[R]]:
+        """(the journal, the records that it holds); begun anew where there is none, or one with another ``meta``.
+
+        A last line without its end is what a kill left of a unit, and is cut off.
+
+        Raises:
+            ArtefactError: another line is not what was written. OSError: it names the file.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"meta": json.loads(json.dumps(meta))}
+        if path.exists():
+            with path.open("rb") as file:
+                whole = sum(len(line) for line in file if line.endswith(b"\n"))
+            os.truncate(path, whole)
+            lines = read_lines(path)
+            if next(lines, (1, None))[1] == header:
+                return cls(path), list(_records(path, lines, parser(record)))
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
+        return cls(path), []
+
+    def append(self, records: Iterable[R]) -> None:
+        """Write one unit."""
+        unit = [dataclasses.asdict(record) for record in records]  # type: ignore[call-overload]
+        line = memoryview((json.dumps(unit, ensure_ascii=False) + "\n").encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as fault:
+            fault.filename = str(self.path)
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "Journal[R]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _records(path: Path, units: Iterable[tuple[int, Any]], parse: Callable[[Any], R]) -> Iterator[R]:
+    for number, unit in units:
+        try:
+            if not isinstance(unit, list):
+                raise ArtefactError(f"expected a JSON array, got {type(unit).__name__}")
+            yield from map(parse, unit)
+        except ArtefactError as fault:
+            raise ArtefactError(f"{path}:{number}: {fault}") from fault

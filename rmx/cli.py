@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
@@ -22,27 +23,57 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override, as in --set train.epochs=2")]
+Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
+BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
+
+
+def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) -> None:
+    from rmx.config import load_config
+    from rmx.distributed import processes
+    from rmx.pipeline import Run
+    from rmx.progress import console
+
+    run = Run(load_config(config, overrides))
+    with processes() as group:
+        if group.size > 1 and name != "train":
+            raise RmxError(f"rmx {name} runs in one process; torchrun is for rmx train")
+        with run.locked() if group.leads else nullcontext():
+            done = group.leads and not again and name != "report" and run.is_done(name)
+            if group.largest(int(done)):
+                if group.leads:
+                    console.print(f"{run.dir}: {name} is done; --again redoes it")
+            elif group.leads:
+                run.execute(name, again, group)
+            else:
+                run.follow_training(group)
 
 
 def _stage(name: str, help_text: str) -> None:
     def command(config: ConfigPath, set_: Overrides = None, again: Again = False) -> None:
-        from rmx.config import load_config
-        from rmx.pipeline import Run
-        from rmx.progress import console
-
-        run = Run(load_config(config, set_))
-        with run.locked():
-            if not again and name != "report" and run.is_done(name):
-                console.print(f"{run.dir}: {name} is done; --again redoes it")
-                return
-            run.execute(name, again)
+        _execute(name, config, set_, again)
 
     app.command(name, help=help_text)(command)
 
 
+def _with_engine(overrides: list[str] | None, engine: str | None, base_url: str | None) -> list[str]:
+    given = {"engine": engine, "base_url": base_url}
+    return [*(overrides or []), *(f"rollouts.{key}={json.dumps(v)}" for key, v in given.items() if v is not None)]
+
+
+@app.command("rollouts")
+def rollouts_command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    again: Again = False,
+    engine: Engine = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Sample completions of the training problems from the base model."""
+    _execute("rollouts", config, _with_engine(set_, engine, base_url), again)
+
+
 _stage("problems", "Build the training and the held-out problems.")
-_stage("rollouts", "Sample completions of the training problems from the base model.")
 _stage("verify", "Reward each completion 0 or 1.")
 _stage("score", "Base entropy, log-prob and top-k at every completion token.")
 _stage("select", "Choose mixed problems, advantages and decision tokens.")
@@ -70,9 +101,23 @@ def _run(config: Path, overrides: list[str] | None) -> None:
 
 
 @app.command("run")
-def run_command(config: ConfigPath, set_: Overrides = None) -> None:
-    """Run all stages; started again, continue after the last finished one."""
-    _run(config, set_)
+def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
+    """Run all stages; started again, go on where the last start ended."""
+    _run(config, _with_engine(set_, engine, base_url))
+
+
+@app.command()
+def merge(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    adapter: Annotated[Path | None, typer.Option(help="default: the run's own")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write the model with the adapter merged into its weights: a plain Hugging Face model."""
+    from rmx.config import load_config
+    from rmx.pipeline import Run
+
+    Run(load_config(config, set_)).merged(out, adapter)
 
 
 @app.command()
@@ -102,7 +147,8 @@ def main() -> None:
         app()
     except RmxError as fault:
         print(f"rmx: error: {fault}", file=sys.stderr)
-        sys.exit(1)
+        signum = getattr(fault, "signum", None)
+        sys.exit(1 if signum is None else 128 + signum)  # as a shell reports a signal
     except OSError as fault:  # a full disk, a folder that cannot be written: nothing half-written is left behind
         print(f"rmx: error: {fault}", file=sys.stderr)
         sys.exit(1)

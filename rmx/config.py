@@ -32,7 +32,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # flash_attention_2 needs flash-attn and a GPU
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = (
+        "sdpa"  # of generation; flash_attention_2 needs flash-attn
+    )
+    packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
 
 
 class PromptConfig(Section):
@@ -68,6 +71,15 @@ class Sampling(Section):
     top_k: PositiveInt | None = None
     max_new_tokens: PositiveInt = 8192
     batch_size: PositiveInt = 128  # sequences decoded at a time
+    engine: Literal["auto", "loop", "generate_batch", "openai"] = "auto"
+    base_url: str | None = None  # of an OpenAI-compatible server, for engine openai
+    server_model: str | None = None  # the model's name there; default: model.name
+
+    @pydantic.model_validator(mode="after")
+    def _server(self) -> "Sampling":
+        if (self.engine == "openai") != (self.base_url is not None):
+            raise ValueError("expected base_url for engine openai, and for no other")
+        return self
 
 
 class RolloutsConfig(Sampling):
@@ -80,9 +92,11 @@ class VerifyConfig(Section):
 
 
 class ScoreConfig(Section):
-    problems: Literal["mixed", "all"] = "mixed"  # mixed: only those that can be trained on
+    problems: Literal["selected", "mixed", "all"] = "mixed"  # selected: those that select will take; mixed: could take
     top_k: Annotated[int, Field(ge=0)] = 8
-    token_budget: PositiveInt = 16384  # padded tokens a forward pass
+    token_budget: PositiveInt = 16384  # tokens a forward pass
+    shard_tokens: PositiveInt = 65536  # tokens a file: what a killed stage does again
+    cache_gib: Annotated[float, Field(ge=0)] = 32.0  # of base states kept for training; above it they are recomputed
 
 
 class SelectConfig(Section):
@@ -112,6 +126,8 @@ class LoraConfig(Section):
     r: PositiveInt = 32
     alpha: PositiveFloat = 64.0
     targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input in training; never of the anchor's base
 
 
 class TrainConfig(Section):
@@ -124,12 +140,22 @@ class TrainConfig(Section):
     anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
     anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
     negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative
-    token_budget: PositiveInt = 16384  # padded tokens a forward pass
+    anchor_fraction: Probability = 1.0  # share of the anchor positions that a step looks at, drawn anew each step
+    token_budget: PositiveInt = 16384  # tokens a forward pass
+    activation_checkpointing: bool = False  # layers are run again in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
 
 
 class EvaluateConfig(Sampling):
     samples: PositiveInt = 4
     bootstrap: PositiveInt = 10_000
+
+    @pydantic.model_validator(mode="after")
+    def _two_models(self) -> "EvaluateConfig":
+        if self.engine == "openai":
+            raise ValueError("evaluate samples the base and the tuned model, a server has one: use another engine")
+        return self
 
 
 class Config(Section):

@@ -1,10 +1,11 @@
 """Low-rank adapters on linear layers, stored as PEFT stores them.
 
-Master weights are float32 over a base of any dtype; the low-rank product is computed in float32 and rounded once,
-with the result, to the dtype of the base layer (as PEFT does).
+Master weights are float32 over a base of any dtype; the low-rank products run in the dtype of the base layer. Layers
+that read the same tensor (q, k and v; gate and up) share the first of them.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,8 +22,10 @@ from transformers import PreTrainedModel
 from rmx.artefacts import replacing
 from rmx.config import LoraConfig
 from rmx.errors import RmxError
+from rmx.forward import decoder_layers
 
 PREFIX = "base_model.model."  # of PEFT's tensor names
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read one tensor, in this order
 
 
 class AdapterError(RmxError):
@@ -38,7 +42,8 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator | None) -> None:
         super().__init__()
-        self.base, self.scaling, self.enabled = base, alpha / r, True
+        self.base, self.scaling, self.enabled, self.dropout = base, alpha / r, True, 0.0
+        self.shared: SharedInput | None = None
         bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
@@ -48,8 +53,31 @@ class LoraLinear(nn.Module):
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
-        update = nn.functional.linear(nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return (y + update * self.scaling).to(y.dtype)
+        if self.shared is None or torch.compiler.is_compiling():
+            z = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
+        else:
+            z = self.shared(x, self)
+        B = (self.scaling * self.lora_B).to(x.dtype)
+        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), B.T).view(y.shape)
+
+
+class SharedInput:
+    """Layers that read the same tensor, one after the other: A x of all of them is one product."""
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        self.layers = layers
+        self.x: Tensor | None = None
+        self.left: dict[LoraLinear, Tensor] = {}
+
+    def __call__(self, x: Tensor, layer: LoraLinear) -> Tensor:
+        if self.x is not x or layer not in self.left:  # another tensor, or the same one in another pass
+            A = torch.cat([member.lora_A for member in self.layers]).to(x.dtype)
+            parts = F.linear(F.dropout(x, layer.dropout), A).chunk(len(self.layers), -1)
+            self.x, self.left = x, dict(zip(self.layers, parts, strict=True))
+        z = self.left.pop(layer)
+        if not self.left:
+            self.x = None
+        return z
 
 
 @dataclass(frozen=True)
@@ -67,6 +95,17 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     @contextmanager
+    def training(self) -> Iterator[None]:
+        """Inside, the adapter's inputs are dropped out with the probability of its configuration."""
+        try:
+            for layer in self.layers.values():
+                layer.dropout = self.config.dropout
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.dropout = 0.0
+
+    @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the model is its own base: the same weights, no second copy."""
         before = [layer.enabled for layer in self.layers.values()]
@@ -80,11 +119,18 @@ class Adapter:
 
 
 def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
-    """Replace each linear layer whose last name (or dotted end) is in ``config.targets``.
+    """Replace each linear layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on.
 
     Raises:
-        AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head.
+        AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head; the
+            model has no layer ``first_layer``.
     """
+    below = ""
+    if config.first_layer:
+        path, stack = decoder_layers(model)
+        if config.first_layer >= len(stack):
+            raise AdapterError(f"lora.first_layer={config.first_layer}: the model has layers 0 to {len(stack) - 1}")
+        below = rf"{re.escape(path)}\.({'|'.join(map(str, range(config.first_layer)))})\."
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, nn.Module] = {}
     for target in config.targets:
@@ -97,7 +143,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
         found |= matches
     layers = {}
     for name, module in model.named_modules():  # the order of the model, whatever that of the targets
-        if name not in found:
+        if name not in found or (below and re.match(below, name)):
             continue
         if not isinstance(module, nn.Linear):
             raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
@@ -107,7 +153,33 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        for family in SAME_INPUT:
+            members = [layers[f"{parent}.{last}"] for last in family if f"{parent}.{last}" in layers]
+            if len(members) > 1 and len({member.base.in_features for member in members}) == 1:
+                shared = SharedInput(members)
+                for member in members:
+                    member.shared = shared
     return Adapter(layers, config)
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, sign: float = 1.0) -> None:
+    """Add each update to its base weight, in float32 and rounded to the weight's dtype, and switch the adapter off.
+
+    In low precision the sum is rounded where the adapter itself is not: an update far below the weights' rounding is
+    lost. :func:`unmerge` brings the weights back to rounding.
+    """
+    for layer in adapter.layers.values():
+        weight = layer.base.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(weight.to(wide) + sign * layer.scaling * (layer.lora_B @ layer.lora_A))
+        layer.enabled = sign < 0
+
+
+def unmerge(adapter: Adapter) -> None:
+    """Undo :func:`merge` to rounding, and switch the adapter on again."""
+    merge(adapter, sign=-1.0)
 
 
 def detach(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -137,15 +209,22 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str) -> None:
         "base_model_name_or_path": base_model,
         "r": adapter.config.r,
         "lora_alpha": adapter.config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.config.dropout,
         "bias": "none",
         "target_modules": list(adapter.config.targets),
         "inference_mode": True,
     }
+    if adapter.config.first_layer:
+        description["layers_to_transform"] = layer_numbers(adapter)
     with replacing(path) as aside:
         aside.mkdir()
         (aside / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def layer_numbers(adapter: Adapter) -> list[int]:
+    """The decoder layers that are adapted, by the first number in each module path (as PEFT reads it)."""
+    return sorted({int(number[1]) for name in adapter.layers if (number := re.search(r"\.(\d+)\.", name))})
 
 
 def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
@@ -163,13 +242,18 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
     for key, plain in unknown.items():
         if description.get(key, plain) != plain:
             raise AdapterError(f"{path}: {key} is {description[key]!r}; only {plain!r} is supported")
-    for key in ("rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save"):
+    for key in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
         if description.get(key):
             raise AdapterError(f"{path}: {key} is not supported")
     try:
         targets = description["target_modules"]
+        numbers = description.get("layers_to_transform")
+        numbers = [numbers] if isinstance(numbers, int) else numbers
         config = LoraConfig(
-            r=description["r"], alpha=float(description["lora_alpha"]), targets=sorted(targets) if targets else []
+            r=description["r"],
+            alpha=float(description["lora_alpha"]),
+            targets=sorted(targets) if targets else [],
+            first_layer=min(numbers) if numbers else 0,
         )
     except (KeyError, TypeError, ValueError) as fault:
         raise AdapterError(f"{path}/adapter_config.json: {fault}") from fault

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
 
@@ -35,6 +36,7 @@ class CausalLM:
     softcap: float | None
     scale: float
     eos_ids: frozenset[int]
+    packing: bool = True  # whether sequences run end to end, or padded
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +87,7 @@ def load(config: ModelConfig) -> CausalLM:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as fault:
         raise ModelError(f"model.name={config.name!r}: cannot be loaded: {fault}") from fault
     model.eval().requires_grad_(False)
-    return wrap(model, tokenizer)
+    return wrap(model, tokenizer, config.packing)
 
 
 def fingerprint(config: ModelConfig) -> str | None:
@@ -105,7 +107,7 @@ def fingerprint(config: ModelConfig) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def wrap(model: PreTrainedModel, tokenizer: Any) -> CausalLM:
+def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> CausalLM:
     """Describe the head of a loaded model, and check that the description gives the model's own logits."""
     head = model.get_output_embeddings()
     if head is None:
@@ -125,6 +127,7 @@ def wrap(model: PreTrainedModel, tokenizer: Any) -> CausalLM:
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=float(scale),
         eos_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
+        packing=packing,
     )
     _check_head(lm)
     return lm
@@ -142,6 +145,13 @@ def _check_head(lm: CausalLM) -> None:
             f"{type(lm.model).__name__}: hidden states and output head give logits that differ from the model's own "
             f"by {error:.1%}; it transforms its logits in a way that rmx does not know"
         )
+
+
+def save(lm: CausalLM, path: Path) -> None:
+    """Write model and tokenizer as a Hugging Face directory (safetensors), whole or not at all."""
+    with replacing(path) as aside:
+        lm.model.save_pretrained(aside)
+        lm.tokenizer.save_pretrained(aside)
 
 
 def _locate(config: ModelConfig) -> tuple[str, str | None]:

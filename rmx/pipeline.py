@@ -1,14 +1,15 @@
 """All stages in one run directory.
 
-A stage is done when ``stages.json`` lists it, which is written after its artefact.
+A stage is done when ``stages.json`` lists it, which is written after its artefact. One that was killed goes on where it
+was: at the batch of rollouts, the shard of scores or the checkpoint of training that it was in.
 """
 
 import dataclasses
 import fcntl
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,22 @@ from typing import Any
 import pydantic
 
 import rmx_kernels
-from rmx import evaluate, lora, model, report, rollouts, score, select, train
+from rmx import evaluate, forward, lora, model, report, rollouts, score, select, train
 from rmx.artefacts import (
     ArtefactError,
+    Journal,
     fingerprint,
     parser,
     read_lines,
     read_meta,
     read_records,
+    remove,
     write_json,
     write_records,
 )
+from rmx.checkpoint import Checkpoint
 from rmx.config import Config, Sampling
+from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
 from rmx.problems import build_problems, fingerprints
 from rmx.progress import console, progress
@@ -40,7 +45,7 @@ OUTPUTS = {
     "problems": "problems.jsonl",
     "rollouts": "rollouts.jsonl",
     "verify": "verdicts.jsonl",
-    "score": "scores.safetensors",
+    "score": "scores/index.json",
     "select": "training_set.jsonl",
     "train": "adapter/adapter_model.safetensors",
     "evaluate": "evaluation.json",
@@ -55,6 +60,13 @@ STAGES: dict[str, tuple[str, ...]] = {
     "train": ("seed", "lora", "train"),
     "evaluate": ("seed", "evaluate"),
     "report": (),
+}
+CHOICE = ("max_problems", "max_sequences", "max_completion_tokens", "min_pass_rate", "max_pass_rate")  # of rollouts
+PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
+    "rollouts": ("rollouts.journal.jsonl",),
+    "score": ("scores",),
+    "train": ("checkpoint.safetensors",),
+    "evaluate": tuple(f"evaluation.{side}{kind}.jsonl" for side in ("base", "tuned") for kind in ("", ".journal")),
 }
 
 
@@ -97,7 +109,10 @@ class Run:
 
     def settings(self, stage: str) -> dict[str, Any]:
         """All that the stage depends on from outside the run directory."""
-        found = {name: self.config.model_dump(mode="json")[name] for name in STAGES[stage]}
+        tree = self.config.model_dump(mode="json")
+        found = {name: tree[name] for name in STAGES[stage]}
+        if stage == "score" and self.config.score.problems == "selected":
+            found["select"] = {key: tree["select"][key] for key in CHOICE}
         return {**found, **self.inputs.get(stage, {})}
 
     @cached_property
@@ -125,22 +140,26 @@ class Run:
             )
         return True
 
-    def execute(self, stage: str, again: bool = False) -> None:
-        """Run one stage whose predecessors are done; with ``again`` even if it is done itself."""
+    def execute(self, stage: str, again: bool = False, group: Group = ALONE) -> None:
+        """Run one stage whose predecessors are done; with ``again`` even if it is done itself, from its beginning.
+
+        ``group`` is for training alone: the other processes call :meth:`follow_training`.
+        """
         order = list(STAGES)
         for earlier in order[: order.index(stage)]:
             if not self.is_done(earlier):
                 raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
         old = self.stages().get(stage)
-        if again and stage == "evaluate" and old is not None and old["settings"] == self.settings(stage):
-            for name in ("base", "tuned"):  # with new settings, what still fits them is kept
-                self.path(f"evaluation.{name}.jsonl").unlink(missing_ok=True)
+        # with new settings, what still fits them is kept
+        if again and (stage != "evaluate" or (old is not None and old["settings"] == self.settings(stage))):
+            for name in PARTIAL.get(stage, ()):
+                remove(self.path(name))
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
             self.path("stages.json"), {k: v for k, v in self.stages().items() if order.index(k) < order.index(stage)}
         )
         started = time.perf_counter()
-        summary: dict[str, Any] = getattr(self, f"_{stage}")()
+        summary: dict[str, Any] = self._train(group) if stage == "train" else getattr(self, f"_{stage}")()
         record = {"settings": self.settings(stage), "seconds": round(time.perf_counter() - started, 1), **summary}
         write_json(self.path("stages.json"), {**self.stages(), stage: record})
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
@@ -187,11 +206,60 @@ class Run:
         """The rollouts that the score stage looks at."""
         if self.config.score.problems == "all":
             return self.rollouts()
+        if self.config.score.problems == "selected":
+            found = self.rollouts()
+            chosen = select.choose_rollouts(found, self.verdicts(), self.config.select)
+            return [found[i] for i in sorted(i for own in chosen.values() for i in own)]
         mixed = select.mixed_problems(self.verdicts())
         return [rollout for rollout in self.rollouts() if rollout.problem_id in mixed]
 
     def scores(self) -> list[Scores]:
-        return score.read_scores(self.path("scores.safetensors"), self.to_score())[1]
+        return self.kept_scores()[0].scores()
+
+    def kept_scores(self) -> tuple[score.ScoreStore, score.Keep]:
+        """The score stage's files, and which base states they hold."""
+        path = self.path("scores/index.json")
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            store = score.ScoreStore(path.parent, self.to_score(), index["shard_tokens"], index["origin"])
+            return store, score.Keep(**index["origin"]["keep"])
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise ArtefactError(f"{path}: cannot be read: {fault}; run `rmx score` with --again") from fault
+
+    def score_origin(self, keep: score.Keep) -> dict[str, Any]:
+        """All that scores and base states depend on, beside the rollouts."""
+        settings = self.config.model
+        vocabulary = json.dumps(self.lm.tokenizer.get_vocab(), sort_keys=True)
+        return {
+            "weights": self.inputs["rollouts"]["weights"] or f"{settings.name}@{settings.revision}",
+            "tokenizer": fingerprint(vocabulary.encode()),
+            "dtype": str(self.lm.weight.dtype).removeprefix("torch."),
+            "packing": settings.packing,
+            "score": {key: getattr(self.config.score, key) for key in ("top_k", "token_budget")},
+            "keep": dataclasses.asdict(keep),
+        }
+
+    def wanted(self) -> score.Keep:
+        """The base states that training will ask for."""
+        settings = self.config.train
+        return score.Keep(settings.anchor if settings.anchor_weight else "none", self.config.lora.first_layer)
+
+    def base_source(self) -> train.BaseSource | None:
+        """Base states for training from the score stage's files; torn ones are made again. None if not kept."""
+        (store, keep), wanted = self.kept_scores(), self.wanted()
+        if store.origin != {**store.origin, **self.score_origin(keep)}:
+            now = self.score_origin(keep)
+            key = next(key for key in now if store.origin.get(key) != now[key])
+            raise ArtefactError(
+                f"{store.path}: was made with another {key}: {store.origin.get(key)!r}, now {now[key]!r}; "
+                "run `rmx score` with --again"
+            )
+        if not keep.covers(wanted):
+            console.print("train: the score stage did not keep these base states; they are computed in each step")
+            return None
+        if made := store.fill(self.lm, self.config.score, keep):
+            console.print(f"train: {made} files of {store.path} were absent or torn and were made again", markup=False)
+        return lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)
 
     def training_set(self) -> list[TrainingSequence]:
         return self._records("training_set.jsonl", TrainingSequence)
@@ -224,17 +292,34 @@ class Run:
 
     def _rollouts(self) -> dict[str, Any]:
         sampling = self.config.rollouts
-        found = self._generate("rollouts", self.problems("train"), sampling, self.config.seed)
         meta = {"prompt": self.renderer.fingerprint, "model": self.config.model.name, **sampling.model_dump()}
-        write_records(self.path("rollouts.jsonl"), found, {"rmx": rmx_kernels.__version__, **meta})
+        meta = {"rmx": rmx_kernels.__version__, **meta}
+        found = self._generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
         return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
 
-    def _generate(self, title: str, problems: list[Problem], sampling: Sampling, seed: int) -> list[Rollout]:
-        renderer = self.renderer  # loads the model before the bar appears
-        with progress(title, len(problems) * sampling.samples, "rollouts") as update:
-            return rollouts.generate_rollouts(
-                self.lm, renderer, problems, sampling, seed, on_done=lambda n: update(n, "")
-            )
+    def _generate(
+        self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
+    ) -> list[Rollout]:
+        """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
+        renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
+        asked = fingerprint(json.dumps([dataclasses.asdict(p) for p in problems]).encode())
+        origin = {**meta, "seed": seed, "problems": asked, "weights": self.inputs["rollouts"]["weights"]}
+        journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
+        total = len(problems) * sampling.samples
+        with journal, progress(name.removeprefix("evaluation."), total, "rollouts") as update:
+            done = len(known)
+            update(done, "")
+
+            def on_unit(unit: list[Rollout]) -> None:
+                nonlocal done
+                journal.append(unit)
+                done += len(unit)
+                update(done, "")
+
+            found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
+        write_records(self.path(f"{name}.jsonl"), found, meta)
+        remove(journal.path)
+        return found
 
     def _verify(self) -> dict[str, Any]:
         verdicts = self._judge("verify", self.problems("train"), self.rollouts())
@@ -249,14 +334,16 @@ class Run:
             return verify(problems, found, on_done=lambda n: update(n, ""), **limits)  # type: ignore[arg-type]
 
     def _score(self) -> dict[str, Any]:
-        found, settings = self.to_score(), self.config.score
-        lm = self.lm
+        found, settings, lm = self.to_score(), self.config.score, self.lm
+        forward.check(lm, self.wanted().layer)
+        keep, said = score.affordable(self.wanted(), found, lm, settings, self.path("scores"))
+        console.print(f"score: {said}", highlight=False, markup=False, soft_wrap=True)
+        store = score.ScoreStore(self.path("scores"), found, settings.shard_tokens, self.score_origin(keep))
+        store.discard_others()
         with progress("score", len(found), "rollouts") as update:
-            scores = score.score_rollouts(
-                lm, found, top_k=settings.top_k, token_budget=settings.token_budget, on_done=lambda n: update(n, "")
-            )
-        score.write_scores(self.path("scores.safetensors"), scores, {k: str(v) for k, v in self.meta().items()})
-        return {"rollouts": len(found), "tokens": sum(len(s.entropy) for s in scores)}
+            store.fill(lm, settings, keep, on_done=lambda n: update(n, ""))
+        write_json(store.path / "index.json", {"shard_tokens": settings.shard_tokens, "origin": store.origin})
+        return {"rollouts": len(found), "tokens": sum(len(r.completion_ids) for r in found)}
 
     def _select(self) -> dict[str, Any]:
         chosen, tau = select.select_sequences(self.rollouts(), self.verdicts(), self.scores(), self.config.select)
@@ -270,29 +357,74 @@ class Run:
             "gated": f"{gated} of {tokens} tokens",
         }
 
-    def _train(self) -> dict[str, Any]:
-        sequences = self.training_set()
+    def _train(self, group: Group = ALONE) -> dict[str, Any]:
+        sequences, settings = self.training_set(), self.config.train
+        base = self.base_source() if group.leads else None
+        group.wait()  # for files that had to be made again
+        base = base if group.leads else self.base_source()
         adapter = lora.attach(self.lm.model, self.config.lora, self.config.seed)
         try:
             share = adapter.size / sum(p.numel() for p in self.lm.model.parameters())
-            log = train.MetricsLog(self.path("metrics.jsonl"))
-            steps = len(train.step_order(len(sequences), self.config.train, self.config.seed))
-            with progress("train", steps, "steps") as update:
-
-                def on_step(metrics: train.StepMetrics, total: int) -> None:
-                    log(metrics)
-                    update(metrics.step, f"loss {metrics.loss:+.3f} KL {metrics.anchor_kl:.4f}")
-
-                try:
-                    train.train_adapter(
-                        self.lm, adapter, sequences, self.config.train, self.config.seed, on_step=on_step
-                    )
-                finally:
-                    log.close()
-            lora.save_adapter(adapter, self.path("adapter"), self.config.model.name)
+            origin = {
+                "training_set": fingerprint(self.path("training_set.jsonl").read_bytes()),
+                "settings": {**self.settings("train"), "checkpoint_seconds": None},
+                "model": self.config.model.model_dump(),
+                "weights": self.inputs["rollouts"]["weights"],
+                "base": None if base is None else dataclasses.asdict(self.kept_scores()[1]),
+            }
+            mark = fingerprint(json.dumps(origin, sort_keys=True).encode())
+            path = self.path("checkpoint.safetensors")
+            checkpoint = Checkpoint(path, mark, settings.checkpoint_seconds, write=group.leads)
+            steps = len(train.step_order(len(sequences), settings, self.config.seed))
+            with ExitStack() as stack:
+                on_step = self._training_log(stack, checkpoint, steps) if group.leads else lambda *_: None
+                train.train_adapter(
+                    self.lm,
+                    adapter,
+                    sequences,
+                    settings,
+                    self.config.seed,
+                    base=base,
+                    checkpoint=checkpoint,
+                    group=group,
+                    on_step=on_step,
+                )
+            if group.leads:
+                lora.save_adapter(adapter, self.path("adapter"), self.config.model.name)
+                remove(path)
         finally:
             lora.detach(self.lm.model, adapter)
         return {"steps": steps, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
+
+    def _training_log(
+        self, stack: ExitStack, checkpoint: Checkpoint, steps: int
+    ) -> Callable[[train.StepMetrics, int], None]:
+        made = checkpoint.peek()
+        if made:
+            console.print(f"train: goes on after step {made} of {steps}")
+        log = train.MetricsLog(self.path("metrics.jsonl"), made)
+        stack.callback(log.close)
+        update = stack.enter_context(progress("train", steps, "steps"))
+        update(made, "")
+
+        def on_step(metrics: train.StepMetrics, total: int) -> None:
+            log(metrics)
+            update(metrics.step, f"loss {metrics.loss:+.3f} KL {metrics.anchor_kl:.4f}")
+
+        return on_step
+
+    def follow_training(self, group: Group) -> None:
+        """What a process that does not lead does while the leading one runs the stage."""
+        self._train(group)
+
+    def merged(self, out: Path, adapter: Path | None = None) -> None:
+        """Write the model with the adapter in its weights, and its tokenizer, as a plain Hugging Face directory."""
+        if out.exists() and any(out.iterdir()):
+            raise RunError(f"{out}: is not empty")
+        found = lora.load_adapter(self.lm.model, adapter or self.path("adapter"))
+        lora.merge(found)
+        lora.detach(self.lm.model, found)
+        model.save(self.lm, out)
 
     def _evaluate(self) -> dict[str, Any]:
         problems = self.problems("evaluate")
@@ -326,8 +458,7 @@ class Run:
             if old == meta:
                 return found, self._judge(name, problems, found)
         # The same seed for both sides: common random numbers make the paired difference sharper.
-        found = self._generate(name, problems, sampling, self.config.seed + 1)
-        write_records(path, found, meta)
+        found = self._generate(f"evaluation.{name}", problems, sampling, self.config.seed + 1, meta)
         return found, self._judge(name, problems, found)
 
     def _report(self) -> dict[str, Any]:

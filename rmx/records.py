@@ -34,6 +34,7 @@ class Rollout:
     completion_ids: list[int]  # T ids; ends with EOS where the model stopped by itself
     finish_reason: Literal["stop", "length"]
     text: str  # decoded completion, for the verifier and the reader
+    logprobs: list[float] | None = None  # T, nats, at the sampling temperature (0: at 1) before any cut; if known
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,15 @@ class Scores:
     lse: "Tensor"  # [T]
     topk_ids: "Tensor"  # [T, K] int32
     topk_logprobs: "Tensor"  # [T, K]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseStates:
+    """What training needs of the frozen base at one rollout of L = P + T tokens, so that no pass of it is repeated."""
+
+    hidden: "Tensor"  # [R, H] final states at the last R predicting positions: all L - 1, or the completion's T
+    lse: "Tensor"  # [R]    float32, nats
+    entry: "Tensor | None"  # [L, H] states that enter the first adapted layer; None where that is layer 0
 
 
 @dataclass(frozen=True, slots=True)

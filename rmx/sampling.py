@@ -19,8 +19,8 @@ class SamplingParams:
     top_k: int | None = None
 
 
-def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    r"""One token id a row from the tempered distribution p, restricted to its nucleus and renormalised.
+def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    r"""One token a row from the tempered distribution p, restricted to its nucleus and renormalised.
 
     .. math:: \mathrm{nucleus} = \text{the fewest most probable tokens with } \sum p \ge \mathrm{top\_p}
 
@@ -31,17 +31,19 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
         hidden: [B, H] final hidden states. uniforms: [B] float64 in [0, 1).
 
     Returns:
-        [B] int64.
+        (token ids [B] int64, their log p [B] float64, nats): before the cut to the nucleus; of the untempered
+        distribution where the temperature is 0.
     """
     if params.temperature == 0:
         greedy = linear_entropy_topk(hidden, k=1, **lm.head)
         _check(greedy.lse)
-        assert greedy.topk_ids is not None
-        return greedy.topk_ids[:, 0]
+        assert greedy.topk_ids is not None and greedy.topk_logprobs is not None
+        return greedy.topk_ids[:, 0], greedy.topk_logprobs[:, 0].double()
     V = lm.weight.shape[0]
     limit = V if params.top_k is None else min(params.top_k, V)
     everything = params.top_p == 1 and limit == V
     chosen = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
     rest = torch.arange(hidden.shape[0], device=hidden.device)
     for width in () if everything else WIDTHS:
         width = min(width, limit)
@@ -50,23 +52,25 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
         assert stats.topk_logprobs is not None and stats.topk_ids is not None
         p = stats.topk_logprobs.double().exp()
         done = (p.sum(-1) >= params.top_p) | (width == limit)
-        chosen[rest[done]] = _draw(p[done], stats.topk_ids[done], uniforms[rest[done]], params)
+        rows = rest[done]
+        chosen[rows], logprobs[rows] = _draw(p[done], stats.topk_ids[done], uniforms[rows], params)
         rest = rest[~done]
         if rest.numel() == 0:
-            return chosen
+            return chosen, logprobs
     for rows in rest.split(ROWS):
         p, ids = _sorted(lm, hidden[rows], params.temperature)
-        chosen[rows] = _draw(p[:, :limit], ids[:, :limit], uniforms[rows], params)
-    return chosen
+        chosen[rows], logprobs[rows] = _draw(p[:, :limit], ids[:, :limit], uniforms[rows], params)
+    return chosen, logprobs
 
 
-def _draw(p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    """By inversion from p [B, K] descending, cut to the nucleus; ids [B, K], uniforms [B]."""
-    p = p.masked_fill(p.cumsum(-1) - p >= params.top_p, 0)  # outside: tokens that start beyond top_p
-    kept = p.cumsum(-1)
+def _draw(p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """(ids [B], log p [B]) by inversion from p [B, K] descending, cut to the nucleus; ids [B, K], uniforms [B]."""
+    nucleus = p.masked_fill(p.cumsum(-1) - p >= params.top_p, 0)  # outside: tokens that start beyond top_p
+    kept = nucleus.cumsum(-1)
     drawn = (kept <= uniforms[:, None] * kept[:, -1:]).sum(-1, keepdim=True)
-    last = (p > 0).sum(-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(drawn, last)).squeeze(1)
+    last = (nucleus > 0).sum(-1, keepdim=True) - 1
+    place = torch.minimum(drawn, last)
+    return ids.gather(1, place).squeeze(1), p.gather(1, place).squeeze(1).log()
 
 
 def _sorted(lm: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

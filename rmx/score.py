@@ -1,8 +1,16 @@
-"""The frozen base model's entropy, log-prob and top-k at every completion token, in one teacher-forced pass."""
+"""The frozen base model seen once: entropy, log-prob and top-k of every completion token, and its states for training.
 
+One teacher-forced pass over packed sequences, kept in safetensors shards of whole rollouts. A shard is written whole
+or not at all and depends on its own rollouts alone, so a killed stage goes on at the shard under way and ends with the
+same bits. Training reads the states through memory maps: no pass of the base model is made there.
+"""
+
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -10,92 +18,230 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rmx.artefacts import ArtefactError, replacing
-from rmx.model import CausalLM, ModelError, batches, pad
-from rmx.records import Rollout, Scores
+from rmx.artefacts import ArtefactError, fingerprint, replacing
+from rmx.config import ScoreConfig
+from rmx.forward import all_states
+from rmx.model import CausalLM, ModelError
+from rmx.packing import pack
+from rmx.records import BaseStates, Rollout, Scores
 from rmx_kernels import linear_entropy_topk
 
 FIELDS = ("entropy", "logprob", "lse", "topk_ids", "topk_logprobs")
 
 
-def predicting(hidden: Tensor, prompt_length: int, completion_length: int) -> Tensor:
-    """Hidden states [T, H] from which the completion tokens of one right-padded row [L, H] are predicted."""
-    return hidden[prompt_length - 1 : prompt_length - 1 + completion_length]
+@dataclass(frozen=True)
+class Keep:
+    """Which base states are kept beside the scores."""
+
+    rows: Literal["none", "completion", "all"] = "none"  # predicting positions whose final states are kept
+    layer: int = 0  # states that enter this layer are kept, of all tokens; 0: none
+
+    def covers(self, wanted: "Keep") -> bool:
+        """Whether all that ``wanted`` keeps is kept."""
+        rows = ("none", "completion", "all")
+        return rows.index(self.rows) >= rows.index(wanted.rows) and wanted.layer in (0, self.layer)
+
+    def count(self, rollout: Rollout) -> int:
+        P, T = len(rollout.prompt_ids), len(rollout.completion_ids)
+        return {"none": 0, "completion": T, "all": P + T - 1}[self.rows]
+
+    def bytes(self, rollouts: Sequence[Rollout], width: int, dtype: torch.dtype) -> int:
+        """Size of the kept states of ``rollouts``, hidden size ``width``."""
+        rows = sum(self.count(r) for r in rollouts)
+        entry = sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts) if self.layer else 0
+        return (rows + entry) * width * dtype.itemsize + 4 * rows
+
+
+def predicting(prompt_length: int, completion_length: int) -> slice:
+    """The positions of a sequence from which its completion tokens are predicted."""
+    return slice(prompt_length - 1, prompt_length - 1 + completion_length)
 
 
 @torch.no_grad()
 def score_rollouts(
-    lm: CausalLM,
-    rollouts: Sequence[Rollout],
-    *,
-    top_k: int = 8,
-    token_budget: int = 16384,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> list[Scores]:
-    """Scores of each rollout, in order, on the CPU in float32. No [tokens, V] logits are made.
+    lm: CausalLM, rollouts: Sequence[Rollout], *, top_k: int = 8, token_budget: int = 16384, keep: Keep = Keep()
+) -> list[tuple[Scores, BaseStates]]:
+    """Scores and kept states of each rollout, in order, on the CPU; scores in float32. No [tokens, V] logits are made.
 
     Args:
-        token_budget: padded tokens a forward pass.
-    """
-    scored: dict[int, Scores] = {}
-    for group in batches([len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], token_budget):
-        ids, mask = pad([rollouts[i].prompt_ids + rollouts[i].completion_ids for i in group], lm.device)
-        hidden = lm.hidden(ids, mask, use_cache=False)
-        rows = torch.cat(
-            [
-                predicting(hidden[n], len(rollouts[i].prompt_ids), len(rollouts[i].completion_ids))
-                for n, i in enumerate(group)
-            ]
-        )
-        target = torch.tensor([token for i in group for token in rollouts[i].completion_ids], device=lm.device)
-        stats = linear_entropy_topk(rows, target=target, k=top_k, **lm.head)
-        assert stats.logprob is not None
-        none = torch.empty(len(target), 0)
-        columns = {
-            "entropy": stats.entropy,
-            "logprob": stats.logprob,
-            "lse": stats.lse,
-            "topk_ids": none if stats.topk_ids is None else stats.topk_ids,
-            "topk_logprobs": none if stats.topk_logprobs is None else stats.topk_logprobs,
-        }
-        if not bool(torch.isfinite(stats.entropy).all()):
-            raise ModelError("score: the base model gave logits that are not finite")
-        lengths = [len(rollouts[i].completion_ids) for i in group]
-        parts = {name: value.cpu().split(lengths) for name, value in columns.items()}
-        for n, i in enumerate(group):
-            own = {name: parts[name][n] for name in FIELDS}
-            own["topk_ids"] = own["topk_ids"].int()
-            scored[i] = Scores(rollouts[i].problem_id, rollouts[i].sample, **own)
-        on_done(len(scored))
-    return [scored[i] for i in range(len(rollouts))]
-
-
-def write_scores(path: Path, scores: Sequence[Scores], meta: dict[str, str]) -> None:
-    """One safetensors file: the rollouts' columns end to end, and ``lengths`` [rollouts] to cut them by."""
-    empty = Scores("", 0, *(torch.empty(0) for _ in FIELDS))
-    tensors = {name: torch.cat([getattr(s, name) for s in scores or [empty]]).contiguous() for name in FIELDS}
-    tensors["lengths"] = torch.tensor([s.entropy.shape[0] for s in scores])
-    with replacing(path) as aside:
-        safetensors.torch.save_file(tensors, aside, metadata=meta)
-
-
-def read_scores(path: Path, rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], list[Scores]]:
-    """(meta, scores of exactly these rollouts).
+        token_budget: tokens a forward pass.
 
     Raises:
-        ArtefactError: no such file, a torn file, or one that belongs to other rollouts.
+        ModelError: logits are not finite.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in (*FIELDS, "lengths")}
-    except (OSError, safetensors.SafetensorError) as fault:
-        raise ArtefactError(f"{path}: cannot be read: {fault}") from fault
-    lengths = tensors.pop("lengths").tolist()
-    if lengths != [len(rollout.completion_ids) for rollout in rollouts]:
-        raise ArtefactError(f"{path}: holds the scores of other rollouts")
-    columns: Iterator[tuple[Tensor, ...]] = zip(*(tensors[name].split(lengths) for name in FIELDS), strict=True)
-    return meta, [Scores(r.problem_id, r.sample, *column) for r, column in zip(rollouts, columns, strict=True)]
+    found: dict[int, tuple[Scores, BaseStates]] = {}
+    for group in pack([len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], token_budget):
+        own = [rollouts[i] for i in group]
+        ids = [r.prompt_ids + r.completion_ids for r in own]
+        hidden, entry = all_states(lm, ids, keep.layer)
+        lengths = [len(row) for row in ids]
+        rows = [max(keep.count(r), len(r.completion_ids)) for r in own]  # the last ones that predict
+        cuts = [slice(length - 1 - count, length - 1) for length, count in zip(lengths, rows, strict=True)]
+        states = torch.cat([part[cut] for part, cut in zip(hidden.split(lengths), cuts, strict=True)])
+        target = torch.tensor(
+            [t for row, cut in zip(ids, cuts, strict=True) for t in row[cut.start + 1 : cut.stop + 1]]
+        )
+        stats = linear_entropy_topk(states, target=target.to(lm.device), k=top_k, **lm.head)
+        if not bool(torch.isfinite(stats.entropy).all()):
+            raise ModelError("score: the base model gave logits that are not finite")
+        none = torch.empty(len(target), 0)
+        best = none.int() if stats.topk_ids is None else stats.topk_ids.int()
+        values = none if stats.topk_logprobs is None else stats.topk_logprobs
+        assert stats.logprob is not None
+        columns = (stats.entropy, stats.logprob, stats.lse, best, values, states)
+        parts: Iterator[tuple[Tensor, ...]] = zip(*(c.cpu().split(rows) for c in columns), strict=True)
+        entries: Sequence[Tensor | None] = [None] * len(own) if entry is None else entry.cpu().split(lengths)
+        for i, r, (entropy, logprob, lse, best, values, final), enters in zip(group, own, parts, entries, strict=True):
+            T, kept = len(r.completion_ids), keep.count(r)
+            base = BaseStates(final[len(final) - kept :], lse[len(final) - kept :], enters)
+            last = (value[len(final) - T :] for value in (entropy, logprob, lse, best, values))
+            found[i] = Scores(r.problem_id, r.sample, *last), base
+    return [found[i] for i in range(len(rollouts))]
+
+
+class ScoreStore:
+    """A directory of shards for given rollouts, under a fingerprint of all that their content depends on."""
+
+    def __init__(self, path: Path, rollouts: Sequence[Rollout], shard_tokens: int, origin: dict[str, Any]) -> None:
+        self.path, self.rollouts = path, rollouts
+        tokens = [(r.problem_id, r.sample, r.prompt_ids, r.completion_ids) for r in rollouts]
+        self.origin = {**origin, "rollouts": fingerprint(json.dumps(tokens).encode()), "shard_tokens": shard_tokens}
+        self.shards: list[range] = []
+        start = total = 0
+        for i, (_, _, prompt, completion) in enumerate(tokens):
+            total += len(prompt) + len(completion)
+            if i > start and total > shard_tokens:
+                self.shards.append(range(start, i))
+                start, total = i, len(prompt) + len(completion)
+        self.shards.append(range(start, len(tokens)))
+        self.place = {(r.problem_id, r.sample): i for i, r in enumerate(rollouts)}
+        self.shard_of = [number for number, members in enumerate(self.shards) for _ in members]
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def file(self, number: int) -> Path:
+        return self.path / f"shard-{number:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Shards that are not there, or torn.
+
+        Raises:
+            ArtefactError: a shard was made from something else; says from what.
+        """
+        absent = []
+        for number in range(len(self.shards)):
+            try:
+                self._columns(number)
+            except (FileNotFoundError, safetensors.SafetensorError):
+                absent.append(number)
+        return absent
+
+    def discard_others(self) -> None:
+        """Delete shards that were made from something else."""
+        for path in sorted(self.path.glob("shard-*.safetensors")):
+            number = int(path.stem.removeprefix("shard-"))
+            try:
+                if number < len(self.shards):
+                    self._columns(number)
+                    continue
+            except safetensors.SafetensorError:
+                continue  # torn: it will be made again
+            except ArtefactError:
+                pass
+            path.unlink()
+
+    def fill(
+        self, lm: CausalLM, settings: ScoreConfig, keep: Keep, on_done: Callable[[int], None] = lambda _: None
+    ) -> int:
+        """Make the missing shards; ``on_done`` hears how many rollouts are there. Returns how many shards were made."""
+        missing = self.missing()
+        done = len(self.rollouts) - sum(len(self.shards[number]) for number in missing)
+        on_done(done)
+        for number in missing:
+            members = [self.rollouts[i] for i in self.shards[number]]
+            self._write(
+                number,
+                score_rollouts(lm, members, top_k=settings.top_k, token_budget=settings.token_budget, keep=keep),
+            )
+            done += len(members)
+            on_done(done)
+        return len(missing)
+
+    def _write(self, number: int, found: list[tuple[Scores, BaseStates]]) -> None:
+        empty = torch.empty(0)
+        columns = {name: [getattr(scores, name) for scores, _ in found] or [empty] for name in FIELDS}
+        columns["hidden"] = [base.hidden for _, base in found] or [empty]
+        columns["row_lse"] = [base.lse for _, base in found] or [empty]
+        if any(base.entry is not None for _, base in found):
+            columns["entry"] = [base.entry for _, base in found if base.entry is not None]
+        tensors = {name: torch.cat(parts).contiguous() for name, parts in columns.items()}
+        with replacing(self.file(number)) as aside:
+            meta = {key: json.dumps(value) for key, value in self.origin.items()}
+            safetensors.torch.save_file(tensors, aside, metadata=meta)
+
+    def _columns(self, number: int) -> dict[str, Tensor]:
+        """The shard's tensors, mapped from its file."""
+        if number not in self._open:
+            path = self.file(number)
+            with safetensors.safe_open(path, framework="pt") as file:
+                made = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            for key in sorted(made.keys() | self.origin.keys()):
+                if made.get(key) != self.origin.get(key):
+                    raise ArtefactError(
+                        f"{path}: belongs to another {key}: {made.get(key)!r}, not {self.origin.get(key)!r}; "
+                        "run `rmx score` with --again"
+                    )
+            self._open[number] = tensors
+        return self._open[number]
+
+    def _own(self, i: int) -> tuple[dict[str, Tensor], list[Rollout], Rollout]:
+        """(columns of rollout i's shard, the rollouts before it there, rollout i)."""
+        number = self.shard_of[i]
+        try:
+            columns = self._columns(number)
+        except (FileNotFoundError, safetensors.SafetensorError) as fault:
+            raise ArtefactError(f"{self.file(number)}: cannot be read: {fault}") from fault
+        return columns, [self.rollouts[j] for j in range(self.shards[number].start, i)], self.rollouts[i]
+
+    def scores(self) -> list[Scores]:
+        """Of all rollouts, in order.
+
+        Raises:
+            ArtefactError: a shard is absent, torn or foreign.
+        """
+        found = []
+        for i in range(len(self.rollouts)):
+            columns, before, own = self._own(i)
+            start = sum(len(r.completion_ids) for r in before)
+            values = (columns[name][start : start + len(own.completion_ids)] for name in FIELDS)
+            found.append(Scores(own.problem_id, own.sample, *values))
+        return found
+
+    def states(self, problem_id: str, sample: int, keep: Keep) -> BaseStates:
+        """Base states of one rollout, views of the mapped file."""
+        columns, before, own = self._own(self.place[problem_id, sample])
+        rows = sum(keep.count(r) for r in before)
+        entry = None
+        if keep.layer:
+            start = sum(len(r.prompt_ids) + len(r.completion_ids) for r in before)
+            entry = columns["entry"][start : start + len(own.prompt_ids) + len(own.completion_ids)]
+        stop = rows + keep.count(own)
+        return BaseStates(columns["hidden"][rows:stop], columns["row_lse"][rows:stop], entry)
+
+
+def affordable(
+    keep: Keep, rollouts: Sequence[Rollout], lm: CausalLM, settings: ScoreConfig, path: Path
+) -> tuple[Keep, str]:
+    """(what is kept, a sentence about its size): all or, above the budget or the room on the disk, no states."""
+    need = keep.bytes(rollouts, lm.weight.shape[1], lm.weight.dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path).free
+    size = f"base states of {len(rollouts)} rollouts: {need / 2**30:.2f} GiB"
+    if need > settings.cache_gib * 2**30:
+        return Keep(), f"{size}, over score.cache_gib={settings.cache_gib:g}: training will compute them anew"
+    if need > 0.9 * free:
+        return Keep(), f"{size}, but the disk has {free / 2**30:.2f} GiB left: training will compute them anew"
+    return keep, f"{size}, kept in {path}"
 
 
 def entropies(scores: Sequence[Scores]) -> np.ndarray:

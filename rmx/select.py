@@ -49,16 +49,13 @@ def mixed_problems(verdicts: Sequence[Verdict]) -> set[str]:
     return {problem_id for problem_id, seen in rewards.items() if len(seen) > 1}
 
 
-def select_sequences(
-    rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], scores: Sequence[Scores], config: SelectConfig
-) -> tuple[list[TrainingSequence], float]:
-    """(training set, tau). Problems with right and wrong rollouts, nearest to a pass rate of one half first.
+def choose_rollouts(
+    rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], config: SelectConfig
+) -> dict[str, list[int]]:
+    """Indices of the rollouts to train on, by problem: right and wrong ones, nearest to a pass rate of one half first.
 
-    Rollouts that the verifier could not judge are left out; the length trim comes before the advantages. The cut by
+    Rollouts that the verifier could not judge are left out; the length trim comes before the pass rate. The cut by
     ``max_sequences`` takes whole problems, so that advantages keep their mean of zero.
-
-    Args:
-        scores: of every rollout of a mixed problem, in any order.
 
     Raises:
         SelectionError: nothing is left; says how many problems had mixed outcomes and what to change.
@@ -99,18 +96,29 @@ def select_sequences(
             break
         chosen.append(problem_id)
         count += len(usable[problem_id])
+    return {problem_id: usable[problem_id] for problem_id in chosen}
+
+
+def select_sequences(
+    rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], scores: Sequence[Scores], config: SelectConfig
+) -> tuple[list[TrainingSequence], float]:
+    """(training set, tau): the rollouts of :func:`choose_rollouts` with their advantages and decision tokens.
+
+    Args:
+        scores: of at least those rollouts, in any order.
+    """
+    usable = choose_rollouts(rollouts, verdicts, config)
     scored = {(s.problem_id, s.sample): s for s in scores}
-    of = {i: scored[rollouts[i].problem_id, rollouts[i].sample] for problem_id in chosen for i in usable[problem_id]}
+    of = {i: scored[rollouts[i].problem_id, rollouts[i].sample] for own in usable.values() for i in own}
     tau = gate_threshold(np.concatenate([s.entropy.numpy() for s in of.values()]), config)
     sequences = []
-    for problem_id in chosen:
-        own = usable[problem_id]
+    for own in usable.values():
         rewards = [float(verdicts[i].reward or 0.0) for i in own]
         for i, reward, advantage in zip(own, rewards, advantages(rewards, config.advantage_clip), strict=True):
             gate = (of[i].entropy > tau).nonzero().squeeze(1).tolist()
             sequences.append(
                 TrainingSequence(
-                    problem_id=problem_id,
+                    problem_id=rollouts[i].problem_id,
                     sample=rollouts[i].sample,
                     prompt_ids=rollouts[i].prompt_ids,
                     completion_ids=rollouts[i].completion_ids,

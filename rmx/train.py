@@ -1,26 +1,36 @@
 """The training loop: gated contrastive loss on decision tokens, KL anchor elsewhere, into a LoRA adapter.
 
-Departures from the paper's released code: one copy of the model (the anchor comes from the same weights with the
-adapter off), no logits, batches of several sequences, EOS is trained and anchored like any other token.
+Departures from the paper's released code: one copy of the model and no pass of it as the base (its states were kept by
+rmx.score; else they come from the same weights with the adapter off), no logits, sequences packed without padding, EOS
+trained and anchored like any other token. Layers below the first adapted one are visited neither forward nor backward.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rmx import forward
+from rmx.artefacts import replacing
+from rmx.checkpoint import Checkpoint, State
 from rmx.config import TrainConfig
+from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
 from rmx.lora import Adapter
-from rmx.model import CausalLM, batches, pad
-from rmx.records import TrainingSequence
+from rmx.model import CausalLM
+from rmx.packing import pack
+from rmx.progress import console
+from rmx.records import BaseStates, TrainingSequence
 from rmx_kernels import ContrastiveLoss, linear_gated_contrastive_loss
+
+BaseSource = Callable[[TrainingSequence], BaseStates]
 
 
 class TrainingError(RmxError):
@@ -41,7 +51,9 @@ class StepMetrics:
     seconds: float
 
 
-def sequence_weights(sequence: TrainingSequence, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def sequence_weights(
+    sequence: TrainingSequence, config: TrainConfig, draw: np.random.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     r"""(ce_weight, kl_weight) [L - 1] of the predicting positions of one sequence of L tokens.
 
     .. math::
@@ -49,6 +61,8 @@ def sequence_weights(sequence: TrainingSequence, config: TrainConfig) -> tuple[T
             + \frac{\lambda}{|\bar G|} \sum_{t \in \bar G} \mathrm{KL}(p_b \| p_s)
 
     so that the loss of a batch is one weighted sum, however its sequences are grouped (arXiv 2605.06241, section 3).
+    With ``draw`` the second mean is over a random ``anchor_fraction`` of those positions, whose expectation is the
+    same.
     """
     P, T = len(sequence.prompt_ids), len(sequence.completion_ids)
     gate = torch.zeros(P + T - 1, dtype=torch.bool)
@@ -56,6 +70,11 @@ def sequence_weights(sequence: TrainingSequence, config: TrainConfig) -> tuple[T
     anchor = ~gate
     if config.anchor == "completion":
         anchor[: P - 1] = False
+    if draw is not None and config.anchor_fraction < 1 and bool(anchor.any()):
+        positions = anchor.nonzero().squeeze(1).numpy()
+        count = math.ceil(config.anchor_fraction * len(positions))
+        anchor = torch.zeros_like(gate)
+        anchor[torch.from_numpy(draw.choice(positions, count, replace=False))] = True
     beta = config.negative_weight if sequence.advantage < 0 else 1.0
     ce = gate.double() * (sequence.advantage * beta / max(1, int(gate.sum())))
     kl = anchor.double() * (config.anchor_weight / max(1, int(anchor.sum())))
@@ -64,50 +83,99 @@ def sequence_weights(sequence: TrainingSequence, config: TrainConfig) -> tuple[T
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The rows of one forward pass that carry a weight."""
+    """The R rows of one forward pass that carry a weight."""
 
-    where: tuple[Tensor, Tensor]  # (sequence, position) of each of R rows
+    where: Tensor  # [R] among the pass's tokens, end to end
+    sequence: Tensor  # [R] which sequence
+    position: Tensor  # [R] predicting position in it
     target: Tensor  # [R]
     ce_weight: Tensor  # [R]
     kl_weight: Tensor  # [R]
     base_logprob: Tensor  # [R], NaN at prompt positions
 
 
-def batch_rows(sequences: Sequence[TrainingSequence], config: TrainConfig, divisor: int) -> BatchRows:
+def batch_rows(
+    sequences: Sequence[TrainingSequence],
+    config: TrainConfig,
+    divisor: int,
+    draws: Sequence[np.random.Generator] | None = None,
+) -> BatchRows:
     columns: list[tuple[Tensor, ...]] = []
+    start = 0
     for n, sequence in enumerate(sequences):
-        ce, kl = (weight / divisor for weight in sequence_weights(sequence, config))
+        weights = sequence_weights(sequence, config, draws[n] if draws else None)
+        ce, kl = (weight / divisor for weight in weights)
         ids = torch.tensor(sequence.prompt_ids + sequence.completion_ids)
         known = torch.full((len(ids) - 1,), float("nan"))
         known[len(sequence.prompt_ids) - 1 :] = torch.tensor(sequence.base_logprob)
         used = ((ce != 0) | (kl != 0)).nonzero().squeeze(1)
-        columns.append((torch.full_like(used, n), used, ids[1:][used], ce[used], kl[used], known[used]))
-    row, position, target, ce, kl, known = (torch.cat(column) for column in zip(*columns, strict=True))
-    return BatchRows((row, position), target, ce, kl, known)
+        of = torch.full_like(used, n)
+        columns.append((start + used, of, used, ids[1:][used], ce[used], kl[used], known[used]))
+        start += len(ids)
+    return BatchRows(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
 def batch_loss(
-    lm: CausalLM, adapter: Adapter, sequences: Sequence[TrainingSequence], config: TrainConfig, divisor: int
+    lm: CausalLM,
+    adapter: Adapter,
+    sequences: Sequence[TrainingSequence],
+    config: TrainConfig,
+    divisor: int,
+    *,
+    base: BaseSource | None = None,
+    draws: Sequence[np.random.Generator] | None = None,
 ) -> tuple[ContrastiveLoss, BatchRows]:
-    """The share of one forward pass in the loss of a step of ``divisor`` sequences; differentiable in the adapter."""
-    ids, mask = pad([s.prompt_ids + s.completion_ids for s in sequences], lm.device)
-    rows = batch_rows(sequences, config, divisor)
-    where = rows.where[0].to(lm.device), rows.where[1].to(lm.device)
-    student = lm.hidden(ids, mask, use_cache=False)[where]
-    if bool(rows.kl_weight.any()):
+    """The share of one forward pass in the loss of a step of ``divisor`` sequences; differentiable in the adapter.
+
+    Args:
+        base: the base's states of each sequence, with those that enter the adapter's first layer if that is not 0;
+            None: they are computed here, in a pass with the adapter off.
+        draws: random streams of the sequences, for ``anchor_fraction``; None: every anchor position.
+    """
+    ids = [s.prompt_ids + s.completion_ids for s in sequences]
+    rows = batch_rows(sequences, config, divisor, draws)
+    device, first = lm.device, adapter.config.first_layer
+    where = rows.where.to(device)
+    anchored = bool(rows.kl_weight.any())
+    base_rows = base_lse = entry = None
+    if base is not None:
+        known = [base(sequence) for sequence in sequences]
+        if first:
+            entry = torch.cat([_entry(state) for state in known]).to(device, non_blocking=True)
+        if anchored:
+            base_rows, base_lse = (part.to(device, non_blocking=True) for part in _base_rows(known, ids, rows))
+    elif anchored or first:
         with torch.no_grad(), adapter.off():
-            base = lm.hidden(ids, mask, use_cache=False)[where]
-    else:
-        base = student.detach()  # not read where nothing is anchored
+            final, entry = forward.all_states(lm, ids, first)
+        base_rows = final.index_select(0, where)
+    student = forward.final_hidden(lm, ids, first, entry).index_select(0, where)
     loss = linear_gated_contrastive_loss(
         student,
-        base,
-        target=rows.target.to(lm.device),
-        ce_weight=rows.ce_weight.to(lm.device),
-        kl_weight=rows.kl_weight.to(lm.device),
+        student.detach() if base_rows is None else base_rows,  # not read where nothing is anchored
+        target=rows.target.to(device),
+        ce_weight=rows.ce_weight.to(device),
+        kl_weight=rows.kl_weight.to(device),
+        base_lse=base_lse,
         **lm.head,
     )
     return loss, rows
+
+
+def _entry(states: BaseStates) -> Tensor:
+    assert states.entry is not None
+    return states.entry
+
+
+def _base_rows(known: Sequence[BaseStates], ids: Sequence[list[int]], rows: BatchRows) -> tuple[Tensor, Tensor]:
+    """(hidden [R, H], lse [R]) of the rows; those that are not kept carry no KL, and get a neighbour's."""
+    hidden, lse = [], []
+    for n, (state, own) in enumerate(zip(known, ids, strict=True)):
+        place = rows.position[rows.sequence == n] - (len(own) - 1 - len(state.lse))
+        assert not bool((rows.kl_weight[rows.sequence == n][place < 0] != 0).any())
+        place.clamp_(min=0)
+        hidden.append(state.hidden[place])
+        lse.append(state.lse[place])
+    return torch.cat(hidden), torch.cat(lse)
 
 
 def step_order(count: int, config: TrainConfig, seed: int) -> list[list[int]]:
@@ -133,86 +201,197 @@ def train_adapter(
     config: TrainConfig,
     seed: int,
     *,
+    base: BaseSource | None = None,
+    checkpoint: Checkpoint | None = None,
+    group: Group = ALONE,
     on_step: Callable[[StepMetrics, int], None] = lambda *_: None,
 ) -> list[StepMetrics]:
     """Train ``adapter`` in place with AdamW.
 
+    All random numbers are functions of (seed, step, sequence), so the state of a training is its step, the adapter and
+    the optimiser: from a checkpoint it goes on with the same bits on a CPU.
+
     Args:
+        base: see :func:`batch_loss`.
+        checkpoint: where the state is kept and taken up again; None: nowhere.
+        group: the processes among which the sequences of each step are divided.
         on_step: called after each step with its metrics and the number of steps in all.
 
+    Returns:
+        The metrics of the steps that this call made.
+
     Raises:
-        TrainingError: no sequence has a decision token, or a loss or gradient is not finite (the step is named).
+        TrainingError: no sequence has a decision token; a loss or gradient is not finite (the step, the rows and the
+            last checkpoint are named); one sequence alone does not fit the memory.
+        Interrupted: SIGTERM or SIGINT arrived; the state is in the checkpoint.
     """
     if not any(sequence.decision_tokens and sequence.advantage for sequence in sequences):
         raise TrainingError(
             f"train: none of the {len(sequences)} sequences has a decision token: lower select.tau or set select.budget"
         )
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    history = []
+    forward.check(lm, adapter.config.first_layer)
     order = step_order(len(sequences), config, seed)
-    for number, chosen in enumerate(order):
-        started = time.perf_counter()
-        rate = learning_rate(number, len(order), config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = [sequences[i] for i in chosen]
-        parts = []
-        for group_ids in batches([len(s.prompt_ids) + len(s.completion_ids) for s in batch], config.token_budget):
-            loss, rows = batch_loss(lm, adapter, [batch[i] for i in group_ids], config, len(batch))
-            loss.loss.backward()
-            parts.append((loss, rows))
-        norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.clip))
-        total = float(sum(float(loss.loss.detach()) for loss, _ in parts))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            names = ", ".join(f"{s.problem_id}/{s.sample}" for s in batch)
-            raise TrainingError(
-                f"train: loss {total} or gradient norm {norm} is not finite at step {number + 1}: {names}"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in batch)
-        seconds = time.perf_counter() - started
-        history.append(_metrics(parts, number + 1, total, norm, rate, tokens, seconds))
-        on_step(history[-1], len(order))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    state = State(adapter, optimizer, token_budget=config.token_budget)
+    history = []
+    with ExitStack() as stack:
+        stack.enter_context(adapter.training())
+        stack.enter_context(forward.layer_options(lm, config))
+        if checkpoint is not None:
+            stack.enter_context(checkpoint.watching())
+            checkpoint.restore(state)
+        while state.step < len(order):
+            started = time.perf_counter()
+            rate = learning_rate(state.step, len(order), config)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+            parts = _gradients(lm, adapter, sequences, order[state.step], config, seed, state, base, group)
+            norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.clip))
+            chosen = [sequences[i] for i in order[state.step]]
+            tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in chosen)
+            metrics = _metrics(parts, state.step + 1, norm, rate, tokens, group)
+            if not (math.isfinite(metrics.loss) and math.isfinite(norm)):
+                raise TrainingError(_not_finite(metrics, parts, chosen, checkpoint))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            stop = 0 if checkpoint is None else group.largest(checkpoint.signum)
+            history.append(replace(metrics, seconds=time.perf_counter() - started))
+            on_step(history[-1], len(order))
+            if checkpoint is not None:
+                checkpoint.after_step(state, state.step == len(order), stop)
     return history
 
 
-def _metrics(
-    parts: Sequence[tuple[ContrastiveLoss, BatchRows]],
-    step: int,
-    total: float,
-    norm: float,
-    rate: float,
-    tokens: int,
-    seconds: float,
-) -> StepMetrics:
-    def joined(values: Iterator[Tensor]) -> Tensor:
-        return torch.cat([value.detach().float().cpu() for value in values])
+@dataclass(frozen=True)
+class Part:
+    """One forward pass of a step."""
 
-    logprob = joined(loss.logprob for loss, _ in parts)
-    kl = joined(loss.kl for loss, _ in parts)
-    ce = joined(rows.ce_weight for _, rows in parts)
-    shift = logprob - joined(rows.base_logprob for _, rows in parts)
-    anchored = ~kl.isnan()
+    sequences: list[TrainingSequence]
+    loss: ContrastiveLoss
+    rows: BatchRows
+
+
+def _gradients(
+    lm: CausalLM,
+    adapter: Adapter,
+    sequences: Sequence[TrainingSequence],
+    chosen: Sequence[int],
+    config: TrainConfig,
+    seed: int,
+    state: State,
+    base: BaseSource | None,
+    group: Group,
+) -> list[Part]:
+    """Accumulate the gradient of one step; where memory runs out, again with half the tokens in a pass."""
+    mine = group.share(chosen)
+    lengths = [len(sequences[i].prompt_ids) + len(sequences[i].completion_ids) for i in mine]
+    while True:
+        parts: list[Part] = []
+        try:
+            for members in pack(lengths, state.token_budget):
+                own = [mine[j] for j in members]
+                draws = [np.random.default_rng([seed, state.step, i]) for i in own]
+                if adapter.config.dropout:
+                    torch.manual_seed(int(np.random.default_rng([seed, state.step, *own]).integers(2**63)))
+                batch = [sequences[i] for i in own]
+                loss, rows = batch_loss(lm, adapter, batch, config, len(chosen), base=base, draws=draws)
+                loss.loss.backward()
+                parts.append(Part(batch, loss, rows))
+            break
+        except RuntimeError as fault:
+            if not _out_of_memory(fault):
+                raise
+            problem = str(fault).splitlines()[0]
+        parts.clear()
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if state.token_budget <= max(lengths):
+            raise TrainingError(
+                f"train: out of memory at step {state.step + 1} with one sequence of {max(lengths)} tokens alone: set "
+                f"train.activation_checkpointing=true or select.max_completion_tokens ({problem})"
+            )
+        state.token_budget = max(max(lengths), min(state.token_budget, sum(lengths)) // 2)
+        console.print(
+            f"train: out of memory at step {state.step + 1}; goes on with train.token_budget={state.token_budget}",
+            markup=False,
+            soft_wrap=True,
+        )
+    group.sum_gradients(adapter.parameters())
+    return parts
+
+
+def _out_of_memory(fault: RuntimeError) -> bool:
+    return isinstance(fault, torch.OutOfMemoryError) or "can't allocate memory" in str(fault)
+
+
+def _not_finite(
+    metrics: StepMetrics, parts: Sequence[Part], chosen: Sequence[TrainingSequence], checkpoint: Checkpoint | None
+) -> str:
+    """Which step, which rows, and where the last good state is."""
+    bad = []
+    for part in parts:
+        rows = part.rows
+        values = part.loss.logprob.detach().cpu() * rows.ce_weight + part.loss.kl.detach().cpu().nan_to_num(
+            0.0, math.inf
+        ) * (rows.kl_weight != 0)
+        wrong = ~torch.isfinite(values) | (part.loss.kl.detach().cpu().isnan() & (rows.kl_weight != 0))
+        for n, position in zip(rows.sequence[wrong].tolist(), rows.position[wrong].tolist(), strict=True):
+            s = part.sequences[n]
+            bad.append(f"{s.problem_id}/{s.sample} position {position}")
+    named = bad or [f"{s.problem_id}/{s.sample}" for s in chosen]
+    rows_said = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    kept = "no checkpoint yet" if checkpoint is None else checkpoint.describe()
+    return (
+        f"train: loss {metrics.loss} or gradient norm {metrics.gradient_norm} is not finite at step {metrics.step}: "
+        f"{rows_said}; {kept}"
+    )
+
+
+def _metrics(parts: Sequence[Part], step: int, norm: float, rate: float, tokens: int, group: Group) -> StepMetrics:
+    """Sums over this process's rows, added up over the group."""
+    sums = np.zeros(8)
+    for part in parts:
+        logprob, kl = part.loss.logprob.detach().double().cpu(), part.loss.kl.detach().double().cpu()
+        ce = part.rows.ce_weight.double()
+        shift = logprob - part.rows.base_logprob
+        anchored = part.rows.kl_weight != 0
+        up, down = ce > 0, ce < 0
+        sums += [
+            float(part.loss.loss.detach()),
+            float(-(ce * logprob)[ce != 0].sum()),
+            float(kl[anchored].sum()),
+            int(anchored.sum()),
+            float(shift[up].sum()),
+            int(up.sum()),
+            float(shift[down].sum()),
+            int(down.sum()),
+        ]
+    loss, decision, kl_sum, anchors, up_sum, ups, down_sum, downs = group.sum(sums).tolist()
     return StepMetrics(
         step=step,
-        loss=total,
-        decision=float(-(ce * logprob)[ce != 0].double().sum()),
-        anchor_kl=float(kl[anchored].double().mean()) if bool(anchored.any()) else 0.0,
-        positive_shift=float(shift[ce > 0].mean()) if bool((ce > 0).any()) else None,
-        negative_shift=float(shift[ce < 0].mean()) if bool((ce < 0).any()) else None,
+        loss=loss,
+        decision=decision,
+        anchor_kl=kl_sum / anchors if anchors else 0.0,
+        positive_shift=up_sum / ups if ups else None,
+        negative_shift=down_sum / downs if downs else None,
         gradient_norm=norm,
         learning_rate=rate,
         tokens=tokens,
-        seconds=seconds,
+        seconds=0.0,
     )
 
 
 class MetricsLog:
-    """metrics.jsonl, one line a step, started anew with each training."""
+    """metrics.jsonl, one line a step; a training that is taken up again after ``steps`` steps keeps their lines."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, steps: int = 0) -> None:
+        kept = path.read_bytes().splitlines(keepends=True)[:steps] if steps and path.exists() else []
+        with replacing(path) as aside:
+            aside.write_bytes(b"".join(kept))
+        self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, metrics: StepMetrics) -> None:
         self.file.write(json.dumps(asdict(metrics)) + "\n")

@@ -1,6 +1,9 @@
 """Exact nucleus sampling, and generation that agrees with transformers and does not depend on the batch."""
 
 import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmx import sampling
-from rmx.config import PromptConfig, RolloutsConfig
+from rmx import engines, model, sampling
+from rmx.config import ModelConfig, PromptConfig, RolloutsConfig
 from rmx.model import CausalLM, ModelError
 from rmx.prompts import PromptError, Renderer
-from rmx.records import Problem
+from rmx.records import Problem, Rollout
 from rmx.rollouts import generate_rollouts
 from rmx.sampling import SamplingParams, sample_tokens
 
@@ -48,16 +51,18 @@ def test_the_nucleus_is_exact_however_wide(
     uniforms = torch.rand(6, dtype=torch.float64, generator=generator)
     params = SamplingParams(temperature, top_p, top_k)
     lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
-    got = sample_tokens(lm, hidden, uniforms, params)
+    got, logprobs = sample_tokens(lm, hidden, uniforms, params)
     logits = hidden @ head.T
     assert got.tolist() == [naive_nucleus(z, float(u), params) for z, u in zip(logits, uniforms, strict=True)]
+    uncut = (logits.double() / temperature).log_softmax(-1).gather(1, got[:, None]).squeeze(1)
+    torch.testing.assert_close(logprobs, uncut, atol=1e-4, rtol=1e-5)  # float32 logits up to 50
 
 
 def test_draws_follow_the_distribution() -> None:
     head = torch.tensor([[0.0], [1.0], [2.0], [-9.0]])
     lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
     uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    drawn = sample_tokens(lm, torch.ones(4000, 1), uniforms, SamplingParams(top_p=0.99))
+    drawn, _ = sample_tokens(lm, torch.ones(4000, 1), uniforms, SamplingParams(top_p=0.99))
     p = torch.tensor([0.0, 1.0, 2.0]).softmax(-1)
     torch.testing.assert_close(drawn.bincount(minlength=4)[:3] / 4000, p, atol=5e-4, rtol=0)
     assert not (drawn == 3).any()
@@ -73,19 +78,97 @@ def test_greedy_equals_transformers(demo_lm: CausalLM) -> None:
         assert rollout.completion_ids == theirs[0, ids.shape[1] :].tolist()
 
 
-def sampled(lm: CausalLM, problems: list[Problem], seed: int = 3, **more: object) -> list[object]:
+class Killed(Exception):
+    pass
+
+
+def sampled(
+    lm: CausalLM,
+    problems: list[Problem],
+    seed: int = 3,
+    known: list[Rollout] | None = None,
+    on_unit: Callable[[list[Rollout]], None] = lambda _: None,
+    **more: object,
+) -> list[Rollout]:
     settings = RolloutsConfig.model_validate({"samples": 6, "temperature": 1.3, "max_new_tokens": 12, **more})
-    return list(generate_rollouts(lm, Renderer(lm.tokenizer, PromptConfig()), problems, settings, seed))
+    renderer = Renderer(lm.tokenizer, PromptConfig())
+    return generate_rollouts(lm, renderer, problems, settings, seed, known=known or [], on_unit=on_unit)
 
 
 def test_a_rollout_depends_on_its_seed_and_problem_alone(tiny: CausalLM) -> None:
     together = sampled(tiny, PROBLEMS)
     apart = [rollout for problem in PROBLEMS for rollout in sampled(tiny, [problem])]
-    assert together == apart  # other padding, other neighbours that finish earlier
-    assert together == sampled(tiny, PROBLEMS, batch_size=7)
-    assert together == sampled(tiny, PROBLEMS, batch_size=4)  # fewer than the samples of one prompt
-    assert together != sampled(tiny, PROBLEMS, seed=4)
-    assert sampled(tiny, PROBLEMS, samples=2) == [r for r in together if r.sample < 2]  # type: ignore[attr-defined]
+    assert ids(together) == ids(apart)  # other padding, other neighbours that finish earlier
+    assert ids(together) == ids(sampled(tiny, PROBLEMS, batch_size=7))
+    assert ids(together) == ids(sampled(tiny, PROBLEMS, batch_size=4))  # fewer than the samples of one prompt
+    assert ids(together) != ids(sampled(tiny, PROBLEMS, seed=4))
+    assert ids(sampled(tiny, PROBLEMS, samples=2)) == ids([r for r in together if r.sample < 2])
+
+
+def ids(rollouts: list[Rollout]) -> list[Rollout]:
+    """Without the log-probs, whose last digit is rounding that depends on the batch."""
+    return [dataclasses.replace(rollout, logprobs=None) for rollout in rollouts]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_size", [128, 12, 4])  # all problems in one unit, two, a part of one
+def test_an_interrupted_start_ends_as_an_undisturbed_one(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, batch_size: int
+) -> None:
+    """In bfloat16 a row's bits depend on its batch: units are cut as if nothing were known."""
+    lm = model.load(ModelConfig(name=str(tiny_path), dtype=dtype, device="cpu"))  # type: ignore[arg-type]
+    units: list[list[Rollout]] = []
+    whole = sampled(lm, PROBLEMS, batch_size=batch_size, on_unit=units.append)
+    assert sorted(map(key, whole)) == sorted(key(r) for unit in units for r in unit)
+    assert [len(unit) for unit in units] == {128: [30], 12: [12, 12, 6], 4: [4, 2] * 5}[batch_size]
+    decoded: list[int] = []
+    decode = engines._decode
+    monkeypatch.setattr(engines, "_decode", lambda *args: decoded.append(len(args[-1])) or decode(*args))
+    for kept in range(len(units) + 1):
+        known = [r for unit in reversed(units[:kept]) for r in unit]
+        known += units[-1][:-1]  # of a unit that was written in part
+        late: list[list[Rollout]] = []
+        decoded.clear()
+        assert sampled(lm, PROBLEMS, batch_size=batch_size, known=known, on_unit=late.append) == whole
+        assert late == units[kept:]
+        assert decoded == [len(unit) for unit in units[kept:]]
+
+
+def test_what_a_kill_leaves_was_handed_out(tiny: CausalLM) -> None:
+    units: list[list[Rollout]] = []
+
+    def kill(unit: list[Rollout]) -> None:
+        units.append(unit)
+        if len(units) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sampled(tiny, PROBLEMS, batch_size=6, on_unit=kill)
+    left: list[list[Rollout]] = []
+    whole = sampled(tiny, PROBLEMS, batch_size=6)
+    known = [r for unit in units for r in unit]
+    assert sampled(tiny, PROBLEMS, batch_size=6, known=known, on_unit=left.append) == whole
+    assert len(left) == 3
+
+
+def key(rollout: Rollout) -> tuple[str, int]:
+    return rollout.problem_id, rollout.sample
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 1.0}, {"temperature": 0.0}, {"top_p": 0.7}, {"top_p": 1.0}, {"top_k": 2}],
+    ids=str,
+)
+def test_logprobs_are_those_of_the_uncut_distribution(tiny: CausalLM, settings: dict[str, object]) -> None:
+    """Against one teacher-forced pass and a softmax over the whole vocabulary, at the sampling temperature."""
+    temperature = float(str(settings.get("temperature", 1.3))) or 1.0
+    for r in sampled(tiny, PROBLEMS, **settings):
+        logits = tiny.model(input_ids=torch.tensor([r.prompt_ids + r.completion_ids])).logits[0].double() / temperature
+        predicting = logits[len(r.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = predicting[range(len(r.completion_ids)), r.completion_ids]
+        assert r.logprobs == pytest.approx(expected.tolist(), abs=2e-5)
+        assert r.logprobs == [float(f"{value:.6g}") for value in r.logprobs]  # short lines
 
 
 def test_a_completion_that_does_not_fit_the_model_is_refused(tiny: CausalLM) -> None:
@@ -105,20 +188,20 @@ def test_a_broken_model_is_noticed(tiny: CausalLM, temperature: float, top_p: fl
 
 def test_ids_are_kept_as_sampled_with_the_eos(tiny: CausalLM) -> None:
     rollouts = sampled(tiny, PROBLEMS)
-    reasons = {r.finish_reason for r in rollouts}  # type: ignore[attr-defined]
+    reasons = {r.finish_reason for r in rollouts}
     assert reasons == {"stop", "length"}
     for r in rollouts:
-        fields = dataclasses.asdict(r)  # type: ignore[call-overload]
-        ids = fields["completion_ids"]
-        assert 2 not in ids[:-1]
-        assert (ids[-1] == 2) == (fields["finish_reason"] == "stop")
-        assert len(ids) == 12 or fields["finish_reason"] == "stop"
-        assert fields["text"] == tiny.tokenizer.decode(ids, skip_special_tokens=True)
+        assert 2 not in r.completion_ids[:-1]
+        assert (r.completion_ids[-1] == 2) == (r.finish_reason == "stop")
+        assert len(r.completion_ids) == 12 or r.finish_reason == "stop"
+        assert r.text == tiny.tokenizer.decode(r.completion_ids, skip_special_tokens=True)
 
 
 def test_wide_nuclei_are_looked_up_again_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first width would lose tokens: with it alone the draw at u -> 1 would be another token."""
     lm = CausalLM(None, None, torch.zeros(300, 4), None, None, 1.0, frozenset())  # type: ignore[arg-type]
     monkeypatch.setattr(sampling, "WIDTHS", (8, 16))
-    drawn = sample_tokens(lm, torch.ones(1, 4), torch.tensor([0.999], dtype=torch.float64), SamplingParams())
+    uniform = torch.tensor([0.999], dtype=torch.float64)
+    drawn, logprob = sample_tokens(lm, torch.ones(1, 4), uniform, SamplingParams())
     assert drawn.tolist() == [299]
+    assert float(logprob) == pytest.approx(-math.log(300))

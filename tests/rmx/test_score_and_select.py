@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rmx.artefacts import ArtefactError
-from rmx.config import SelectConfig
+from rmx.config import ScoreConfig, SelectConfig
 from rmx.model import CausalLM, ModelError
 from rmx.records import Rollout, Scores, Verdict
-from rmx.score import read_scores, score_rollouts, write_scores
+from rmx.score import Keep, ScoreStore, affordable, score_rollouts
 from rmx.select import SelectionError, advantages, gate_threshold, select_sequences
 
 
@@ -27,7 +28,7 @@ ROLLOUTS = [
 
 
 def test_scores_are_those_of_full_logits(tiny: CausalLM) -> None:
-    for r, s in zip(ROLLOUTS, score_rollouts(tiny, ROLLOUTS, top_k=3), strict=True):
+    for r, (s, _) in zip(ROLLOUTS, score_rollouts(tiny, ROLLOUTS, top_k=3), strict=True):
         logits = tiny.model(torch.tensor([r.prompt_ids + r.completion_ids])).logits[0].double()
         # the token at position P + t is predicted from position P - 1 + t
         P, T = len(r.prompt_ids), len(r.completion_ids)
@@ -42,7 +43,7 @@ def test_scores_are_those_of_full_logits(tiny: CausalLM) -> None:
 
 def test_scores_do_not_depend_on_the_batch(tiny: CausalLM) -> None:
     together, alone = score_rollouts(tiny, ROLLOUTS), score_rollouts(tiny, ROLLOUTS, token_budget=1)
-    for a, b in zip(together, alone, strict=True):
+    for (a, _), (b, _) in zip(together, alone, strict=True):
         torch.testing.assert_close(a.entropy, b.entropy, rtol=1e-5, atol=1e-5)
         assert (a.problem_id, a.sample) == (b.problem_id, b.sample)
 
@@ -54,22 +55,90 @@ def test_a_broken_model_is_noticed(tiny: CausalLM) -> None:
         score_rollouts(tiny, ROLLOUTS)
 
 
-def test_the_score_file_round_trips_and_a_torn_one_is_refused(tiny: CausalLM, tmp_path: Path) -> None:
-    scores = score_rollouts(tiny, ROLLOUTS, top_k=2)
-    path = tmp_path / "scores.safetensors"
-    write_scores(path, scores, {"prompt": "x"})
-    meta, again = read_scores(path, ROLLOUTS)
-    assert meta["prompt"] == "x"
-    for a, b in zip(scores, again, strict=True):
-        assert torch.equal(a.topk_ids, b.topk_ids)
-        assert torch.equal(a.entropy, b.entropy)
-    with pytest.raises(ArtefactError, match="the scores of other rollouts"):
-        read_scores(path, ROLLOUTS[:2])
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ArtefactError, match="cannot be read"):
-        read_scores(path, ROLLOUTS)
-    with pytest.raises(ArtefactError, match="cannot be read"):
-        read_scores(tmp_path / "absent", ROLLOUTS)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("rows", ["none", "completion", "all"])
+def test_kept_states_are_those_of_the_model(tiny: CausalLM, rows: str, layer: int) -> None:
+    keep = Keep(rows, layer)  # type: ignore[arg-type]
+    total = 0
+    for r, (s, base) in zip(ROLLOUTS, score_rollouts(tiny, ROLLOUTS, keep=keep), strict=True):
+        out = tiny.model(torch.tensor([r.prompt_ids + r.completion_ids]), output_hidden_states=True)
+        P, T = len(r.prompt_ids), len(r.completion_ids)
+        first = {"none": P + T - 1, "completion": P - 1, "all": 0}[rows]
+        final = tiny.hidden(torch.tensor([r.prompt_ids + r.completion_ids]), use_cache=False)[0]
+        torch.testing.assert_close(base.hidden, final[first:-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(base.lse, out.logits[0, first:-1].logsumexp(-1), rtol=1e-5, atol=1e-5)
+        assert torch.equal(base.lse[len(base.lse) - T :], s.lse) or rows == "none"
+        assert (base.entry is None) == (layer == 0)
+        if base.entry is not None:
+            torch.testing.assert_close(base.entry, out.hidden_states[1][0], rtol=1e-5, atol=1e-5)
+        total += base.hidden.nbytes + base.lse.nbytes + (0 if base.entry is None else base.entry.nbytes)
+    assert total == keep.bytes(ROLLOUTS, 32, torch.float32)
+
+
+KEEP = Keep("completion", 1)
+
+
+def store(path: Path, **origin: object) -> ScoreStore:
+    return ScoreStore(path, ROLLOUTS, 10, {"weights": "w", "keep": ["completion", 1], **origin})
+
+
+def test_shards_round_trip_and_only_the_absent_and_the_torn_are_made_again(
+    tiny: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ScoreConfig(top_k=2, token_budget=8)
+    first = store(tmp_path)
+    assert [list(members) for members in first.shards] == [[0, 1], [2]]
+    heard: list[int] = []
+    assert first.fill(tiny, settings, KEEP, heard.append) == 2
+    assert heard == [0, 2, 3]
+    expected = score_rollouts(tiny, ROLLOUTS[:2], top_k=2, token_budget=8, keep=KEEP)
+    expected += score_rollouts(tiny, ROLLOUTS[2:], top_k=2, token_budget=8, keep=KEEP)
+    again = store(tmp_path)
+    for (s, base), got, r in zip(expected, again.scores(), ROLLOUTS, strict=True):
+        kept = again.states(r.problem_id, r.sample, KEEP)
+        assert all(torch.equal(getattr(s, n), getattr(got, n)) for n in ("entropy", "logprob", "lse", "topk_ids"))
+        assert torch.equal(kept.hidden, base.hidden)
+        assert torch.equal(kept.lse, base.lse)
+        assert kept.entry is not None
+        assert torch.equal(kept.entry, base.entry)
+    contents = [load_file(again.file(n)) for n in (0, 1)]
+    whole = again.file(1).read_bytes()
+    again.file(1).unlink()  # and not written over: it is mapped above
+    again.file(1).write_bytes(whole[:-5])
+    torn = store(tmp_path)
+    with pytest.raises(ArtefactError, match=r"shard-00001.safetensors: cannot be read"):
+        torn.scores()
+    then = again.file(0).stat().st_mtime_ns
+    assert store(tmp_path).fill(tiny, settings, KEEP) == 1
+    for n in (0, 1):
+        made = load_file(again.file(n))
+        assert made.keys() == contents[n].keys()
+        assert all(torch.equal(made[name], tensor) for name, tensor in contents[n].items())  # bit for bit
+    assert again.file(0).stat().st_mtime_ns == then
+    monkeypatch.setattr("rmx.score.score_rollouts", lambda *_, **__: pytest.fail("nothing is missing"))
+    assert store(tmp_path).fill(tiny, settings, KEEP) == 0
+
+
+def test_shards_of_something_else_are_named_never_read(tiny: CausalLM, tmp_path: Path) -> None:
+    store(tmp_path).fill(tiny, ScoreConfig(), KEEP)
+    with pytest.raises(ArtefactError, match=r"shard-00000.safetensors: belongs to another weights: 'w', not 'v'"):
+        store(tmp_path, weights="v").scores()
+    other = ScoreStore(tmp_path, ROLLOUTS[:2], 10, {"weights": "w", "keep": ["completion", 1]})
+    with pytest.raises(ArtefactError, match="belongs to another rollouts"):
+        other.missing()
+    other.discard_others()
+    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(ArtefactError, match=r"shard-00000.safetensors: cannot be read"):
+        other.scores()
+
+
+def test_the_budget_and_the_disk_decide_what_is_kept(tiny: CausalLM, tmp_path: Path) -> None:
+    need = KEEP.bytes(ROLLOUTS, 32, torch.float32)
+    assert affordable(KEEP, ROLLOUTS, tiny, ScoreConfig(), tmp_path)[0] == KEEP
+    keep, said = affordable(KEEP, ROLLOUTS, tiny, ScoreConfig(cache_gib=(need - 1) / 2**30), tmp_path)
+    assert keep == Keep()
+    assert "over score.cache_gib" in said
+    assert affordable(KEEP, ROLLOUTS, tiny, ScoreConfig(cache_gib=need / 2**30), tmp_path)[0] == KEEP
 
 
 def test_advantages_by_hand() -> None:

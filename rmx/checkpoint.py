@@ -1,0 +1,136 @@
+"""The state of a training on disk: whole or absent, taken up again where it fits, saved before a signal ends a run."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from rmx.artefacts import replacing
+from rmx.errors import RmxError
+from rmx.lora import Adapter
+
+PARTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+class Interrupted(RmxError):
+    """A signal ended the training; its state is in the checkpoint."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+@dataclass
+class State:
+    """All that changes from step to step."""
+
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    token_budget: int  # halved where memory ran out
+    step: int = 0  # steps that were made: the data position, the schedule and the random streams follow from it
+
+
+class Checkpoint:
+    """One file that holds the last kept state of one training.
+
+    Args:
+        origin: what the training depends on; a checkpoint of another origin is not taken up.
+        seconds: at least so long between two writes.
+        write: whether this process writes (one of a group does).
+    """
+
+    def __init__(self, path: Path, origin: str, seconds: float = 10.0, write: bool = True) -> None:
+        self.path, self.origin, self.seconds, self.write = path, origin, seconds, write
+        self.signum = 0  # of the signal that came in, or 0
+        self.saved: int | None = None  # the step of the file's state
+        self.last = time.monotonic()
+
+    def peek(self) -> int:
+        """The step at which training will go on: 0 without a whole checkpoint of the same origin."""
+        meta = self._meta()
+        return int(meta["step"]) if meta else 0
+
+    def _meta(self) -> dict[str, Any] | None:
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                meta: dict[str, Any] = json.loads((file.metadata() or {}).get("rmx", "{}"))
+        except (OSError, safetensors.SafetensorError, ValueError):
+            return None  # none was written, or it is torn: the training starts at its beginning
+        return meta if meta.get("origin") == self.origin else None
+
+    def restore(self, state: State) -> None:
+        """Set ``state`` to what the file holds, if it belongs to this training."""
+        meta = self._meta()
+        if meta is None:
+            return
+        tensors = safetensors.torch.load_file(self.path)
+        moments = {}
+        with torch.no_grad():
+            for number, parameter in enumerate(state.adapter.parameters()):
+                parameter.copy_(tensors[f"{number}.value"])
+                moments[number] = {part: tensors[f"{number}.{part}"] for part in PARTS}
+                moments[number]["step"] = torch.tensor(float(meta["step"]))
+        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+        state.step, state.token_budget = meta["step"], meta["token_budget"]
+        self.saved = state.step
+
+    def save(self, state: State) -> None:
+        """Write ``state``, whole or not at all."""
+        if not self.write or state.step == self.saved:
+            return
+        tensors = {}
+        for number, parameter in enumerate(state.adapter.parameters()):
+            own = state.optimizer.state[parameter]
+            for part, tensor in (("value", parameter), *((part, own[part]) for part in PARTS)):
+                tensors[f"{number}.{part}"] = tensor.detach().cpu().contiguous()
+        meta = {"origin": self.origin, "step": state.step, "token_budget": state.token_budget}
+        with replacing(self.path) as aside:
+            safetensors.torch.save_file(tensors, aside, metadata={"rmx": json.dumps(meta)})
+        self.saved, self.last = state.step, time.monotonic()
+
+    def after_step(self, state: State, last: bool, stop: int) -> None:
+        """Save if it is time to, if this was the last step, or to stop for the signal ``stop`` (0: none).
+
+        Raises:
+            Interrupted: because of ``stop``.
+        """
+        if last or stop or time.monotonic() - self.last >= self.seconds:
+            self.save(state)
+        if stop and not last:
+            name = signal.Signals(stop).name
+            raise Interrupted(f"train: {name} after step {state.step}; {self.describe()}; start again to go on", stop)
+
+    def describe(self) -> str:
+        """Where the last good state is."""
+        return "no checkpoint yet" if self.saved is None else f"checkpoint of step {self.saved} in {self.path}"
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the first SIGTERM or SIGINT is kept for :meth:`after_step`; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def keep(signum: int, _: FrameType | None) -> None:
+            self.signum = signum
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        try:
+            for number in before:
+                signal.signal(number, keep)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

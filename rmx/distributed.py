@@ -1,0 +1,79 @@
+"""Data parallel training under torchrun: each process takes a share of every step's sequences, gradients are added."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a training; ``ALONE`` is the group of one."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[int]) -> list[int]:
+        """Every size-th item, so that shares differ by one at most."""
+        return list(items[self.rank :: self.size])
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by the sum over processes: that of one process at the same global batch."""
+        if self.size == 1:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Element by element, over processes."""
+        if self.size == 1:
+            return values
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.from_numpy(values).to(device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def largest(self, value: int) -> int:
+        """Over processes."""
+        if self.size == 1:
+            return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        top = torch.tensor(value, device=device)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        return int(top)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Group()
+
+
+@contextmanager
+def processes() -> Iterator[Group]:
+    """The group that torchrun started this process in (NCCL on GPUs, else gloo), or :data:`ALONE`."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Group(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,167 @@
+"""Forward passes of a decoder over sequences end to end: all its layers, or from a later layer on."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rmx.config import TrainConfig
+from rmx.model import CausalLM, pad
+from rmx.packing import Packing, PackingError, packed
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(path from the model, the list of its decoder layers).
+
+    Raises:
+        PackingError: the model keeps no such list.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    inside = {id(module) for module in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
+            return name, module
+    raise PackingError(f"{type(model).__name__} keeps no list of {count} decoder layers; set lora.first_layer=0")
+
+
+def final_hidden(
+    lm: CausalLM, sequences: Sequence[Sequence[int]], first_layer: int = 0, entry: Tensor | None = None
+) -> Tensor:
+    """Final hidden states [T, H] of the tokens of ``sequences``, end to end; differentiable.
+
+    Args:
+        first_layer, entry: states [T, H] that enter the layer ``first_layer``; the layers below are not visited.
+    """
+    if first_layer == 0:
+        return _run(lm, sequences)
+    assert entry is not None
+    with _starting_at(lm, first_layer, entry if lm.packing else _pad_rows(entry, sequences)):
+        return _run(lm, sequences)
+
+
+def all_states(lm: CausalLM, sequences: Sequence[Sequence[int]], layer: int = 0) -> tuple[Tensor, Tensor | None]:
+    """(final hidden states [T, H], the states [T, H] that enter ``layer`` or None for layer 0)."""
+    if layer == 0:
+        return _run(lm, sequences), None
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = decoder_layers(lm.model)[1][layer].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        hidden = _run(lm, sequences)
+    finally:
+        handle.remove()
+    (states,) = seen
+    return hidden, states[0] if lm.packing else _unpad(states, sequences)
+
+
+@torch.no_grad()
+def check(lm: CausalLM, first_layer: int = 0) -> None:
+    """Compare sequences packed with sequences alone, and a start at ``first_layer`` with all layers, on a few tokens.
+
+    A model that passed is not asked again.
+
+    Raises:
+        PackingError: they differ: tokens of one sequence reach another, or layers hand on more than hidden states.
+    """
+    passed: set[tuple[bool, int]] = lm.model.__dict__.setdefault("_rmx_passed", set())
+    if (lm.packing, first_layer) in passed:
+        return
+    V = lm.weight.shape[0]
+    probe = [[(7 * i + 3 * j + 1) % V for j in range(n)] for i, n in enumerate((5, 9, 3, 9))]
+    together, entry = all_states(lm, probe, first_layer)
+    alone = torch.cat([lm.hidden(torch.tensor([ids], device=lm.device), use_cache=False)[0] for ids in probe])
+    # float32 rounds at 1e-7, bfloat16 at 4e-3 a layer; a leak moves the states by their own size
+    limit = 1e-3 if together.dtype in (torch.float32, torch.float64) else 5e-2
+    error = float((together.float() - alone.float()).norm() / alone.float().norm())
+    if not error < limit:
+        raise PackingError(
+            f"{type(lm.model).__name__}: packed sequences give hidden states that differ from the same sequences alone "
+            f"by {error:.1%}; set model.packing=false"
+        )
+    if first_layer:
+        error = float((final_hidden(lm, probe, first_layer, entry).float() - together.float()).abs().max())
+        if error != 0.0:
+            raise PackingError(
+                f"{type(lm.model).__name__}: a forward pass from layer {first_layer} on differs from the whole by "
+                f"{error:g}; its layers hand on more than hidden states; set lora.first_layer=0"
+            )
+    passed.add((lm.packing, first_layer))
+
+
+def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
+    if not lm.packing:
+        ids, mask = pad(sequences, lm.device)
+        return _unpad(lm.hidden(ids, mask, use_cache=False), sequences)
+    packing = Packing(tuple(map(len, sequences)), lm.device)
+    ids = torch.tensor([[token for sequence in sequences for token in sequence]], device=lm.device)
+    with packed(lm.model):
+        return lm.hidden(ids, position_ids=packing.position_ids, use_cache=False, packing=packing)[0]
+
+
+def _unpad(states: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:
+    return torch.cat([states[i, : len(ids)] for i, ids in enumerate(sequences)])
+
+
+def _pad_rows(states: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(states.split([len(ids) for ids in sequences]), batch_first=True)
+
+
+class _Below(nn.Module):
+    """Stands for a layer that is not visited: hands on ``states``, or what it is given."""
+
+    def __init__(self, layer: nn.Module, states: Tensor | None) -> None:
+        super().__init__()
+        self.states = states
+        if hasattr(layer, "attention_type"):  # by which some models choose the layer's mask
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states if self.states is None else self.states
+
+
+@contextmanager
+def _starting_at(lm: CausalLM, first: int, states: Tensor) -> Iterator[None]:
+    layers = decoder_layers(lm.model)[1]
+    below = list(layers[:first])
+    shaped = states if states.dim() == 3 else states[None]
+    try:
+        for i, layer in enumerate(below):
+            layers[i] = _Below(layer, shaped if i == first - 1 else None)
+        yield
+    finally:
+        for i, layer in enumerate(below):
+            layers[i] = layer
+
+
+@contextmanager
+def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
+    """Inside, the decoder layers run as ``activation_checkpointing`` and ``compile`` say; dropout stays off.
+
+    Backward passes belong inside too: layers that run again there need the attention of packed sequences.
+    """
+    if not (config.activation_checkpointing or config.compile):
+        yield
+        return
+    layers = decoder_layers(lm.model)[1]
+    try:
+        if config.activation_checkpointing:
+            lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in layers:  # what transformers asks of a layer; its parts stay in evaluation mode
+                layer.training = True
+        if config.compile:
+            for layer in layers:
+                layer.compile(dynamic=True)
+        with packed(lm.model) if lm.packing else nullcontext():
+            yield
+    finally:
+        if config.activation_checkpointing:
+            lm.model.gradient_checkpointing_disable()
+        for layer in layers:
+            layer.training = False
+            layer._compiled_call_impl = None

@@ -1,0 +1,334 @@
+"""Sequences end to end in one row, without padding, and the attention that keeps them apart.
+
+The model runs on ``input_ids`` [1, T] with positions that start anew in each sequence, ``use_cache=False`` and no mask;
+what keeps sequences apart is the attention function registered here, which transformers calls for any model of its
+common attention interface. Backends, best first: flash_attn, torch.nn.attention.varlen (both CUDA, half precision),
+exact attention per group of sequences of similar length.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from rmx.errors import RmxError
+
+NAME = "rmx_packed"  # among transformers' attention functions; it has no mask function, so no mask is made
+SHORT = 256  # tokens; up to here the explicit product beats the CPU's flash attention, whose backward is slow
+PADDING = 1.25  # at most this many padded tokens per token inside one group of sequences
+
+
+class PackingError(RmxError):
+    """The model cannot run on packed sequences."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences of ``lengths`` tokens end to end: T = sum(lengths) on ``device``."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[N + 1] int32: where each sequence starts, and T."""
+        ends = torch.tensor((0, *self.lengths)).cumsum(0)
+        return ends.to(torch.int32).to(self.device)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """[1, T]: 0 .. length - 1 of each sequence."""
+        return torch.cat([torch.arange(n) for n in self.lengths])[None].to(self.device)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """(B, L): B sequences of at most L tokens, similar in length; longest first."""
+        return [(len(group), self.lengths[group[0]]) for group in self._members]
+
+    @cached_property
+    def gather(self) -> Tensor | None:
+        """[S], S = sum of B * L: packed tokens to padded rows, group after group; None where they are that already.
+
+        Padding repeats a sequence's last token: causal attention of real tokens never looks there.
+        """
+        if len(set(self.lengths)) == 1:
+            return None
+        starts = torch.tensor((0, *self.lengths)).cumsum(0).tolist()
+        rows = [
+            starts[i] + torch.arange(L).clamp(max=self.lengths[i] - 1)
+            for group, (_, L) in zip(self._members, self.groups, strict=True)
+            for i in group
+        ]
+        return torch.cat(rows).to(self.device)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[T]: where each packed token is among the padded rows."""
+        first: dict[int, int] = {}
+        start = 0
+        for group, (_, L) in zip(self._members, self.groups, strict=True):
+            for i in group:
+                first[i] = start
+                start += L
+        return torch.cat([first[i] + torch.arange(n) for i, n in enumerate(self.lengths)]).to(self.device)
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        members: list[list[int]] = []
+        for i in sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i)):
+            group = [*(members[-1] if members else []), i]
+            tokens = sum(self.lengths[j] for j in group)
+            if members and self.lengths[group[0]] * len(group) <= PADDING * tokens:
+                members[-1].append(i)
+            else:
+                members.append([i])
+        return members
+
+
+# not compiled: lengths differ from pass to pass, so a compiled layer calls this between its two halves
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packing: Packing | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence of a packing; query [1, Hq, T, D], key and value [1, Hk, T, D].
+
+    Returns:
+        ([1, T, Hq, D], None).
+
+    Raises:
+        PackingError: the model hands over no packing, or asks for what this attention does not do.
+    """
+    name = type(module).__name__
+    if packing is None or query.shape[:1] + query.shape[2:3] != (1, sum(packing.lengths)):
+        raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
+    asked = [key for key in ("s_aux", "position_bias", "head_mask") if unknown.get(key) is not None]
+    if asked or attention_mask is not None or dropout or not getattr(module, "is_causal", True):
+        what = ", ".join(asked) or "a mask, dropout or attention in both directions"
+        raise PackingError(f"{name} asks its attention for {what}; set model.packing=false")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = None if sliding_window is None or sliding_window >= packing.longest else sliding_window
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    return backend(q, softcap)(q, k, v, packing, scale, window, softcap)[None], None
+
+
+AttentionInterface.register(NAME, attend)
+
+Backend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None, float | None], Tensor]
+
+
+def backend(query: Tensor, softcap: float | None) -> Backend:
+    """The fastest attention for this device and dtype."""
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if _flash_attn() is not None:
+            return flash
+        if _varlen() is not None and softcap is None:
+            return varlen
+    return grouped
+
+
+@functools.cache
+def _flash_attn() -> Any:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@functools.cache
+def _varlen() -> tuple[Any, frozenset[str]] | None:
+    """(varlen_attn, its parameters): torch 2.10 has is_causal, later versions a window; enable_gqa came later still."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    return (varlen_attn, names) if {"scale", "window_size"} <= names else None
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None, cap: float | None
+) -> Tensor:
+    """flash_attn's variable-length kernel."""
+    at, longest = packing.offsets, packing.longest
+    left = -1 if window is None else window - 1
+    more = {
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": (left, 0 if left >= 0 else -1),
+        "softcap": cap or 0.0,
+    }
+    return _flash_attn()(q, k, v, at, at, longest, longest, **more)
+
+
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None, cap: float | None
+) -> Tensor:
+    """torch's variable-length kernel."""
+    found = _varlen()
+    assert found is not None and cap is None
+    function, names = found
+    more: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in names:
+        more["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    at, longest = packing.offsets, packing.longest
+    return function(q, k, v, at, at, longest, longest, **more)
+
+
+def grouped(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None, cap: float | None
+) -> Tensor:
+    """Attention of each group of similar lengths, on any device and dtype."""
+    sizes = [B * L for B, L in packing.groups]
+    padded = [x if packing.gather is None else _Gather.apply(x, packing.gather, packing.places) for x in (q, k, v)]
+    outs = []
+    for (B, L), *parts in zip(packing.groups, *(x.split(sizes) for x in padded), strict=True):
+        qs, ks, vs = (part.view(B, L, *part.shape[1:]).transpose(1, 2) for part in parts)  # [B, heads, L, D]
+        if cap is not None or (L <= SHORT and not q.is_cuda):
+            out = explicit(qs, ks, vs, scale, window, cap)
+        else:
+            mask = None if window is None else causal_bias(L, window, q.device) == 0
+            gqa = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                qs, ks, vs, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            )
+        outs.append(out.transpose(1, 2).reshape(B * L, q.shape[1], -1))
+    joined = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return joined if packing.gather is None else _Scatter.apply(joined, packing.places)
+
+
+class _Gather(torch.autograd.Function):
+    """x[gather] where rows that ``places`` does not name get no gradient: no sum over repeated rows is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """x[places], the places being distinct."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        spread = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        return spread.index_copy_(0, ctx.saved_tensors[0], gradient), None
+
+
+@functools.lru_cache(maxsize=64)
+def causal_bias(length: int, window: int | None, device: torch.device) -> Tensor:
+    """[L, L] float32: 0 where a token may look (itself and the ``window - 1`` before it), -inf elsewhere."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return torch.zeros(length, length).masked_fill_(~allowed, float("-inf")).to(device)
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None) -> Tensor:
+    """softmax(cap(scale q k^T) + bias) v with float32 scores; q [B, Hq, L, D], k and v [B, Hk, L, D]."""
+    B, Hq, L, D = q.shape
+    Hk = k.shape[1]
+    bias = causal_bias(L, window, q.device)
+    # heads that share a key are rows of one product
+    flat = q.reshape(B * Hk, Hq // Hk * L, D), k.reshape(B * Hk, L, D), v.reshape(B * Hk, L, D)
+    out: Tensor = _Explicit.apply(*flat, bias, scale, cap)
+    return out.view(B, Hq, L, D)
+
+
+class _Explicit(torch.autograd.Function):
+    """[N, G L, D], [N, L, D] -> [N, G L, D]. Keeps the probabilities, in the inputs' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, cap: float | None) -> Tensor:
+        L = bias.shape[0]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.bmm(q.to(wide), k.to(wide).transpose(1, 2)).mul_(scale)
+        slope = None
+        if cap is not None:
+            scores.div_(cap).tanh_()
+            slope = (1 - scores.square()).to(q.dtype)
+            scores.mul_(cap)
+        scores = scores.view(-1, L, L).add_(bias)
+        p = torch.softmax(scores, -1).to(q.dtype).view(q.shape[0], -1, L)
+        out = torch.bmm(p, v)
+        ctx.save_for_backward(q, k, v, p, out, slope)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p, out, slope = ctx.saved_tensors
+        wide = torch.promote_types(q.dtype, torch.float32)
+        gradient = gradient.contiguous()
+        dv = torch.bmm(p.transpose(1, 2), gradient)
+        mean = (gradient.to(wide) * out).sum(-1, keepdim=True)
+        ds = torch.bmm(gradient, v.transpose(1, 2)).to(wide).sub_(mean).mul_(p).mul_(ctx.scale)
+        if slope is not None:
+            ds.mul_(slope)
+        ds = ds.to(q.dtype)
+        return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), dv, None, None, None
+
+
+@contextmanager
+def packed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's attention is that of packed sequences."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    text = model.config.get_text_config()
+    configs[id(text)] = text
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def pack(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices in groups of at most ``token_budget`` tokens (a longer sequence goes alone), best fit, longest first."""
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [g for g, left in enumerate(room) if left >= lengths[i]]
+        if fitting:
+            g = min(fitting, key=lambda g: room[g])
+            groups[g].append(i)
+            room[g] -= lengths[i]
+        else:
+            groups.append([i])
+            room.append(token_budget - lengths[i])
+    return groups

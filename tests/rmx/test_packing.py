@@ -1,0 +1,264 @@
+"""Packed sequences against the same ones alone, per backend and model family; starting at a later layer."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    MambaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from rmx import forward, packing
+from rmx.model import CausalLM
+from rmx.packing import Packing, PackingError, pack
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 512}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "mistral-window": MistralConfig(**SMALL, **HEADS, sliding_window=4),
+    "qwen3": Qwen3Config(**SMALL, **HEADS),
+    "gemma2-softcap-window": Gemma2Config(**SMALL, **HEADS, sliding_window=4, attn_logit_softcapping=5.0),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=4, n_head=4, n_positions=512, initializer_range=0.3),
+}
+SEQUENCES = [[1, 5, 9, 3, 7, 7, 2, 8, 4, 11, 6], [3], [2, 2, 8], [9, 1, 4, 4, 17, 20, 31, 5, 6, 8, 2]]
+
+
+def wrapped(config: PretrainedConfig) -> CausalLM:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    head = model.get_output_embeddings()
+    return CausalLM(model, None, head.weight, None, None, 1.0, frozenset())
+
+
+def alone(lm: CausalLM, sequences: list[list[int]]) -> Tensor:
+    """By transformers' own eager attention."""
+    return torch.cat([lm.model.get_decoder()(torch.tensor([ids])).last_hidden_state[0] for ids in sequences])
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("short", [0, 256], ids=["sdpa", "explicit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_alone_forward_and_backward(family: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SHORT", short)
+    lm = wrapped(FAMILIES[family])
+    weights = torch.randn(sum(map(len, SEQUENCES)), 32, generator=torch.Generator().manual_seed(1))
+    results = []
+    for run in (alone, forward.final_hidden):
+        lm.model.zero_grad()
+        hidden = run(lm, SEQUENCES)
+        (hidden * weights).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters() if p.grad is not None])
+        results.append((hidden.detach(), gradient))
+    (expected, expected_gradient), (got, gradient) = results
+    assert error(got, expected) < 1e-5
+    assert error(gradient, expected_gradient) < 1e-5
+    assert lm.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_starting_at_a_later_layer_gives_the_same_bits(family: str, packed: bool) -> None:
+    lm = dataclasses.replace(wrapped(FAMILIES[family]), packing=packed)
+    hidden, entry = forward.all_states(lm, SEQUENCES, 2)
+    assert entry is not None
+    visited = []
+    layers = forward.decoder_layers(lm.model)[1]
+    handles = [layer.register_forward_hook(lambda m, *_: visited.append(m)) for layer in layers]
+    torch.testing.assert_close(forward.final_hidden(lm, SEQUENCES, 2, entry), hidden, rtol=0, atol=0)
+    for handle in handles:
+        handle.remove()
+    assert visited == list(layers[2:])
+    assert error(hidden, alone(lm, SEQUENCES)) < 1e-5
+    forward.check(lm, 2)
+
+
+def test_a_model_that_mixes_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that forgets the borders: the check must see it, as nothing else would."""
+    lm = wrapped(FAMILIES["qwen3"])
+
+    def leaking(q: Tensor, k: Tensor, v: Tensor, p: Packing, scale: float, *rest: Any) -> Tensor:
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "backend", lambda *_: leaking)
+        with pytest.raises(PackingError, match=r"Qwen3ForCausalLM: packed sequences give hidden states that differ"):
+            forward.check(lm)
+    forward.check(lm)
+
+
+def test_what_packing_cannot_do_is_refused_by_name() -> None:
+    sinks = GptOssConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
+    with pytest.raises(PackingError, match=r"GptOssAttention asks its attention for s_aux; set model.packing=false"):
+        forward.check(wrapped(sinks))
+    state = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
+    with pytest.raises(PackingError, match=r"MambaForCausalLM: packed sequences give"):
+        forward.check(wrapped(state))
+
+
+def test_the_real_model_packed_and_from_the_middle(demo_lm: CausalLM) -> None:
+    forward.check(demo_lm, 15)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    window=st.sampled_from([None, 1, 3, 64]),
+    cap=st.sampled_from([None, 2.0]),
+    short=st.sampled_from([0, 16, 256]),
+)
+def test_grouped_attention_of_any_lengths(
+    lengths: list[int], heads: tuple[int, int], window: int | None, cap: float | None, short: int
+) -> None:
+    """Against softmax in float64, one sequence at a time; output and gradients."""
+    g = torch.Generator().manual_seed(sum(lengths))
+    T, D = sum(lengths), 4
+    q, k, v = (torch.randn(T, h, D, generator=g, dtype=torch.float64) for h in (heads[0], heads[1], heads[1]))
+    weight = torch.randn(T, heads[0], D, generator=g, dtype=torch.float64)
+
+    def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for qs, ks, vs in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+            ks, vs = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (ks, vs))
+            scores = torch.einsum("ihd,jhd->hij", qs, ks) * 0.7
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            i, j = torch.arange(len(qs))[:, None], torch.arange(len(qs))
+            hidden = (j > i) | ((i - j) >= (window or 1000))
+            outs.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), vs))
+        return torch.cat(outs)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packing.grouped(q, k, v, Packing(tuple(lengths), q.device), 0.7, window, cap)
+
+    before = packing.SHORT
+    packing.SHORT = short
+    try:
+        results = []
+        for function in (naive, ours):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = function(*leaves)
+            results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+    finally:
+        packing.SHORT = before
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_low_precision_errs_no_more_than_twice_what_sdpa_does() -> None:
+    g = torch.Generator().manual_seed(0)
+    exact = [torch.randn(90, h, 64, generator=g).bfloat16().double() for h in (9, 3, 3)]
+    weight = torch.randn(90, 9, 64, generator=g).bfloat16().double()
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in exact]
+        out = function(*leaves)
+        return [out.double(), *(x.double() for x in torch.autograd.grad((out * weight.to(dtype)).sum(), leaves))]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packing.grouped(q, k, v, Packing((90,), q.device), 0.125, None, None)
+
+    true = gradients(sdpa, torch.float64)
+    for t, theirs, mine in zip(true, gradients(sdpa, torch.bfloat16), gradients(ours, torch.bfloat16), strict=True):
+        assert (mine - t).norm() <= 2 * (theirs - t).norm()
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_torch_varlen_is_called_as_its_version_asks(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the two known signatures, which compute with SDPA: heads, borders, scale and window arrive."""
+    calls = []
+
+    def older_fn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+        assert query.shape[1] == key.shape[1]
+        return stand_in(query, key, value, cu_seq_q, scale, window_size)
+
+    def newer_fn(  # type: ignore[no-untyped-def]
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        return stand_in(query, key, value, cu_seq_q, scale, window_size)
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, at: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
+        calls.append(window)
+        assert at.dtype == torch.int32
+        lengths = tuple(at.diff().tolist())
+        return packing.grouped(
+            q, k, v, Packing(lengths, q.device), scale, None if window[0] < 0 else window[0] + 1, None
+        )
+
+    function = newer_fn if newer else older_fn
+    monkeypatch.setattr(packing, "_varlen", lambda: (function, frozenset(inspect.signature(function).parameters)))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(9, h, 4, generator=g) for h in (4, 2, 2))
+    p = Packing((5, 4), q.device)
+    for window in (None, 2):
+        expected = packing.grouped(q, k, v, p, 0.5, window, None)
+        torch.testing.assert_close(packing.varlen(q, k, v, p, 0.5, window, None), expected)
+    assert calls == [(-1, 0), (1, 0)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["flash", "varlen", "grouped"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_backends_agree_on_a_gpu(name: str, window: int | None) -> None:
+    """flash_attn and torch's own kernel against float64, forward and backward."""
+    if name == "flash" and packing._flash_attn() is None:
+        pytest.skip("flash_attn is not installed")
+    if name == "varlen" and packing._varlen() is None:
+        pytest.skip("this torch has no varlen_attn with a scale")
+    g = torch.Generator().manual_seed(0)
+    lengths = (33, 1, 100, 64)
+    exact = [torch.randn(sum(lengths), h, 64, generator=g).bfloat16().double().cuda() for h in (8, 2, 2)]
+    p = Packing(lengths, exact[0].device)
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in exact]
+        out = function(*leaves, p, 0.125, window, None)
+        return [out.double(), *(x.double() for x in torch.autograd.grad(out.sum(), leaves))]
+
+    true, theirs = gradients(packing.grouped, torch.float64), gradients(packing.grouped, torch.bfloat16)
+    for t, reference, mine in zip(true, theirs, gradients(getattr(packing, name), torch.bfloat16), strict=True):
+        assert (mine - t).norm() <= 2 * (reference - t).norm() + 1e-3 * t.norm()
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 80))
+def test_packs_hold_every_sequence_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    groups = pack(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert sum(lengths[i] for i in group) <= budget or len(group) == 1
+    # best fit: no two packs could be one
+    sums = sorted(sum(lengths[i] for i in group) for group in groups)
+    assert len(sums) < 2 or sums[0] + sums[1] > budget
+
+
+def test_training_and_scoring_take_the_check(tiny_path: Path) -> None:
+    from rmx import model
+    from rmx.config import ModelConfig
+
+    lm = model.load(ModelConfig(name=str(tiny_path), dtype="float32", device="cpu", packing=False))
+    assert lm.packing is False
+    assert error(forward.final_hidden(lm, SEQUENCES[:1]), alone(lm, SEQUENCES[:1])) < 1e-5
