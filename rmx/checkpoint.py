@@ -106,13 +106,14 @@ class Checkpoint:
         """
         if last or stop or time.monotonic() - self.last >= self.seconds:
             self.save(state)
-        if stop and not last:
-            name = signal.Signals(stop).name
-            raise Interrupted(f"train: {name} after step {state.step}; {self.describe()}; start again to go on", stop)
+        if stop:
+            name, kept = signal.Signals(stop).name, f"checkpoint of step {state.step} in {self.path}"
+            raise Interrupted(f"train: {name} after step {state.step}; {kept}; start again to go on", stop)
 
     def describe(self) -> str:
         """Where the last good state is."""
-        return "no checkpoint yet" if self.saved is None else f"checkpoint of step {self.saved} in {self.path}"
+        made = self.peek()  # the file itself: another process may have written it
+        return f"checkpoint of step {made} in {self.path}" if made else "no checkpoint yet"
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -134,3 +135,5 @@ class Checkpoint:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.signum:
+            signal.raise_signal(self.signum)  # it came after the last look at it

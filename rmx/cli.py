@@ -42,7 +42,7 @@ def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) 
             done = group.leads and not again and name != "report" and run.is_done(name)
             if group.largest(int(done)):
                 if group.leads:
-                    console.print(f"{run.dir}: {name} is done; --again redoes it")
+                    console.print(f"{run.dir}: {name} is done; --again redoes it", markup=False, soft_wrap=True)
             elif group.leads:
                 run.execute(name, again, group)
             else:

@@ -69,6 +69,12 @@ PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
     "evaluate": tuple(f"evaluation.{side}{kind}.jsonl" for side in ("base", "tuned") for kind in ("", ".journal")),
 }
 
+SPENT = {  # of these, what has no use once the stage is done
+    "rollouts": PARTIAL["rollouts"],
+    "train": PARTIAL["train"],
+    "evaluate": tuple(name for name in PARTIAL["evaluate"] if ".journal" in name),
+}
+
 
 class RunError(RmxError):
     """The run directory and the request do not go together."""
@@ -150,18 +156,21 @@ class Run:
             if not self.is_done(earlier):
                 raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
         old = self.stages().get(stage)
-        # with new settings, what still fits them is kept
-        if again and (stage != "evaluate" or (old is not None and old["settings"] == self.settings(stage))):
-            for name in PARTIAL.get(stage, ()):
-                remove(self.path(name))
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
             self.path("stages.json"), {k: v for k, v in self.stages().items() if order.index(k) < order.index(stage)}
         )
+        # with new settings, what still fits them is kept
+        if again and (stage != "evaluate" or (old is not None and old["settings"] == self.settings(stage))):
+            for name in PARTIAL.get(stage, ()):
+                remove(self.path(name))
         started = time.perf_counter()
         summary: dict[str, Any] = self._train(group) if stage == "train" else getattr(self, f"_{stage}")()
         record = {"settings": self.settings(stage), "seconds": round(time.perf_counter() - started, 1), **summary}
         write_json(self.path("stages.json"), {**self.stages(), stage: record})
+        for finished in order[: order.index(stage) + 1]:  # an earlier one may have been killed before it came here
+            for name in SPENT.get(finished, ()):
+                remove(self.path(name))
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
         console.print(f"{stage}: {words} ({record['seconds']:.0f} s)", highlight=False, markup=False, soft_wrap=True)
 
@@ -255,10 +264,12 @@ class Run:
                 "run `rmx score` with --again"
             )
         if not keep.covers(wanted):
-            console.print("train: the score stage did not keep these base states; they are computed in each step")
+            said = "train: the score stage did not keep these base states; they are computed in each step"
+            console.print(said, markup=False, soft_wrap=True)
             return None
         if made := store.fill(self.lm, self.config.score, keep):
-            console.print(f"train: {made} files of {store.path} were absent or torn and were made again", markup=False)
+            said = f"train: {made} files of {store.path} were absent or torn and were made again"
+            console.print(said, markup=False, soft_wrap=True)
         return lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)
 
     def training_set(self) -> list[TrainingSequence]:
@@ -304,6 +315,7 @@ class Run:
         renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
         asked = fingerprint(json.dumps([dataclasses.asdict(p) for p in problems]).encode())
         origin = {**meta, "seed": seed, "problems": asked, "weights": self.inputs["rollouts"]["weights"]}
+        origin["model"] = self.config.model.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
         total = len(problems) * sampling.samples
         with journal, progress(name.removeprefix("evaluation."), total, "rollouts") as update:
@@ -318,7 +330,6 @@ class Run:
 
             found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
         write_records(self.path(f"{name}.jsonl"), found, meta)
-        remove(journal.path)
         return found
 
     def _verify(self) -> dict[str, Any]:
@@ -391,7 +402,6 @@ class Run:
                 )
             if group.leads:
                 lora.save_adapter(adapter, self.path("adapter"), self.config.model.name)
-                remove(path)
         finally:
             lora.detach(self.lm.model, adapter)
         return {"steps": steps, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
@@ -419,8 +429,11 @@ class Run:
 
     def merged(self, out: Path, adapter: Path | None = None) -> None:
         """Write the model with the adapter in its weights, and its tokenizer, as a plain Hugging Face directory."""
+        out = out.expanduser().resolve()
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out}: is not empty")
+        if adapter is None and not self.is_done("train"):  # an adapter that lies there may be of an earlier training
+            raise RunError(f"{self.dir}: stage 'train' is not done: run `rmx train` first, or name an --adapter")
         found = lora.load_adapter(self.lm.model, adapter or self.path("adapter"))
         lora.merge(found)
         lora.detach(self.lm.model, found)

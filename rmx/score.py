@@ -136,7 +136,9 @@ class ScoreStore:
         return absent
 
     def discard_others(self) -> None:
-        """Delete shards that were made from something else."""
+        """Delete shards that were made from something else, and what a kill left of one."""
+        for path in self.path.glob(".shard-*.partial"):
+            path.unlink()
         for path in sorted(self.path.glob("shard-*.safetensors")):
             number = int(path.stem.removeprefix("shard-"))
             try:
@@ -235,7 +237,8 @@ def affordable(
     """(what is kept, a sentence about its size): all or, above the budget or the room on the disk, no states."""
     need = keep.bytes(rollouts, lm.weight.shape[1], lm.weight.dtype)
     path.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path).free
+    held = sum(shard.stat().st_size for shard in path.glob("shard-*.safetensors"))  # by a start that was killed
+    free = shutil.disk_usage(path).free + held
     size = f"base states of {len(rollouts)} rollouts: {need / 2**30:.2f} GiB"
     if need > settings.cache_gib * 2**30:
         return Keep(), f"{size}, over score.cache_gib={settings.cache_gib:g}: training will compute them anew"

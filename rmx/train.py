@@ -141,9 +141,9 @@ def batch_loss(
     if base is not None:
         known = [base(sequence) for sequence in sequences]
         if first:
-            entry = torch.cat([_entry(state) for state in known]).to(device, non_blocking=True)
+            entry = _sent(torch.cat([_entry(state) for state in known]), device)
         if anchored:
-            base_rows, base_lse = (part.to(device, non_blocking=True) for part in _base_rows(known, ids, rows))
+            base_rows, base_lse = (_sent(part, device) for part in _base_rows(known, ids, rows))
     elif anchored or first:
         with torch.no_grad(), adapter.off():
             final, entry = forward.all_states(lm, ids, first)
@@ -159,6 +159,11 @@ def batch_loss(
         **lm.head,
     )
     return loss, rows
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _entry(states: BaseStates) -> Tensor:

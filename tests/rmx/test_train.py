@@ -2,16 +2,26 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rmx import lora, train
+from rmx import forward, lora, train
 from rmx.config import LoraConfig, TrainConfig
 from rmx.lora import Adapter
 from rmx.model import CausalLM
-from rmx.records import TrainingSequence
-from rmx.train import TrainingError, batch_loss, learning_rate, step_order, train_adapter
+from rmx.records import Rollout, TrainingSequence
+from rmx.score import Keep, score_rollouts
+from rmx.train import (
+    BaseSource,
+    TrainingError,
+    batch_loss,
+    learning_rate,
+    sequence_weights,
+    step_order,
+    train_adapter,
+)
 
 CONFIGS = [
     TrainConfig(anchor="completion", anchor_weight=0.3),
@@ -190,3 +200,88 @@ def test_a_set_without_decisions_and_a_loss_that_is_not_finite_stop_with_a_reaso
     with pytest.raises(TrainingError, match=r"not finite at step 1: p9/0"):
         train_adapter(tiny, adapter, [broken], TrainConfig(), seed=0)
     assert all(torch.equal(a, b) for a, b in zip(before, adapter.parameters(), strict=True))
+
+
+def kept(lm: CausalLM, sequences: list[TrainingSequence], keep: Keep) -> BaseSource:
+    rollouts = [Rollout(s.problem_id, s.sample, s.prompt_ids, s.completion_ids, "stop", "") for s in sequences]
+    found = {scores.problem_id: base for scores, base in score_rollouts(lm, rollouts, top_k=0, keep=keep)}
+    return lambda s: found[s.problem_id]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["completion", "all", "no-anchor"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("rows", ["completion", "all"])
+def test_kept_base_states_give_the_same_loss_and_gradient(
+    tiny: CausalLM, config: TrainConfig, first: int, rows: str
+) -> None:
+    if (rows, config.anchor) == ("completion", "all") and config.anchor_weight:
+        pytest.skip("these rows are not kept then")
+    base = kept(tiny, SEQUENCES, Keep(rows, first))  # type: ignore[arg-type]
+    adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4, first_layer=first), seed=0)
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_B.normal_(0, 0.2, generator=g)
+    expected = naive_loss(tiny, adapter, SEQUENCES, config)
+    expected_gradient = gradient(adapter, [expected])
+    for source in (base, None):
+        loss = batch_loss(tiny, adapter, SEQUENCES, config, len(SEQUENCES), base=source)[0].loss
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient(adapter, [loss]), expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_with_kept_states_the_base_is_never_run_and_lower_layers_never_visited(
+    tiny: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = kept(tiny, SEQUENCES, Keep("completion", 1))
+    adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4, first_layer=1), seed=0)
+    forward.check(tiny, 1)
+    visited: list[int] = []
+    for number, layer in enumerate(forward.decoder_layers(tiny.model)[1]):
+        layer.register_forward_hook(lambda *_, number=number: visited.append(number))
+    monkeypatch.setattr(Adapter, "off", lambda _: pytest.fail("a pass of the base"))
+    config = TrainConfig(anchor="completion", epochs=2, sequences_per_step=5, token_budget=100)
+    train_adapter(tiny, adapter, SEQUENCES, config, 0, base=base)
+    assert visited == [1, 1]  # two steps, one pass each
+
+
+def test_sampled_anchors_are_unbiased_and_do_not_depend_on_the_packing(tiny: CausalLM, adapter: Adapter) -> None:
+    config = TrainConfig(anchor="all", anchor_weight=0.3, anchor_fraction=0.4)
+    s = sequence(7, 6, 9, 1.0, [1, 4])
+    exact = sequence_weights(s, config)
+    draws = [sequence_weights(s, config, np.random.default_rng([0, step, 7])) for step in range(4000)]
+    counts = {int((kl != 0).sum()) for _, kl in draws}
+    assert counts == {math.ceil(0.4 * 12)}
+    assert all(torch.equal(ce, exact[0]) for ce, _ in draws)
+    mean = torch.stack([kl for _, kl in draws]).mean(0)
+    torch.testing.assert_close(mean, exact[1], rtol=0.1, atol=0)
+    streams = [[np.random.default_rng([3, 0, i]) for i in range(len(SEQUENCES))] for _ in range(2)]
+    whole = batch_loss(tiny, adapter, SEQUENCES, config, 5, draws=streams[0])[0].loss
+    alone = [
+        batch_loss(tiny, adapter, [q], config, 5, draws=[g])[0].loss for q, g in zip(SEQUENCES, streams[1], strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(alone).sum(), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_twenty_steps_follow_the_eager_trajectory(tiny: CausalLM) -> None:
+    """AdamW on the naive loss, one sequence at a time with two full log-softmaxes, against train_adapter."""
+    config = TrainConfig(epochs=8, sequences_per_step=2, learning_rate=3e-3, warmup_steps=3, anchor="all")
+    adapter = lora.attach(tiny.model, LoraConfig(r=4, alpha=8, first_layer=1), seed=0)
+    optimizer = torch.optim.AdamW(adapter.parameters(), weight_decay=0.0)
+    order = step_order(len(SEQUENCES), config, 0)
+    expected = []
+    for step, chosen in enumerate(order):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(order), config)
+        loss = naive_loss(tiny, adapter, [SEQUENCES[i] for i in chosen], config)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.clip)
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    lora.detach(tiny.model, adapter)
+    assert len(expected) == 20
+    base = kept(tiny, SEQUENCES, Keep("all", 1))
+    again = lora.attach(tiny.model, LoraConfig(r=4, alpha=8, first_layer=1), seed=0)
+    history = train_adapter(tiny, again, SEQUENCES, config, 0, base=base)
+    assert [m.loss for m in history] == pytest.approx(expected, abs=1e-4)
+    assert max(expected) - min(expected) > 0.1
