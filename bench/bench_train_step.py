@@ -363,15 +363,19 @@ def both(lm: CausalLM, config: LoraConfig, first: int) -> tuple[Pair, Pair]:
 
 @pytest.mark.parametrize("gated", [0.65, 0.03])  # the demo's share; the paper's
 def bench_demo_model(
-    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], demo: CausalLM, gated: float
+    benchmark: BenchmarkFixture,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    demo: CausalLM,
+    gated: float,
 ) -> None:
     """SmolLM2-135M with the demo's settings: 16 short sequences, KL on completion tokens."""
     pair, upper = both(demo, DEMO.lora, DEMO.lora.first_layer)
+    request.addfinalizer(lambda: detach(demo.model, pair.adapter))
     sequences = synthetic(16, 40, 40, gated, demo.weight.shape[0])
     every = DEMO.train.model_copy(update={"anchor_fraction": 1.0})
     case = f"smollm2-135m, gated {gated:.0%}"
     compare(benchmark, capsys, case, pair, upper, sequences, every, DEMO.train.anchor_fraction)
-    detach(demo.model, pair.adapter)
 
 
 def bench_trajectory(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], demo: CausalLM) -> None:

@@ -69,7 +69,6 @@ class BaseStates:
     """What training needs of the frozen base at one rollout of L = P + T tokens, so that no pass of it is repeated."""
 
     hidden: "Tensor"  # [R, H] final states at the last R predicting positions: all L - 1, or the completion's T
-    lse: "Tensor"  # [R]    float32, nats
     entry: "Tensor | None"  # [L, H] states that enter the first adapted layer; None where that is layer 0
 
 

@@ -49,7 +49,7 @@ class Keep:
         """Size of the kept states of ``rollouts``, hidden size ``width``."""
         rows = sum(self.count(r) for r in rollouts)
         entry = sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts) if self.layer else 0
-        return (rows + entry) * width * dtype.itemsize + 4 * rows
+        return (rows + entry) * width * dtype.itemsize
 
 
 def predicting(prompt_length: int, completion_length: int) -> slice:
@@ -75,27 +75,23 @@ def score_rollouts(
         ids = [r.prompt_ids + r.completion_ids for r in own]
         hidden, entry = all_states(lm, ids, keep.layer)
         lengths = [len(row) for row in ids]
-        rows = [max(keep.count(r), len(r.completion_ids)) for r in own]  # the last ones that predict
-        cuts = [slice(length - 1 - count, length - 1) for length, count in zip(lengths, rows, strict=True)]
-        states = torch.cat([part[cut] for part, cut in zip(hidden.split(lengths), cuts, strict=True)])
-        target = torch.tensor(
-            [t for row, cut in zip(ids, cuts, strict=True) for t in row[cut.start + 1 : cut.stop + 1]]
-        )
-        stats = linear_entropy_topk(states, target=target.to(lm.device), k=top_k, **lm.head)
+        finals = hidden.split(lengths)
+        completions = [len(r.completion_ids) for r in own]
+        rows = torch.cat([part[-T - 1 : -1] for part, T in zip(finals, completions, strict=True)])
+        target = torch.tensor([token for r in own for token in r.completion_ids], device=lm.device)
+        stats = linear_entropy_topk(rows, target=target, k=top_k, **lm.head)
         if not bool(torch.isfinite(stats.entropy).all()):
             raise ModelError("score: the base model gave logits that are not finite")
         none = torch.empty(len(target), 0)
         best = none.int() if stats.topk_ids is None else stats.topk_ids.int()
         values = none if stats.topk_logprobs is None else stats.topk_logprobs
         assert stats.logprob is not None
-        columns = (stats.entropy, stats.logprob, stats.lse, best, values, states)
-        parts: Iterator[tuple[Tensor, ...]] = zip(*(c.cpu().split(rows) for c in columns), strict=True)
+        columns = (stats.entropy, stats.logprob, stats.lse, best, values)
+        parts: Iterator[tuple[Tensor, ...]] = zip(*(c.cpu().split(completions) for c in columns), strict=True)
         entries: Sequence[Tensor | None] = [None] * len(own) if entry is None else entry.cpu().split(lengths)
-        for i, r, (entropy, logprob, lse, best, values, final), enters in zip(group, own, parts, entries, strict=True):
-            T, kept = len(r.completion_ids), keep.count(r)
-            base = BaseStates(final[len(final) - kept :], lse[len(final) - kept :], enters)
-            last = (value[len(final) - T :] for value in (entropy, logprob, lse, best, values))
-            found[i] = Scores(r.problem_id, r.sample, *last), base
+        for i, r, part, final, enters in zip(group, own, parts, finals, entries, strict=True):
+            kept = final[-keep.count(r) - 1 : -1].cpu()
+            found[i] = Scores(r.problem_id, r.sample, *part), BaseStates(kept, enters)
     return [found[i] for i in range(len(rollouts))]
 
 
@@ -172,7 +168,6 @@ class ScoreStore:
         empty = torch.empty(0)
         columns = {name: [getattr(scores, name) for scores, _ in found] or [empty] for name in FIELDS}
         columns["hidden"] = [base.hidden for _, base in found] or [empty]
-        columns["row_lse"] = [base.lse for _, base in found] or [empty]
         if any(base.entry is not None for _, base in found):
             columns["entry"] = [base.entry for _, base in found if base.entry is not None]
         tensors = {name: torch.cat(parts).contiguous() for name, parts in columns.items()}
@@ -228,7 +223,7 @@ class ScoreStore:
             start = sum(len(r.prompt_ids) + len(r.completion_ids) for r in before)
             entry = columns["entry"][start : start + len(own.prompt_ids) + len(own.completion_ids)]
         stop = rows + keep.count(own)
-        return BaseStates(columns["hidden"][rows:stop], columns["row_lse"][rows:stop], entry)
+        return BaseStates(columns["hidden"][rows:stop], entry)
 
 
 def affordable(

@@ -137,13 +137,13 @@ def batch_loss(
     device, first = lm.device, adapter.config.first_layer
     where = rows.where.to(device)
     anchored = bool(rows.kl_weight.any())
-    base_rows = base_lse = entry = None
+    base_rows = entry = None
     if base is not None:
         known = [base(sequence) for sequence in sequences]
         if first:
             entry = _sent(torch.cat([_entry(state) for state in known]), device)
         if anchored:
-            base_rows, base_lse = (_sent(part, device) for part in _base_rows(known, ids, rows))
+            base_rows = _sent(_base_rows(known, ids, rows), device)
     elif anchored or first:
         with torch.no_grad(), adapter.off():
             final, entry = forward.all_states(lm, ids, first)
@@ -155,7 +155,6 @@ def batch_loss(
         target=rows.target.to(device),
         ce_weight=rows.ce_weight.to(device),
         kl_weight=rows.kl_weight.to(device),
-        base_lse=base_lse,
         **lm.head,
     )
     return loss, rows
@@ -171,16 +170,15 @@ def _entry(states: BaseStates) -> Tensor:
     return states.entry
 
 
-def _base_rows(known: Sequence[BaseStates], ids: Sequence[list[int]], rows: BatchRows) -> tuple[Tensor, Tensor]:
-    """(hidden [R, H], lse [R]) of the rows; those that are not kept carry no KL, and get a neighbour's."""
-    hidden, lse = [], []
+def _base_rows(known: Sequence[BaseStates], ids: Sequence[list[int]], rows: BatchRows) -> Tensor:
+    """Base states [R, H] of the rows; those that are not kept carry no KL, and get a neighbour's."""
+    hidden = []
     for n, (state, own) in enumerate(zip(known, ids, strict=True)):
-        place = rows.position[rows.sequence == n] - (len(own) - 1 - len(state.lse))
-        assert not bool((rows.kl_weight[rows.sequence == n][place < 0] != 0).any())
-        place.clamp_(min=0)
-        hidden.append(state.hidden[place])
-        lse.append(state.lse[place])
-    return torch.cat(hidden), torch.cat(lse)
+        mine = rows.sequence == n
+        place = rows.position[mine] - (len(own) - 1 - len(state.hidden))
+        assert not bool((rows.kl_weight[mine][place < 0] != 0).any())
+        hidden.append(state.hidden[place.clamp_(min=0)])
+    return torch.cat(hidden)
 
 
 def step_order(count: int, config: TrainConfig, seed: int) -> list[list[int]]:
