@@ -5,63 +5,25 @@ was: at the batch of rollouts, the shard of scores or the checkpoint of training
 """
 
 import dataclasses
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 import rmx_kernels
 from rmx import evaluate, forward, lora, model, report, rollouts, score, select, train
-from rmx.artefacts import (
-    ArtefactError,
-    Journal,
-    fingerprint,
-    parser,
-    read_lines,
-    read_meta,
-    read_records,
-    remove,
-    write_json,
-    write_records,
-)
+from rmx.artefacts import ArtefactError, Journal, fingerprint, read_records, remove, write_json, write_records
 from rmx.checkpoint import Checkpoint
-from rmx.config import Config, Sampling
+from rmx.config import Sampling
 from rmx.distributed import ALONE, Group
-from rmx.errors import RmxError
-from rmx.problems import build_problems, fingerprints
+from rmx.problems import build_problems
 from rmx.progress import console, progress
-from rmx.prompts import Renderer
-from rmx.records import Evaluation, Problem, Rollout, Scores, TrainingSequence, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Verdict
+from rmx.rundir import STAGES, RunDirectory, RunError
 from rmx.verify import verify
 
-# Each stage in order, with the settings that it depends on beyond those of the stages before it.
-OUTPUTS = {
-    "problems": "problems.jsonl",
-    "rollouts": "rollouts.jsonl",
-    "verify": "verdicts.jsonl",
-    "score": "scores/index.json",
-    "select": "training_set.jsonl",
-    "train": "adapter/adapter_model.safetensors",
-    "evaluate": "evaluation.json",
-    "report": "report.png",
-}
-STAGES: dict[str, tuple[str, ...]] = {
-    "problems": ("seed", "problems"),
-    "rollouts": ("seed", "model", "prompt", "rollouts"),
-    "verify": ("verify",),
-    "score": ("score",),
-    "select": ("select",),
-    "train": ("seed", "lora", "train"),
-    "evaluate": ("seed", "evaluate"),
-    "report": (),
-}
-CHOICE = ("max_problems", "max_sequences", "max_completion_tokens", "min_pass_rate", "max_pass_rate")  # of rollouts
 PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
     "rollouts": ("rollouts.journal.jsonl",),
     "score": ("scores",),
@@ -76,75 +38,8 @@ SPENT = {  # of these, what has no use once the stage is done
 }
 
 
-class RunError(RmxError):
-    """The run directory and the request do not go together."""
-
-
-class Run:
-    """One run directory and the configuration that made it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.dir = Path(config.run_dir).expanduser()
-
-    def path(self, name: str) -> Path:
-        return self.dir / name
-
-    # The model is loaded once, and only by a stage that needs it.
-    @cached_property
-    def lm(self) -> model.CausalLM:
-        console.print(f"loading {self.config.model.name}", markup=False, highlight=False)
-        return model.load(self.config.model)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        return Renderer(self.lm.tokenizer, self.config.prompt)
-
-    # Which stages are done, and with which settings.
-    def stages(self) -> dict[str, Any]:
-        path = self.path("stages.json")
-        if not path.exists():
-            return {}
-        try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(value, dict) or not all("settings" in record for record in value.values()):
-                raise ValueError("not a record of stages")
-        except (ValueError, TypeError) as fault:
-            raise RunError(f"{path}: cannot be understood: {fault}; delete it to start the run again") from fault
-        return value
-
-    def settings(self, stage: str) -> dict[str, Any]:
-        """All that the stage depends on from outside the run directory."""
-        tree = self.config.model_dump(mode="json")
-        found = {name: tree[name] for name in STAGES[stage]}
-        if stage == "score" and self.config.score.problems == "selected":
-            found["select"] = {key: tree["select"][key] for key in CHOICE}
-        return {**found, **self.inputs.get(stage, {})}
-
-    @cached_property
-    def inputs(self) -> dict[str, dict[str, Any]]:
-        """The content of files that settings name, so that a change of theirs is noticed too."""
-        return {
-            "problems": {"files": fingerprints(self.config.problems)},
-            "rollouts": {"weights": model.fingerprint(self.config.model)},
-        }
-
-    def is_done(self, stage: str) -> bool:
-        """Whether the stage is finished, with these settings, and its artefact is there.
-
-        Raises:
-            RunError: it was finished with other settings; the message names them.
-        """
-        record = self.stages().get(stage)
-        if record is None or not self.path(OUTPUTS[stage]).exists():
-            return False
-        changed = list(_differences(record["settings"], self.settings(stage)))
-        if changed:
-            raise RunError(
-                f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir "
-                f"(rmx demo: --run-dir), or redo it and what follows with `rmx {stage} CONFIG --again`"
-            )
-        return True
+class Run(RunDirectory):
+    """The stages of a run directory, one after the other or one alone."""
 
     def execute(self, stage: str, again: bool = False, group: Group = ALONE) -> None:
         """Run one stage whose predecessors are done; with ``again`` even if it is done itself, from its beginning.
@@ -184,116 +79,6 @@ class Run:
                 if stage == "report" or not self.is_done(stage):  # a stage that is redone undoes those behind it
                     self.execute(stage)
             return self.evaluation()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process at a time in a run directory."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        with self.path(".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as fault:
-                raise RunError(f"{self.dir}: another process is running in it") from fault
-            yield
-
-    # What the stages wrote.
-    def meta(self, **more: Any) -> dict[str, Any]:
-        """Written into every artefact after the rollouts: the same prompts all along, or an error."""
-        prompt = read_meta(self.path("rollouts.jsonl"))["prompt"]
-        return {"rmx": rmx_kernels.__version__, "prompt": prompt, **more}
-
-    def problems(self, split: str) -> list[Problem]:
-        return [p for p in read_records(self.path("problems.jsonl"), Problem)[1] if p.split == split]
-
-    def rollouts(self) -> list[Rollout]:
-        return read_records(self.path("rollouts.jsonl"), Rollout)[1]
-
-    def verdicts(self) -> list[Verdict]:
-        return self._records("verdicts.jsonl", Verdict)
-
-    def to_score(self) -> list[Rollout]:
-        """The rollouts that the score stage looks at."""
-        if self.config.score.problems == "all":
-            return self.rollouts()
-        if self.config.score.problems == "selected":
-            found = self.rollouts()
-            chosen = select.choose_rollouts(found, self.verdicts(), self.config.select)
-            return [found[i] for i in sorted(i for own in chosen.values() for i in own)]
-        mixed = select.mixed_problems(self.verdicts())
-        return [rollout for rollout in self.rollouts() if rollout.problem_id in mixed]
-
-    def scores(self) -> list[Scores]:
-        return self.kept_scores()[0].scores()
-
-    def kept_scores(self) -> tuple[score.ScoreStore, score.Keep]:
-        """The score stage's files, and which base states they hold."""
-        path = self.path("scores/index.json")
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            store = score.ScoreStore(path.parent, self.to_score(), index["shard_tokens"], index["origin"])
-            return store, score.Keep(**index["origin"]["keep"])
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            raise ArtefactError(f"{path}: cannot be read: {fault}; run `rmx score` with --again") from fault
-
-    def score_origin(self, keep: score.Keep) -> dict[str, Any]:
-        """All that scores and base states depend on, beside the rollouts."""
-        settings = self.config.model
-        vocabulary = json.dumps(self.lm.tokenizer.get_vocab(), sort_keys=True)
-        return {
-            "weights": self.inputs["rollouts"]["weights"] or f"{settings.name}@{settings.revision}",
-            "tokenizer": fingerprint(vocabulary.encode()),
-            "dtype": str(self.lm.weight.dtype).removeprefix("torch."),
-            "packing": settings.packing,
-            "score": {key: getattr(self.config.score, key) for key in ("top_k", "token_budget")},
-            "keep": dataclasses.asdict(keep),
-        }
-
-    def wanted(self) -> score.Keep:
-        """The base states that training will ask for."""
-        settings = self.config.train
-        return score.Keep(settings.anchor if settings.anchor_weight else "none", self.config.lora.first_layer)
-
-    def base_source(self) -> train.BaseSource | None:
-        """Base states for training from the score stage's files; torn ones are made again. None if not kept."""
-        (store, keep), wanted = self.kept_scores(), self.wanted()
-        if store.origin != {**store.origin, **self.score_origin(keep)}:
-            now = self.score_origin(keep)
-            key = next(key for key in now if store.origin.get(key) != now[key])
-            raise ArtefactError(
-                f"{store.path}: was made with another {key}: {store.origin.get(key)!r}, now {now[key]!r}; "
-                "run `rmx score` with --again"
-            )
-        if not keep.covers(wanted):
-            said = "train: the score stage did not keep these base states; they are computed in each step"
-            console.print(said, markup=False, soft_wrap=True)
-            return None
-        if made := store.fill(self.lm, self.config.score, keep):
-            said = f"train: {made} files of {store.path} were absent or torn and were made again"
-            console.print(said, markup=False, soft_wrap=True)
-        return lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)
-
-    def training_set(self) -> list[TrainingSequence]:
-        return self._records("training_set.jsonl", TrainingSequence)
-
-    def tau(self) -> float:
-        return float(read_meta(self.path("training_set.jsonl"))["tau"])
-
-    def history(self) -> list[train.StepMetrics]:
-        parse = parser(train.StepMetrics)
-        return [parse(value) for _, value in read_lines(self.path("metrics.jsonl"))]
-
-    def evaluation(self) -> Evaluation:
-        path = self.path("evaluation.json")
-        try:
-            return pydantic.TypeAdapter(Evaluation).validate_json(path.read_bytes())
-        except (OSError, pydantic.ValidationError) as fault:
-            raise ArtefactError(f"{path}: cannot be read: {fault}") from fault
-
-    def _records(self, name: str, cls: type[Any]) -> list[Any]:
-        meta, records = read_records(self.path(name), cls)
-        if meta.get("prompt") != self.meta()["prompt"]:
-            raise ArtefactError(f"{self.path(name)}: was made with other prompts than rollouts.jsonl")
-        return records
 
     # The stages. Each returns what to say of it.
     def _problems(self) -> dict[str, Any]:
@@ -479,11 +264,3 @@ class Run:
         gate = score.entropies(self.scores()), self.tau()
         report.plot(path, *gate, self.history(), self.evaluation())
         return {"written": str(path)}
-
-
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif old != new:
-        yield f"{where} was {old!r}, is now {new!r}"

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rmx import artefacts, pipeline
+from rmx import artefacts, rundir
 from rmx.artefacts import ArtefactError
 from rmx.config import Config
-from rmx.pipeline import STAGES, Run, RunError
+from rmx.pipeline import Run
+from rmx.rundir import STAGES, RunError
 from rmx.select import SelectionError
 
 
@@ -65,7 +66,7 @@ def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
 
 def test_a_finished_run_is_not_repeated(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.dir.rglob("*.json*")}
-    monkeypatch.setattr(pipeline.model, "load", lambda _: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(rundir.model, "load", lambda _: pytest.fail("nothing is left to do"))
     again = Run(finished.config)
     assert again.run() == finished.evaluation()
     del before[finished.path("stages.json")]  # the report is always drawn anew

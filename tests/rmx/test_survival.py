@@ -32,7 +32,8 @@ from rmx import artefacts, cli, lora, pipeline
 from rmx.artefacts import ArtefactError, Journal
 from rmx.checkpoint import Checkpoint, Interrupted
 from rmx.config import Config
-from rmx.pipeline import OUTPUTS, SPENT, STAGES, Run, RunError
+from rmx.pipeline import SPENT, Run
+from rmx.rundir import OUTPUTS, STAGES, RunError
 from rmx.train import MetricsLog, StepMetrics
 
 KILLS = int(os.environ.get("RMX_KILLS", "6"))
