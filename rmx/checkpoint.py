@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ from rmx.errors import RmxError
 from rmx.lora import Adapter
 
 PARTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+FIELDS = ("step", "token_budget", "shifts", "stopped")  # of State
 
 
 class Interrupted(RmxError):
@@ -38,6 +39,8 @@ class State:
     optimizer: torch.optim.Optimizer
     token_budget: int  # halved where memory ran out
     step: int = 0  # steps that were made: the data position, the schedule and the random streams follow from it
+    shifts: list[float] = field(default_factory=list)  # of the last steps, for the early stop
+    stopped: bool = False  # early
 
 
 class Checkpoint:
@@ -81,7 +84,8 @@ class Checkpoint:
                 moments[number] = {part: tensors[f"{number}.{part}"] for part in PARTS}
                 moments[number]["step"] = torch.tensor(float(meta["step"]))
         state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
-        state.step, state.token_budget = meta["step"], meta["token_budget"]
+        for name in FIELDS:
+            setattr(state, name, meta[name])
         self.saved = state.step
 
     def save(self, state: State) -> None:
@@ -93,7 +97,7 @@ class Checkpoint:
             own = state.optimizer.state[parameter]
             for part, tensor in (("value", parameter), *((part, own[part]) for part in PARTS)):
                 tensors[f"{number}.{part}"] = tensor.detach().cpu().contiguous()
-        meta = {"origin": self.origin, "step": state.step, "token_budget": state.token_budget}
+        meta = {"origin": self.origin, **{name: getattr(state, name) for name in FIELDS}}
         with replacing(self.path) as aside:
             safetensors.torch.save_file(tensors, aside, metadata={"rmx": json.dumps(meta)})
         self.saved, self.last = state.step, time.monotonic()

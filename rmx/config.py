@@ -139,7 +139,12 @@ class TrainConfig(Section):
     clip: PositiveFloat = 1.0  # of the gradient norm
     anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
     anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
-    negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative
+    negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative; 0: positives only
+    negatives: Literal["ce", "ratio", "hinge"] = "ce"  # how they are pushed down: see rmx.train.contrastive
+    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # ratio: until p is 1 - ratio_clip of the base's
+    hinge_margin: PositiveFloat = 1.0  # hinge: until log p is so many nats below the base's
+    negative_floor: Annotated[float, Field(lt=0)] | None = None  # ce: none is pushed below this log p, nats
+    early_stop_steps: PositiveInt | None = None  # end when positive decisions are on average down over so many steps
     anchor_fraction: Probability = 1.0  # share of the anchor positions that a step looks at, drawn anew each step
     token_budget: PositiveInt = 16384  # tokens a forward pass
     activation_checkpointing: bool = False  # layers are run again in the backward pass: less memory, a third more time

@@ -189,7 +189,8 @@ class Run(RunDirectory):
                 lora.save_adapter(adapter, self.path("adapter"), self.config.model.name)
         finally:
             lora.detach(self.lm.model, adapter)
-        return {"steps": steps, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
+        made = self.history()[-1].step if group.leads else steps  # fewer where it stopped early
+        return {"steps": made, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
 
     def _training_log(
         self, stack: ExitStack, checkpoint: Checkpoint, steps: int

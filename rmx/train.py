@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from rmx.model import CausalLM
 from rmx.packing import pack
 from rmx.progress import console
 from rmx.records import BaseStates, TrainingSequence
-from rmx_kernels import ContrastiveLoss, linear_gated_contrastive_loss
+from rmx_kernels import ContrastiveLoss, linear_gated_contrastive_loss, linear_logprob_kl
 
 BaseSource = Callable[[TrainingSequence], BaseStates]
 
@@ -149,15 +150,40 @@ def batch_loss(
             final, entry = forward.all_states(lm, ids, first)
         base_rows = final.index_select(0, where)
     student = forward.final_hidden(lm, ids, first, entry).index_select(0, where)
-    loss = linear_gated_contrastive_loss(
-        student,
-        student.detach() if base_rows is None else base_rows,  # not read where nothing is anchored
-        target=rows.target.to(device),
-        ce_weight=rows.ce_weight.to(device),
-        kl_weight=rows.kl_weight.to(device),
-        **lm.head,
-    )
-    return loss, rows
+    # base rows are not read where nothing is anchored
+    return contrastive(student, student.detach() if base_rows is None else base_rows, rows, config, lm.head), rows
+
+
+def contrastive(
+    student: Tensor, base: Tensor, rows: BatchRows, config: TrainConfig, head: dict[str, Any]
+) -> ContrastiveLoss:
+    r"""The weighted loss of rows with final states ``student`` and ``base`` [R, H]; c < 0 is a negative row's weight.
+
+    ``negatives`` says what such a row adds, since :math:`-\log p` times a negative number has no lower bound:
+
+    .. math::
+        \mathrm{ce:}\; |c| \log p_s \qquad
+        \mathrm{ratio:}\; |c| \max(p_s / p_b, 1 - \epsilon) \qquad
+        \mathrm{hinge:}\; |c| \max(\log p_s - \log p_b + m, 0)
+
+    ``negative_floor`` f takes rows with :math:`\log p_s < f` out of ce. Ratio is the clipped surrogate of PPO
+    (arXiv 1707.06347) for a negative advantage. log p_b comes from the scores.
+    """
+    device = student.device
+    target, ce, kl_weight = (x.to(device) for x in (rows.target, rows.ce_weight, rows.kl_weight))
+    if config.negatives == "ce" and config.negative_floor is None:
+        return linear_gated_contrastive_loss(student, base, target=target, ce_weight=ce, kl_weight=kl_weight, **head)
+    logprob, kl = linear_logprob_kl(student, base, target=target, **head)
+    up, down = ce.clamp(min=0), -ce.clamp(max=0)
+    since = logprob - torch.where(down > 0, rows.base_logprob.to(device), logprob.detach())
+    if config.negatives == "ratio":
+        pushed = since.exp().clamp(min=1 - config.ratio_clip)
+    elif config.negatives == "hinge":
+        pushed = (since + config.hinge_margin).clamp(min=0)
+    else:
+        pushed = logprob.masked_fill(logprob < (config.negative_floor or -math.inf), 0)
+    loss = (down * pushed - up * logprob + kl_weight * kl).sum()
+    return ContrastiveLoss(loss, logprob.detach(), kl.detach())
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
@@ -243,7 +269,7 @@ def train_adapter(
         if checkpoint is not None:
             stack.enter_context(checkpoint.watching())
             checkpoint.restore(state)
-        while state.step < len(order):
+        while state.step < len(order) and not state.stopped:
             started = time.perf_counter()
             rate = learning_rate(state.step, len(order), config)
             for parameters in optimizer.param_groups:
@@ -258,12 +284,28 @@ def train_adapter(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
+            state.stopped = _sinks(state, metrics, config, group)
             stop = 0 if checkpoint is None else group.largest(checkpoint.signum)
             history.append(replace(metrics, seconds=time.perf_counter() - started))
             on_step(history[-1], len(order))
             if checkpoint is not None:
-                checkpoint.after_step(state, state.step == len(order), stop)
+                checkpoint.after_step(state, state.stopped or state.step == len(order), stop)
     return history
+
+
+def _sinks(state: State, metrics: StepMetrics, config: TrainConfig, group: Group) -> bool:
+    """Whether right rollouts' decisions are less likely than in the base, on average over ``early_stop_steps``."""
+    if config.early_stop_steps is None:
+        return False
+    if metrics.positive_shift is not None:
+        state.shifts = [*state.shifts, metrics.positive_shift][-config.early_stop_steps :]
+    if len(state.shifts) < config.early_stop_steps or sum(state.shifts) >= 0:
+        return False
+    if group.leads:
+        said = f"{sum(state.shifts) / len(state.shifts):+.4f} nats on average over {len(state.shifts)} steps"
+        said = f"train: stops early after step {metrics.step}: right rollouts' decisions changed by {said}"
+        console.print(said, markup=False, soft_wrap=True)
+    return True
 
 
 @dataclass(frozen=True)
@@ -364,7 +406,7 @@ def _metrics(parts: Sequence[Part], step: int, norm: float, rate: float, tokens:
         up, down = ce > 0, ce < 0
         sums += [
             float(part.loss.loss.detach()),
-            float(-(ce * logprob)[ce != 0].sum()),
+            float(part.loss.loss.detach()) - float((part.rows.kl_weight.double() * kl)[anchored].sum()),
             float(kl[anchored].sum()),
             int(anchored.sum()),
             float(shift[up].sum()),

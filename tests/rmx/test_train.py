@@ -1,6 +1,7 @@
 """The loss and its gradient against a naive full-logits implementation, however sequences are batched; the loop."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,10 +143,7 @@ def test_training_moves_log_probs_the_right_way_and_the_metrics_say_so(tiny: Cau
     config = TrainConfig(epochs=12, sequences_per_step=5, learning_rate=0.01, warmup_steps=0, token_budget=20)
     seen = []
     base = train.batch_loss(tiny, adapter, SEQUENCES, config, 5)
-    known = [
-        TrainingSequence(**{**{f: getattr(s, f) for f in s.__slots__}, "base_logprob": _base_logprob(tiny, s)})
-        for s in SEQUENCES
-    ]
+    known = [replace(s, base_logprob=_base_logprob(tiny, adapter, s)) for s in SEQUENCES]
     history = train_adapter(tiny, adapter, known, config, seed=0, on_step=lambda m, total: seen.append((m.step, total)))
     assert seen == [(i + 1, 12) for i in range(12)]
     first, last = history[0], history[-1]
@@ -170,9 +168,10 @@ def _fresh(lm: CausalLM, adapter: Adapter) -> torch.nn.Module:
     return lm.model
 
 
-def _base_logprob(lm: CausalLM, s: TrainingSequence) -> list[float]:
+def _base_logprob(lm: CausalLM, adapter: Adapter, s: TrainingSequence) -> list[float]:
     ids = torch.tensor([s.prompt_ids + s.completion_ids])
-    log_p = lm.model(ids).logits[0].log_softmax(-1)
+    with adapter.off():
+        log_p = lm.model(ids).logits[0].log_softmax(-1)
     P = len(s.prompt_ids)
     return [float(log_p[P - 1 + t, token].detach()) for t, token in enumerate(s.completion_ids)]
 
@@ -285,3 +284,70 @@ def test_twenty_steps_follow_the_eager_trajectory(tiny: CausalLM) -> None:
     history = train_adapter(tiny, again, SEQUENCES, config, 0, base=base)
     assert [m.loss for m in history] == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.1
+
+
+NEGATIVES: list[dict[str, object]] = [
+    {"negatives": "ratio", "ratio_clip": 0.3},
+    {"negatives": "hinge", "hinge_margin": 0.4},
+    {"negative_floor": -3.0},
+    {"negative_weight": 0.0},
+]
+
+
+@pytest.mark.parametrize("options", NEGATIVES, ids=str)
+@pytest.mark.parametrize("grouping", [[[0, 1, 2, 3, 4]], [[2], [0, 4], [1, 3]]])
+def test_bounded_negatives_equal_their_definitions(
+    tiny: CausalLM, adapter: Adapter, options: dict[str, object], grouping: list[list[int]]
+) -> None:
+    """Value and gradient against full float64 log-softmaxes; some rows are on either side of each bound."""
+    config = TrainConfig.model_validate({"anchor": "all", "anchor_weight": 0.3, "negative_weight": 0.8, **options})
+    known = [replace(s, base_logprob=_base_logprob(tiny, adapter, s)) for s in SEQUENCES]
+    terms, bounded, kept_rows = [], 0, 0
+    for s in known:
+        ids = torch.tensor([s.prompt_ids + s.completion_ids])
+        student = tiny.model(ids).logits[0].double().log_softmax(-1)
+        with torch.no_grad(), adapter.off():
+            base = tiny.model(ids).logits[0].double().log_softmax(-1)
+        P, L = len(s.prompt_ids), ids.shape[1]
+        decision = []
+        for t in s.decision_tokens:
+            p = student[P - 1 + t, s.completion_ids[t]]
+            since = p - s.base_logprob[t]
+            if s.advantage > 0:
+                decision.append(-s.advantage * p)
+                continue
+            if config.negatives == "ratio":
+                term, free = torch.maximum(since.exp(), torch.tensor(0.7)), bool(since.exp() > 0.7)
+            elif config.negatives == "hinge":
+                term, free = torch.relu(since + 0.4), bool(since + 0.4 > 0)
+            else:
+                free = config.negative_floor is None or bool(p >= -3.0)
+                term = p if free else 0 * p
+            decision.append(-s.advantage * config.negative_weight * term)
+            bounded, kept_rows = bounded + (not free), kept_rows + free
+        anchors = [q for q in range(L - 1) if q - P + 1 not in s.decision_tokens]
+        kl = [(base[q].exp() * (base[q] - student[q])).sum() for q in anchors]
+        parts = [sum(part) / len(part) if part else 0.0 for part in (decision, kl)]
+        terms.append(parts[0] + 0.3 * parts[1])
+    assert kept_rows
+    assert bounded or "negative_weight" in options
+    expected = torch.as_tensor(sum(terms) / len(terms))
+    expected_gradient = gradient(adapter, [expected])
+    losses = [batch_loss(tiny, adapter, [known[i] for i in g], config, len(known))[0].loss for g in grouping]
+    torch.testing.assert_close(torch.stack(losses).sum().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(adapter, losses), expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_training_ends_early_when_right_decisions_sink(tiny: CausalLM, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sequences that differ in their last token only, and a reward against the one that weighs more."""
+    right, wrong = sequence(0, 4, 3, 0.01, [2]), sequence(0, 4, 3, -1.0, [2])
+    wrong = replace(wrong, problem_id="q")
+    config = TrainConfig(epochs=30, sequences_per_step=2, learning_rate=0.01, warmup_steps=0, early_stop_steps=3)
+    untouched = lora.attach(tiny.model, LoraConfig(r=4, alpha=8), seed=0)
+    known = [replace(s, base_logprob=_base_logprob(tiny, untouched, s)) for s in (right, wrong)]
+    history = train_adapter(tiny, untouched, known, config, seed=0)
+    assert 3 <= len(history) < 30
+    shifts = [m.positive_shift or 0.0 for m in history]
+    assert sum(shifts[-3:]) < 0
+    assert all(sum(shifts[i : i + 3]) >= 0 for i in range(len(shifts) - 3))
+    assert f"stops early after step {len(history)}" in capsys.readouterr().err
