@@ -121,6 +121,27 @@ def merge(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="BASE", help="YAML of a run: its model, its rollouts")],
+    other: Annotated[str, typer.Argument(help="adapter directory or model; default: the run's adapter")] = "",
+    out: Annotated[Path | None, typer.Option(help="default: compare/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Where OTHER's most probable token is not BASE's: how often, at which entropy, from which rank."""
+    from rich.console import Console
+
+    from rmx import compare
+    from rmx.config import load_config
+    from rmx.pipeline import Run
+
+    run = Run(load_config(config, set_))
+    folder = out or run.path("compare")
+    result = compare.compare_models(run.lm, other or run.path("adapter"), run.rollouts(), folder, run.config.score)
+    compare.write(result, folder)
+    Console().print(compare.table(result))
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="of problems, sampling, adapter and order")] = 0,
     run_dir: Annotated[str, typer.Option(help="default: runs/demo-SEED")] = "",

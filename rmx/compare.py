@@ -1,0 +1,216 @@
+"""Where another model moves away from its base, over the same text (arXiv 2605.06241, section 2).
+
+Both are teacher-forced over the same rollouts. A position is *unshifted* where both have the same most probable token,
+*reranked* where the other's is among the base's top 5, and *shifted* elsewhere.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from rmx import lora, model
+from rmx.artefacts import fingerprint, replacing, write_json
+from rmx.config import ModelConfig, ScoreConfig
+from rmx.errors import RmxError
+from rmx.model import CausalLM
+from rmx.progress import console, progress
+from rmx.records import Interval, Rollout, Scores
+from rmx.report import BASE, GATE, TUNED
+from rmx.score import Keep, ScoreStore
+
+TOP = 5  # ranks that count as reranked
+KINDS = ("unshifted", "reranked", "shifted")
+BINS = 10  # of the position in the completion
+ENTROPY_BINS = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, np.inf)  # nats
+
+
+class CompareError(RmxError):
+    """The two models, or the text, do not go together."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found. Shares are of all completion tokens; intervals are over problems."""
+
+    problems: int
+    tokens: int
+    counts: dict[str, int]  # of each of KINDS
+    reranked: Interval  # share
+    shifted: Interval  # share
+    mean_rank: float | None  # in the base, of the other's token where reranked (2 is the best possible); None: nowhere
+    rank_counts: dict[int, int]  # 2 .. TOP
+    entropy: dict[str, float | None]  # mean base entropy of each of KINDS, nats
+    logprob_change: dict[str, float | None]  # mean change of the sampled token's log-prob, nats
+    changed_by_position: list[float]  # share reranked or shifted in each tenth of the completion
+    changed_by_entropy: list[tuple[float, int, float]]  # (lower edge in nats, tokens, share changed)
+    common: list[tuple[str, str, int]]  # (base's token, other's token, count), most frequent first
+
+
+def compare(
+    lm: CausalLM, rollouts: Sequence[Rollout], base: Sequence[Scores], other: Sequence[Scores], draws: int = 10_000
+) -> Comparison:
+    """Join the scores of the same rollouts under two models: of the base with top-k, k >= TOP, of the other k >= 1."""
+    problems = sorted({r.problem_id for r in rollouts if r.completion_ids})
+    per_problem = {p: np.zeros(3) for p in problems}
+    kinds, ranks, entropies, changes, places = [], [], [], [], []
+    pairs: Counter[tuple[int, int]] = Counter()
+    for r, b, o in zip(rollouts, base, other, strict=True):
+        if not r.completion_ids:
+            continue
+        ids, best = b.topk_ids[:, :TOP].numpy(), o.topk_ids[:, 0].numpy()
+        same = ids == best[:, None]
+        rank = np.where(same.any(1), same.argmax(1) + 1, 0)
+        kind = np.where(rank == 1, 0, np.where(rank > 1, 1, 2))
+        per_problem[r.problem_id] += np.bincount(kind, minlength=3)
+        kinds.append(kind)
+        ranks.append(rank)
+        entropies.append(b.entropy.numpy())
+        changes.append((o.logprob - b.logprob).numpy())
+        places.append(np.arange(len(kind)) * BINS // max(1, len(kind)))
+        pairs.update(zip(ids[kind > 0, 0].tolist(), best[kind > 0].tolist(), strict=True))
+    kind, rank, entropy, change, place = (np.concatenate(x) for x in (kinds, ranks, entropies, changes, places))
+    counts = np.stack([per_problem[p] for p in problems])
+
+    def mean(values: np.ndarray, which: np.ndarray) -> float | None:
+        return float(values[which].mean()) if which.any() else None
+
+    edge = np.searchsorted(ENTROPY_BINS, entropy, side="right") - 1
+    decode = lm.tokenizer.decode
+    return Comparison(
+        problems=len(problems),
+        tokens=len(kind),
+        counts={name: int((kind == n).sum()) for n, name in enumerate(KINDS)},
+        reranked=_share(counts, 1, draws),
+        shifted=_share(counts, 2, draws),
+        mean_rank=mean(rank, kind == 1),
+        rank_counts={n: int((rank == n).sum()) for n in range(2, TOP + 1)},
+        entropy={name: mean(entropy, kind == n) for n, name in enumerate(KINDS)},
+        logprob_change={name: mean(change, kind == n) for n, name in enumerate(KINDS)},
+        changed_by_position=[mean(kind > 0, place == n) or 0.0 for n in range(BINS)],
+        changed_by_entropy=[
+            (float(ENTROPY_BINS[n]), int((edge == n).sum()), mean(kind > 0, edge == n) or 0.0)
+            for n in range(len(ENTROPY_BINS) - 1)
+        ],
+        common=[(decode([b]), decode([o]), count) for (b, o), count in pairs.most_common(20)],
+    )
+
+
+def _share(counts: np.ndarray, column: int, draws: int) -> Interval:
+    """Share of all tokens that are in ``column`` of counts [problems, kinds]; 95 % interval over resampled problems."""
+    random = np.random.default_rng(0)
+    found = []
+    for start in range(0, draws, 1000):
+        drawn = counts[random.integers(0, len(counts), (min(1000, draws - start), len(counts)))].sum(1)
+        found.append(drawn[:, column] / drawn.sum(1))
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    return Interval(float(counts[:, column].sum() / counts.sum()), float(low), float(high))
+
+
+def compare_models(
+    base: CausalLM, other: Path | str, rollouts: Sequence[Rollout], out: Path, settings: ScoreConfig
+) -> Comparison:
+    """Score ``rollouts`` under ``base`` and under ``other`` into ``out``, and join them there.
+
+    Killed and started again, it goes on at the shard under way.
+
+    Args:
+        other: a directory with an adapter of ``base``, or the name of a model with the same tokenizer.
+
+    Raises:
+        CompareError: there is no text, or the tokenizers differ. AdapterError: the adapter is of another model.
+    """
+    if not any(r.completion_ids for r in rollouts):
+        raise CompareError("compare: the rollouts hold no completion tokens")
+    if (highest := max(max(r.prompt_ids + r.completion_ids) for r in rollouts)) >= base.weight.shape[0]:
+        raise CompareError(f"compare: token id {highest}: the rollouts are of another model")
+    path = Path(other).expanduser()
+    found = {"base": _scores(base, "base", rollouts, out, settings, str(base.model.name_or_path))}
+    if (path / "adapter_config.json").is_file():
+        adapter = lora.load_adapter(base.model, path)
+        try:
+            mark = fingerprint((path / "adapter_model.safetensors").read_bytes())
+            found["other"] = _scores(base, "other", rollouts, out, settings, mark)
+        finally:
+            lora.detach(base.model, adapter)
+    else:
+        second = model.load(
+            ModelConfig(name=str(other), dtype=str(base.weight.dtype).removeprefix("torch."), device=base.device.type)  # type: ignore[arg-type]
+        )
+        if second.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+            raise CompareError(f"compare: {other} has another tokenizer: its token ids mean other text")
+        found["other"] = _scores(second, "other", rollouts, out, settings, str(other))
+    return compare(base, rollouts, found["base"], found["other"])
+
+
+def _scores(
+    lm: CausalLM, name: str, rollouts: Sequence[Rollout], out: Path, settings: ScoreConfig, mark: str
+) -> list[Scores]:
+    used = settings.model_copy(update={"top_k": max(TOP, settings.top_k)})
+    origin = {"model": mark, "dtype": str(lm.weight.dtype), "settings": used.model_dump(), "packing": lm.packing}
+    store = ScoreStore(out / name, rollouts, used.shard_tokens, origin)
+    store.discard_others()
+    with progress(name, len(rollouts), "rollouts") as update:
+        store.fill(lm, used, Keep(), on_done=lambda n: update(n, ""))
+    return store.scores()
+
+
+def write(result: Comparison, out: Path) -> None:
+    """``compare.json`` and ``compare.png``."""
+    write_json(out / "compare.json", asdict(result))
+    plot(result, out / "compare.png")
+    console.print(f"compare: written {out / 'compare.json'} and compare.png", markup=False, soft_wrap=True)
+
+
+def table(result: Comparison) -> Table:
+    """Share, entropy and change of log-prob of each kind of position."""
+    title = f"{result.tokens:,} tokens of {result.problems} problems [95 % interval over problems]"
+    grid = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    for heading in ("", "share of tokens", "base entropy (nats)", "change of log-prob (nats)"):
+        grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "-" if value is None else format(value, form)
+
+    for kind in KINDS:
+        interval = {"reranked": result.reranked, "shifted": result.shifted}.get(kind)
+        share = f"{result.counts[kind] / result.tokens:.2%}"
+        share += f" [{interval.low:.2%}, {interval.high:.2%}]" if interval else ""
+        grid.add_row(kind, share, number(result.entropy[kind]), number(result.logprob_change[kind], "+.3f"))
+    grid.add_section()
+    grid.add_row("mean rank where reranked", number(result.mean_rank, ".2f"))
+    return grid
+
+
+def plot(result: Comparison, path: Path) -> None:
+    """PNG of three panels: share changed by base entropy, by position in the completion, and ranks."""
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_entropy, by_position, ranks = figure.subplots(1, 3)
+    edges = [f"{low:g}" for low, _, _ in result.changed_by_entropy]
+    labels = [f"{a}-{b}" for a, b in zip(edges, [*edges[1:], "inf"], strict=True)]
+    shares = [share for _, _, share in result.changed_by_entropy]
+    by_entropy.bar(labels, shares, color=GATE)
+    for x, (_, count, share) in enumerate(result.changed_by_entropy):
+        by_entropy.annotate(f"{count:,}", (x, share), (0, 3), textcoords="offset points", ha="center", fontsize=7)
+    by_entropy.set(
+        title="Changed argmax by base entropy (tokens)", xlabel="base entropy (nats)", ylabel="share changed"
+    )
+    by_entropy.tick_params(axis="x", rotation=45)
+    tenths = [(n + 0.5) / BINS for n in range(BINS)]
+    by_position.bar(tenths, result.changed_by_position, 0.9 / BINS, color=TUNED)
+    by_position.set(title="... by position in the completion", xlabel="share of the completion", ylabel="share changed")
+    names = [*(str(rank) for rank in result.rank_counts), f"> {TOP}"]
+    counts = [*result.rank_counts.values(), result.counts["shifted"]]
+    ranks.bar(names, counts, color=BASE)
+    ranks.set(title="Rank in the base of the other's token", xlabel="rank", ylabel="changed tokens")
+    for axes in (by_entropy, by_position, ranks):
+        axes.set_ylim(0, max(1e-9, axes.get_ylim()[1] * 1.08))
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
