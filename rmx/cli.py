@@ -120,6 +120,37 @@ def merge(
     Run(load_config(config, set_)).merged(out, adapter)
 
 
+@app.command("export")
+def export_command(
+    config: ConfigPath, out: Annotated[Path, typer.Argument(help="directory to write")], set_: Overrides = None
+) -> None:
+    """Write problems, scored rollouts and training set as JSON of the method's released code."""
+    from rmx.config import load_config
+    from rmx.pipeline import Run
+    from rmx.progress import console
+    from rmx.transfer import export_run
+
+    for path in export_run(Run(load_config(config, set_)), out):
+        console.print(f"export: written {path}", markup=False, soft_wrap=True)
+
+
+@app.command("import")
+def import_command(
+    config: ConfigPath,
+    source: Annotated[Path, typer.Argument(help="directory with records.json, rollouts.json, training_set.json")],
+    set_: Overrides = None,
+    any_prompt: Annotated[
+        bool, typer.Option(help="take prompts that this configuration would write otherwise")
+    ] = False,
+) -> None:
+    """Start a run from JSON of the method's released code; `rmx run` goes on from there."""
+    from rmx.config import load_config
+    from rmx.pipeline import Run
+    from rmx.transfer import import_run
+
+    import_run(Run(load_config(config, set_)), source, any_prompt=any_prompt)
+
+
 @app.command()
 def compare(
     config: Annotated[Path, typer.Argument(metavar="BASE", help="YAML of a run: its model, its rollouts")],

@@ -170,9 +170,9 @@ def write(result: Comparison, out: Path) -> None:
 
 def table(result: Comparison) -> Table:
     """Share, entropy and change of log-prob of each kind of position."""
-    title = f"{result.tokens:,} tokens of {result.problems} problems [95 % interval over problems]"
-    grid = Table(title=title, box=box.SIMPLE, pad_edge=False)
-    for heading in ("", "share of tokens", "base entropy (nats)", "change of log-prob (nats)"):
+    title = f"{result.tokens:,} tokens of {result.problems} problems [95 % interval]"
+    grid = Table(title=title, caption="nats; log-prob: its change at the sampled token", box=box.SIMPLE, pad_edge=False)
+    for heading in ("", "% of tokens", "base entropy", "log-prob"):  # fits 80 columns
         grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
 
     def number(value: float | None, form: str = ".3f") -> str:
@@ -180,8 +180,8 @@ def table(result: Comparison) -> Table:
 
     for kind in KINDS:
         interval = {"reranked": result.reranked, "shifted": result.shifted}.get(kind)
-        share = f"{result.counts[kind] / result.tokens:.2%}"
-        share += f" [{interval.low:.2%}, {interval.high:.2%}]" if interval else ""
+        share = f"{100 * result.counts[kind] / result.tokens:.2f}"
+        share += f" [{100 * interval.low:.2f}, {100 * interval.high:.2f}]" if interval else ""
         grid.add_row(kind, share, number(result.entropy[kind]), number(result.logprob_change[kind], "+.3f"))
     grid.add_section()
     grid.add_row("mean rank where reranked", number(result.mean_rank, ".2f"))

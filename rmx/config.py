@@ -151,6 +151,12 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
 
+    @pydantic.model_validator(mode="after")
+    def _one_option(self) -> "TrainConfig":
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("compile and activation_checkpointing do not go together: layers would not be compiled")
+        return self
+
 
 class EvaluateConfig(Sampling):
     samples: PositiveInt = 4

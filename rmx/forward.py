@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.config import TrainConfig
-from rmx.model import CausalLM, pad
-from rmx.packing import Packing, PackingError, packed
+from rmx.model import CausalLM, batches, pad
+from rmx.packing import Packing, PackingError, pack, packed, sent
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -60,6 +60,11 @@ def all_states(lm: CausalLM, sequences: Sequence[Sequence[int]], layer: int = 0)
     return hidden, states[0] if lm.packing else _unpad(states, sequences)
 
 
+def passes(lm: CausalLM, lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices of the sequences of each forward pass of at most ``token_budget`` tokens, padding included."""
+    return pack(lengths, token_budget) if lm.packing else batches(lengths, token_budget)
+
+
 @torch.no_grad()
 def check(lm: CausalLM, first_layer: int = 0) -> None:
     """Compare sequences packed with sequences alone, and a start at ``first_layer`` with all layers, on a few tokens.
@@ -72,6 +77,15 @@ def check(lm: CausalLM, first_layer: int = 0) -> None:
     passed: set[tuple[bool, int]] = lm.model.__dict__.setdefault("_rmx_passed", set())
     if (lm.packing, first_layer) in passed:
         return
+    try:
+        _compare(lm, first_layer)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
+        hint = "set model.packing=false" if lm.packing else "set lora.first_layer=0"
+        raise PackingError(f"{type(lm.model).__name__}: cannot run this way ({fault!r}); {hint}") from fault
+    passed.add((lm.packing, first_layer))
+
+
+def _compare(lm: CausalLM, first_layer: int) -> None:
     V = lm.weight.shape[0]
     probe = [[(7 * i + 3 * j + 1) % V for j in range(n)] for i, n in enumerate((5, 9, 3, 9))]
     together, entry = all_states(lm, probe, first_layer)
@@ -80,9 +94,10 @@ def check(lm: CausalLM, first_layer: int = 0) -> None:
     limit = 1e-3 if together.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((together.float() - alone.float()).norm() / alone.float().norm())
     if not error < limit:
+        form = "packed" if lm.packing else "padded"
         raise PackingError(
-            f"{type(lm.model).__name__}: packed sequences give hidden states that differ from the same sequences alone "
-            f"by {error:.1%}; set model.packing=false"
+            f"{type(lm.model).__name__}: {form} sequences give hidden states that differ from the same sequences alone "
+            f"by {error:.1%}; " + ("set model.packing=false" if lm.packing else "rmx cannot train it in batches")
         )
     if first_layer:
         error = float((final_hidden(lm, probe, first_layer, entry).float() - together.float()).abs().max())
@@ -91,17 +106,34 @@ def check(lm: CausalLM, first_layer: int = 0) -> None:
                 f"{type(lm.model).__name__}: a forward pass from layer {first_layer} on differs from the whole by "
                 f"{error:g}; its layers hand on more than hidden states; set lora.first_layer=0"
             )
-    passed.add((lm.packing, first_layer))
 
 
 def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
+    _check_rotation(lm, sequences)
     if not lm.packing:
         ids, mask = pad(sequences, lm.device)
         return _unpad(lm.hidden(ids, mask, use_cache=False), sequences)
     packing = Packing(tuple(map(len, sequences)), lm.device)
-    ids = torch.tensor([[token for sequence in sequences for token in sequence]], device=lm.device)
+    ids = sent(torch.tensor([[token for sequence in sequences for token in sequence]]), lm.device)
     with packed(lm.model):
         return lm.hidden(ids, position_ids=packing.position_ids, use_cache=False, packing=packing)[0]
+
+
+def _check_rotation(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> None:
+    """Some rotary embeddings change with the longest sequence of a pass: neighbours would change each other."""
+    rope = getattr(lm.model.config.get_text_config(), "rope_parameters", None) or {}
+    settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    longest = max(map(len, sequences))
+    for own in settings:
+        limit = own.get("original_max_position_embeddings") or getattr(
+            lm.model.config.get_text_config(), "max_position_embeddings", None
+        )
+        if own.get("rope_type") in ("longrope", "dynamic") and len(sequences) > 1 and limit and longest > limit:
+            raise PackingError(
+                f"{type(lm.model).__name__}: its rotary embedding ({own['rope_type']}) changes for all sequences of a "
+                f"pass with one of {longest} tokens, more than {limit}: set score.token_budget=1 and "
+                "train.token_budget=1 (one sequence a pass), or shorten with select.max_completion_tokens"
+            )
 
 
 def _unpad(states: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -149,7 +181,11 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
         yield
         return
     layers = decoder_layers(lm.model)[1]
+    dropouts = [(layer, name) for layer in layers for name, value in vars(layer).items() if _is_dropout(name, value)]
+    before = [getattr(*place) for place in dropouts]
     try:
+        for place in dropouts:
+            setattr(*place, 0.0)
         if config.activation_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in layers:  # what transformers asks of a layer; its parts stay in evaluation mode
@@ -165,3 +201,9 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
         for layer in layers:
             layer.training = False
             layer._compiled_call_impl = None
+        for place, value in zip(dropouts, before, strict=True):
+            setattr(*place, value)
+
+
+def _is_dropout(name: str, value: Any) -> bool:
+    return "drop" in name and isinstance(value, float)

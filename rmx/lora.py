@@ -133,16 +133,19 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
         below = rf"{re.escape(path)}\.({'|'.join(map(str, range(config.first_layer)))})\."
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, nn.Module] = {}
+    # the text decoder and the head: vision or audio towers are not trained on text
+    inside = {id(m) for m in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
+    modules = {n: m for n, m in model.named_modules() if id(m) in inside}
     for target in config.targets:
-        matches = {n: m for n, m in model.named_modules() if n == target or n.endswith(f".{target}")}
+        matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
         if not matches:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            linear = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
             raise AdapterError(
                 f"lora.targets: {target!r} names no layer; this model's linear layers: {', '.join(linear)}"
             )
         found |= matches
     layers = {}
-    for name, module in model.named_modules():  # the order of the model, whatever that of the targets
+    for name, module in modules.items():  # the order of the model, whatever that of the targets
         if name not in found or (below and re.match(below, name)):
             continue
         if not isinstance(module, nn.Linear):
@@ -247,6 +250,8 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
             raise AdapterError(f"{path}: {key} is not supported")
     try:
         targets = description["target_modules"]
+        if isinstance(targets, str):
+            raise ValueError(f"target_modules is the pattern {targets!r}; only lists of names are supported")
         numbers = description.get("layers_to_transform")
         numbers = [numbers] if isinstance(numbers, int) else numbers
         config = LoraConfig(

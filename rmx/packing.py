@@ -23,11 +23,20 @@ from rmx.errors import RmxError
 
 NAME = "rmx_packed"  # among transformers' attention functions; it has no mask function, so no mask is made
 SHORT = 256  # tokens; up to here the explicit product beats the CPU's flash attention, whose backward is slow
+UNSAID = -1  # no window was handed over, not even None
+# What models hand to any attention function, and what changes nothing here.
+HARMLESS = ["position_ids", "position_embeddings", "cache_position", "past_key_values", "use_cache", "is_causal"]
+HARMLESS += ["output_attentions", "output_hidden_states", "output_router_logits", "return_dict"]
 PADDING = 1.25  # at most this many padded tokens per token inside one group of sequences
 
 
 class PackingError(RmxError):
     """The model cannot run on packed sequences."""
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,12 @@ class Packing:
     def offsets(self) -> Tensor:
         """[N + 1] int32: where each sequence starts, and T."""
         ends = torch.tensor((0, *self.lengths)).cumsum(0)
-        return ends.to(torch.int32).to(self.device)
+        return sent(ends.to(torch.int32), self.device)
 
     @cached_property
     def position_ids(self) -> Tensor:
         """[1, T]: 0 .. length - 1 of each sequence."""
-        return torch.cat([torch.arange(n) for n in self.lengths])[None].to(self.device)
+        return sent(torch.cat([torch.arange(n) for n in self.lengths])[None], self.device)
 
     @property
     def longest(self) -> int:
@@ -71,7 +80,7 @@ class Packing:
             for group, (_, L) in zip(self._members, self.groups, strict=True)
             for i in group
         ]
-        return torch.cat(rows).to(self.device)
+        return sent(torch.cat(rows), self.device)
 
     @cached_property
     def places(self) -> Tensor:
@@ -82,7 +91,7 @@ class Packing:
             for i in group:
                 first[i] = start
                 start += L
-        return torch.cat([first[i] + torch.arange(n) for i, n in enumerate(self.lengths)]).to(self.device)
+        return sent(torch.cat([first[i] + torch.arange(n) for i, n in enumerate(self.lengths)]), self.device)
 
     @cached_property
     def _members(self) -> list[list[int]]:
@@ -107,10 +116,10 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
     packing: Packing | None = None,
-    **unknown: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of a packing; query [1, Hq, T, D], key and value [1, Hk, T, D].
 
@@ -123,14 +132,28 @@ def attend(
     name = type(module).__name__
     if packing is None or query.shape[:1] + query.shape[2:3] != (1, sum(packing.lengths)):
         raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
-    asked = [key for key in ("s_aux", "position_bias", "head_mask") if unknown.get(key) is not None]
+    asked = sorted(key for key, value in more.items() if key not in HARMLESS and value is not None)
     if asked or attention_mask is not None or dropout or not getattr(module, "is_causal", True):
         what = ", ".join(asked) or "a mask, dropout or attention in both directions"
         raise PackingError(f"{name} asks its attention for {what}; set model.packing=false")
+    if sliding_window == UNSAID:  # a window that is only in the masks of the model would be lost
+        sliding_window = None
+        narrowest = min(_declared_windows(module), default=packing.longest)
+        if narrowest < packing.longest:
+            raise PackingError(
+                f"{name} does not tell its attention of the window of {narrowest} tokens in its configuration; "
+                "set model.packing=false"
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if sliding_window is None or sliding_window >= packing.longest else sliding_window
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    return backend(q, softcap)(q, k, v, packing, scale, window, softcap)[None], None
+    return backend(q, v, softcap)(q, k, v, packing, scale, window, softcap)[None], None
+
+
+def _declared_windows(module: nn.Module) -> list[int]:
+    config = getattr(module, "config", None)
+    names = ["attention_chunk_size"] + ["sliding_window"] * bool(getattr(config, "use_sliding_window", True))
+    return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
 
 AttentionInterface.register(NAME, attend)
@@ -138,9 +161,11 @@ AttentionInterface.register(NAME, attend)
 Backend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None, float | None], Tensor]
 
 
-def backend(query: Tensor, softcap: float | None) -> Backend:
-    """The fastest attention for this device and dtype."""
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+def backend(query: Tensor, value: Tensor, softcap: float | None) -> Backend:
+    """The fastest attention for this device, dtype and width of heads."""
+    widths = query.shape[-1], value.shape[-1]
+    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and widths[0] == widths[1] <= 256
+    if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
         if _flash_attn() is not None:
             return flash
         if _varlen() is not None and softcap is None:
@@ -249,27 +274,33 @@ class _Scatter(torch.autograd.Function):
         return spread.index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
-@functools.lru_cache(maxsize=64)
 def causal_bias(length: int, window: int | None, device: torch.device) -> Tensor:
     """[L, L] float32: 0 where a token may look (itself and the ``window - 1`` before it), -inf elsewhere."""
+    return (_short_bias if length <= 256 else _causal_bias)(length, window, device)
+
+
+def _causal_bias(length: int, window: int | None, device: torch.device) -> Tensor:
     distance = torch.arange(length)[:, None] - torch.arange(length)
     allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return torch.zeros(length, length).masked_fill_(~allowed, float("-inf")).to(device)
 
 
+_short_bias = functools.lru_cache(maxsize=64)(_causal_bias)  # of at most 256 KiB each
+
+
 def explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None) -> Tensor:
-    """softmax(cap(scale q k^T) + bias) v with float32 scores; q [B, Hq, L, D], k and v [B, Hk, L, D]."""
+    """softmax(cap(scale q k^T) + bias) v with float32 scores; q [B, Hq, L, D], k [B, Hk, L, D], v [B, Hk, L, E]."""
     B, Hq, L, D = q.shape
     Hk = k.shape[1]
     bias = causal_bias(L, window, q.device)
     # heads that share a key are rows of one product
-    flat = q.reshape(B * Hk, Hq // Hk * L, D), k.reshape(B * Hk, L, D), v.reshape(B * Hk, L, D)
+    flat = q.reshape(B * Hk, Hq // Hk * L, D), k.reshape(B * Hk, L, D), v.reshape(B * Hk, L, -1)
     out: Tensor = _Explicit.apply(*flat, bias, scale, cap)
-    return out.view(B, Hq, L, D)
+    return out.view(B, Hq, L, -1)
 
 
 class _Explicit(torch.autograd.Function):
-    """[N, G L, D], [N, L, D] -> [N, G L, D]. Keeps the probabilities, in the inputs' dtype."""
+    """[N, G L, D], [N, L, D], [N, L, E] -> [N, G L, E]. Keeps the probabilities, in the inputs' dtype."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, cap: float | None) -> Tensor:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from rmx.artefacts import ArtefactError, fingerprint, replacing
 from rmx.config import ScoreConfig
-from rmx.forward import all_states
+from rmx.forward import all_states, passes
 from rmx.model import CausalLM, ModelError
-from rmx.packing import pack
 from rmx.records import BaseStates, Rollout, Scores
 from rmx_kernels import linear_entropy_topk
 
@@ -70,7 +69,7 @@ def score_rollouts(
         ModelError: logits are not finite.
     """
     found: dict[int, tuple[Scores, BaseStates]] = {}
-    for group in pack([len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], token_budget):
+    for group in passes(lm, [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], token_budget):
         own = [rollouts[i] for i in group]
         ids = [r.prompt_ids + r.completion_ids for r in own]
         hidden, entry = all_states(lm, ids, keep.layer)
@@ -78,7 +77,7 @@ def score_rollouts(
         finals = hidden.split(lengths)
         completions = [len(r.completion_ids) for r in own]
         rows = torch.cat([part[-T - 1 : -1] for part, T in zip(finals, completions, strict=True)])
-        target = torch.tensor([token for r in own for token in r.completion_ids], device=lm.device)
+        target = torch.tensor([t for r in own for t in r.completion_ids], dtype=torch.int64, device=lm.device)
         stats = linear_entropy_topk(rows, target=target, k=top_k, **lm.head)
         if not bool(torch.isfinite(stats.entropy).all()):
             raise ModelError("score: the base model gave logits that are not finite")

@@ -26,7 +26,7 @@ from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
 from rmx.lora import Adapter
 from rmx.model import CausalLM
-from rmx.packing import pack
+from rmx.packing import sent
 from rmx.progress import console
 from rmx.records import BaseStates, TrainingSequence
 from rmx_kernels import ContrastiveLoss, linear_gated_contrastive_loss, linear_logprob_kl
@@ -136,15 +136,15 @@ def batch_loss(
     ids = [s.prompt_ids + s.completion_ids for s in sequences]
     rows = batch_rows(sequences, config, divisor, draws)
     device, first = lm.device, adapter.config.first_layer
-    where = rows.where.to(device)
+    where = sent(rows.where, device)
     anchored = bool(rows.kl_weight.any())
     base_rows = entry = None
     if base is not None:
         known = [base(sequence) for sequence in sequences]
         if first:
-            entry = _sent(torch.cat([_entry(state) for state in known]), device)
+            entry = sent(torch.cat([_entry(state) for state in known]), device)
         if anchored:
-            base_rows = _sent(_base_rows(known, ids, rows), device)
+            base_rows = sent(_base_rows(known, ids, rows), device)
     elif anchored or first:
         with torch.no_grad(), adapter.off():
             final, entry = forward.all_states(lm, ids, first)
@@ -170,7 +170,7 @@ def contrastive(
     (arXiv 1707.06347) for a negative advantage. log p_b comes from the scores.
     """
     device = student.device
-    target, ce, kl_weight = (x.to(device) for x in (rows.target, rows.ce_weight, rows.kl_weight))
+    target, ce, kl_weight = (sent(x, device) for x in (rows.target, rows.ce_weight, rows.kl_weight))
     if config.negatives == "ce" and config.negative_floor is None:
         return linear_gated_contrastive_loss(student, base, target=target, ce_weight=ce, kl_weight=kl_weight, **head)
     logprob, kl = linear_logprob_kl(student, base, target=target, **head)
@@ -184,11 +184,6 @@ def contrastive(
         pushed = logprob.masked_fill(logprob < (config.negative_floor or -math.inf), 0)
     loss = (down * pushed - up * logprob + kl_weight * kl).sum()
     return ContrastiveLoss(loss, logprob.detach(), kl.detach())
-
-
-def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _entry(states: BaseStates) -> Tensor:
@@ -334,15 +329,10 @@ def _gradients(
     while True:
         parts: list[Part] = []
         try:
-            for members in pack(lengths, state.token_budget):
-                own = [mine[j] for j in members]
-                draws = [np.random.default_rng([seed, state.step, i]) for i in own]
-                if adapter.config.dropout:
-                    torch.manual_seed(int(np.random.default_rng([seed, state.step, *own]).integers(2**63)))
-                batch = [sequences[i] for i in own]
-                loss, rows = batch_loss(lm, adapter, batch, config, len(chosen), base=base, draws=draws)
-                loss.loss.backward()
-                parts.append(Part(batch, loss, rows))
+            for members in forward.passes(lm, lengths, state.token_budget):
+                parts.append(
+                    _pass(lm, adapter, sequences, [mine[j] for j in members], len(chosen), config, seed, state, base)
+                )
             break
         except RuntimeError as fault:
             if not _out_of_memory(fault):
@@ -366,6 +356,27 @@ def _gradients(
         )
     group.sum_gradients(adapter.parameters())
     return parts
+
+
+def _pass(
+    lm: CausalLM,
+    adapter: Adapter,
+    sequences: Sequence[TrainingSequence],
+    own: Sequence[int],
+    divisor: int,
+    config: TrainConfig,
+    seed: int,
+    state: State,
+    base: BaseSource | None,
+) -> Part:
+    """One forward and backward pass; a function of its own, so that nothing of it outlives a fault."""
+    draws = [np.random.default_rng([seed, state.step, i]) for i in own]
+    if adapter.config.dropout:
+        torch.manual_seed(int(np.random.default_rng([seed, state.step, *own]).integers(2**63)))
+    batch = [sequences[i] for i in own]
+    loss, rows = batch_loss(lm, adapter, batch, config, divisor, base=base, draws=draws)
+    loss.loss.backward()
+    return Part(batch, ContrastiveLoss(*(value.detach() for value in loss)), rows)
 
 
 def _out_of_memory(fault: RuntimeError) -> bool:

@@ -82,3 +82,19 @@ def test_the_demo_configuration_is_valid() -> None:
     config = load_config(Path(str(files("rmx") / "demo.yaml")))
     assert config.problems.evaluate_count >= 200
     assert config.evaluate.samples >= 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollouts.engine=openai", "expected base_url for engine openai"),
+        ("rollouts.base_url='http://localhost/v1'", "expected base_url for engine openai"),
+        ("evaluate={engine: openai, base_url: 'http://localhost/v1'}", "evaluate samples the base and the tuned model"),
+        ("train={compile: true, activation_checkpointing: true}", "do not go together"),
+        ("train.anchor_fraction=0", "train.anchor_fraction"),
+        ("lora.dropout=1.0", "lora.dropout"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL), [override])

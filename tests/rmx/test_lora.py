@@ -141,7 +141,14 @@ def test_an_adapter_for_another_model_is_refused_and_leaves_the_model_alone(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("peft_type", "IA3"), ("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 4}), ("r", None)],
+    [
+        ("target_modules", "all-linear"),
+        ("peft_type", "IA3"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 4}),
+        ("r", None),
+    ],
 )
 def test_other_kinds_of_adapter_are_refused(tiny: model.CausalLM, saved: Path, key: str, value: object) -> None:
     path = saved / "adapter_config.json"

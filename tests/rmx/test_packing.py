@@ -13,16 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
     MambaConfig,
     MistralConfig,
+    OPTConfig,
+    PhimoeConfig,
     PretrainedConfig,
     Qwen3Config,
 )
 
 from rmx import forward, packing
+from rmx.config import TrainConfig
 from rmx.model import CausalLM
 from rmx.packing import Packing, PackingError, pack
 
@@ -109,9 +113,52 @@ def test_what_packing_cannot_do_is_refused_by_name() -> None:
     sinks = GptOssConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
     with pytest.raises(PackingError, match=r"GptOssAttention asks its attention for s_aux; set model.packing=false"):
         forward.check(wrapped(sinks))
+    hidden_window = PhimoeConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
+    with pytest.raises(PackingError, match=r"PhimoeAttention does not tell its attention of the window of 4 tokens"):
+        forward.check(wrapped(hidden_window))
     state = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
     with pytest.raises(PackingError, match=r"MambaForCausalLM: packed sequences give"):
         forward.check(wrapped(state))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rotation_that_follows_the_longest_sequence_is_refused_where_it_would(kind: str) -> None:
+    """A neighbour longer than the limit would change a short sequence's states; alone, or below it, nothing does."""
+    more = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 8, **more}
+    sizes = {**HEADS, "max_position_embeddings": 8 if kind == "dynamic" else 512}
+    lm = wrapped(Qwen3Config(**SMALL, **sizes, rope_parameters=rope))
+    short, long = [3, 4, 5], list(range(1, 13))
+    assert error(forward.final_hidden(lm, [short, short]), alone(lm, [short, short])) < 1e-5
+    assert error(forward.final_hidden(lm, [long]), alone(lm, [long])) < 1e-5
+    with pytest.raises(
+        PackingError, match=rf"rotary embedding \({kind}\) changes .* 12 tokens, more than 8: set score"
+    ):
+        forward.final_hidden(lm, [short, long])
+
+
+def test_heads_of_two_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multi-head latent attention: keys are wider than values."""
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    sizes = {k: v for k, v in SMALL.items() if k != "head_dim"}
+    few = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    config = DeepseekV3Config(**sizes, **{**HEADS, "num_key_value_heads": 4}, **heads, **few, first_k_dense_replace=2)
+    lm = wrapped(config)
+    for short in (0, 256):
+        monkeypatch.setattr(packing, "SHORT", short)
+        assert error(forward.final_hidden(lm, SEQUENCES), alone(lm, SEQUENCES)) < 1e-5
+
+
+def test_activation_checkpointing_leaves_the_dropout_of_layers_off() -> None:
+    """OPT's layers drop out where they are in training mode, which checkpointing sets."""
+    small = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lm = wrapped(OPTConfig(**small, word_embed_proj_dim=32, dropout=0.5, max_position_embeddings=64))
+    expected = alone(lm, SEQUENCES).detach()
+    with forward.layer_options(lm, TrainConfig(activation_checkpointing=True)):
+        hidden = forward.final_hidden(lm, SEQUENCES)
+        hidden.sum().backward()
+    assert error(hidden.detach(), expected) < 1e-5
+    assert [layer.dropout for layer in forward.decoder_layers(lm.model)[1]] == [0.5, 0.5]
 
 
 def test_the_real_model_packed_and_from_the_middle(demo_lm: CausalLM) -> None:

@@ -48,6 +48,12 @@ def test_scores_do_not_depend_on_the_batch(tiny: CausalLM) -> None:
         assert (a.problem_id, a.sample) == (b.problem_id, b.sample)
 
 
+def test_an_empty_completion_has_no_scores(tiny: CausalLM) -> None:
+    (scores, base), *_ = score_rollouts(tiny, [rollout("a", 0, [1, 5], [])], keep=Keep("completion", 1))
+    assert scores.entropy.shape == (0,)
+    assert base.hidden.shape == (0, 32)
+
+
 def test_a_broken_model_is_noticed(tiny: CausalLM) -> None:
     with torch.no_grad():
         tiny.weight[3] = float("nan")
