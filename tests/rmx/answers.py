@@ -1,7 +1,7 @@
 """The table of answers: what a model wrote, the ground truth, whether it is right, and what math-verify makes of it.
 
-``alone`` is the verdict of math-verify by itself, ``verify(parse(f"${truth}$"), parse(text))``, measured with the version
-named below. ``left`` marks the rows that rmx.verify gets wrong knowingly; docs/answers.md gives the reason of each.
+``alone`` is the verdict of math-verify by itself, ``verify(parse(f"${truth}$"), parse(text))``, measured with the
+version named below. ``left`` marks the rows that rmx.answers gets wrong knowingly; docs/answers.md says why.
 """
 
 from typing import NamedTuple
@@ -34,6 +34,7 @@ ROWS = [Row(*row) for row in [
     ("box with an escaped brace left open", r"\boxed{\left\{x : x > 0\right.} in 2 ways", "2", False, True),
     ("box in a box", r"\boxed{\boxed{6}}", "6", True, True),
     ("an open box before the last", r"We get \boxed{7, no, we get \boxed{5}.", "5", True, True),
+    ("box behind a doubled backslash", r"So \\boxed{8}, from 3 and 5", "8", True, True),
     ("a box beats the phrase", r"The answer is 9. \boxed{3}", "3", True, True),
     ("text in a box", r"\boxed{\text{blue}}", "blue", True, True),
     ("bold in a box", r"\boxed{\mathbf{8}}", "8", True, True),
@@ -222,6 +223,7 @@ ROWS = [Row(*row) for row in [
     ("yes", r"\boxed{\text{Yes}}", "yes", True, True),
     ("no for yes", r"\boxed{\text{no}}", "yes", False, False),
     ("yes with a reason", "The answer is yes, because 3 divides 9.", "Yes", True, False),
+    ("no before a number", "The answer is no more than 5.", "5", True, True),
     ("choice", r"\boxed{B}", "B", True, True),
     ("choice in brackets", r"\boxed{\text{(B)}}", "B", True, True),
     ("choice in the truth in brackets", r"\boxed{B}", r"\textbf{(B)}", True, True),

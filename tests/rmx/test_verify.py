@@ -1,13 +1,20 @@
 """Extraction and comparison of answers; a verifier that hangs or dies is an outcome of its own."""
 
+import importlib.metadata
 import os
+import re
+import sys
 import time
+from pathlib import Path
 
+import math_verify
 import pytest
+from answers import MATH_VERIFY, ROWS, Row
 
+from rmx.answers import extract_answer
 from rmx.problems import generate
 from rmx.records import Problem, Rollout
-from rmx.verify import Judgement, extract_answer, judge, verify
+from rmx.verify import Judgement, judge, verify
 
 
 @pytest.mark.parametrize(
@@ -56,6 +63,36 @@ def test_judgement_of_mathematics(truth: str, text: str, outcome: str) -> None:
     assert judge(Problem("p", "q", truth), text)[0] == outcome
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.note)
+def test_verdicts_of_the_table_are_right_but_for_the_rows_left_wrong(row: Row) -> None:
+    outcome = judge(Problem("p", "q", row.truth), row.text)[0]
+    assert (outcome == "right") == (row.right != row.left), outcome
+
+
+@pytest.mark.skipif(
+    importlib.metadata.version("math-verify") != MATH_VERIFY, reason=f"recorded with math-verify {MATH_VERIFY}"
+)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.note)
+def test_math_verify_alone_judges_the_table_as_recorded(row: Row) -> None:
+    gold, said = (math_verify.parse(text, parsing_timeout=None) for text in (f"${row.truth}$", row.text))
+    assert math_verify.verify(gold, said, timeout_seconds=None) == row.alone
+
+
+def test_the_page_on_answers_lists_what_math_verify_gets_wrong_and_what_is_left_wrong() -> None:
+    assert len({row.note for row in ROWS}) == len(ROWS)
+    page = (Path(__file__).parents[2] / "docs" / "answers.md").read_text()
+    listed = re.findall(r"^\| ([^|]+) \| `.*\| (right|wrong) \| ([^|]+) \|$", page, re.MULTILINE)
+    wrong = [row for row in ROWS if row.alone != row.right]
+    assert [(note, verdict) for note, verdict, _ in listed] == [
+        (row.note, "right" if row.right else "wrong") for row in wrong
+    ]
+    left = {row.note for row in ROWS if row.left}
+    assert {note for note, _, done in listed if done.startswith("**left wrong**")} == left
+    counts = re.search(r"(\d+) texts .* errs on (\d+) of them; `rmx verify` on (\d+)", page.replace("\n", " "))
+    assert counts is not None
+    assert counts.groups() == (str(len(ROWS)), str(len(wrong)), str(len(left)))
+
+
 def test_partial_credit_of_reasoning_gym_is_wrong() -> None:
     problems = generate("gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 2, "max_value": 9}, 20, 0)
     problem = next(problem for problem in problems if problem.answer == "1")
@@ -86,3 +123,13 @@ def test_a_hanging_or_dying_verifier_costs_only_its_own_rollout() -> None:
     assert "exit code 3" in verdicts[2].reason
     assert "ValueError: what is this?" in verdicts[3].reason
     assert seen == [1, 2, 3, 4, 5, 6]  # the repeated text is judged once
+
+
+def modules(problem: Problem, text: str) -> Judgement:
+    judge(problem, text)
+    return "right", None, " ".join(name for name in ("math_verify", "torch") if name in sys.modules)
+
+
+def test_a_worker_imports_no_torch() -> None:
+    rollout = Rollout("p", 0, [1], [2], "stop", r"\boxed{\sqrt{2}}")
+    assert verify([Problem("p", "q", "1.414")], [rollout], judge=modules)[0].reason == "math_verify"
