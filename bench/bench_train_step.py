@@ -267,7 +267,7 @@ def bench_qwen_1_5b_training(benchmark: BenchmarkFixture, capsys: pytest.Capture
 
     seconds = benchmark.pedantic(run, rounds=1)
     seen = [sequences[i] for step in train.step_order(len(sequences), config, 0) for i in step]
-    tokens = sum(len(s.prompt_ids) + len(s.completion_ids) for s in seen)
+    tokens = sum(len(s.ids) for s in seen)
     mfu = step_flops(pair, seen, config) / seconds / peak_flops(lm)
     peak = torch.cuda.max_memory_allocated()
     found = {"seconds": seconds, "scoring_seconds": scoring, "tokens_per_second": tokens / seconds, "mfu": mfu}

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
-from rmx import forward, train
+from rmx import forward, loss
 from rmx.config import LoraConfig, TrainConfig
 from rmx.lora import Adapter, attach
+from rmx.loss import sequence_weights
 from rmx.model import CausalLM
 from rmx.records import BaseStates, Rollout, TrainingSequence
 from rmx.score import Keep, score_rollouts
-from rmx.train import sequence_weights, train_adapter
+from rmx.train import train_adapter
 from rmx_kernels import backends, linear_gated_contrastive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +103,7 @@ def ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> 
 
 def ours_reference(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
     operator = functools.partial(linear_gated_contrastive_loss, impl="reference")
-    with mock.patch("rmx.train.linear_gated_contrastive_loss", operator):
+    with mock.patch("rmx.loss.linear_gated_contrastive_loss", operator):
         return ours(pair, sequences, config)
 
 
@@ -118,7 +119,7 @@ def released(
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     total = 0.0
     for sequence in sequences:
-        ids = torch.tensor([sequence.prompt_ids + sequence.completion_ids], device=pair.lm.device)
+        ids = torch.tensor([sequence.ids], device=pair.lm.device)
         ce_weight, kl_weight = (weight.to(ids.device) for weight in sequence_weights(sequence, config))
         log_student = F.log_softmax(pair.lm.model(ids, use_cache=False).logits[0, :-1], -1, dtype=torch.float32)
         with torch.no_grad():
@@ -200,11 +201,11 @@ def step_flops(pair: Pair, sequences: list[TrainingSequence], config: TrainConfi
     layers = forward.decoder_layers(pair.lm.model)[1][first:]
     adapted = sum(p.numel() for p in pair.adapter.parameters())
     linear = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
-    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
+    lengths = [len(s.ids) for s in sequences]
     heads = settings.num_attention_heads
     width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     attention = sum(3.5 * 4 * width * heads * n * (n + 1) / 2 for n in lengths) * len(layers)
-    rows = train.batch_rows(sequences, config, 1, [np.random.default_rng(0) for _ in sequences])
+    rows = loss.batch_rows(sequences, config, 1, [np.random.default_rng(0) for _ in sequences])
     products = 2 * len(rows.where) + int((rows.kl_weight != 0).sum())
     head = 2 * products * pair.lm.weight.numel()
     return sum(lengths) * (4 * linear + 6 * adapted) + attention + head

@@ -5,7 +5,7 @@ import sys
 from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
@@ -13,6 +13,9 @@ except ModuleNotFoundError as missing:
     raise SystemExit("rmx: error: the pipeline needs more packages: pip install 'rmx[train]'") from missing
 
 from rmx.errors import RmxError
+
+if TYPE_CHECKING:  # commands import what they use: `rmx --help` needs no torch
+    from rmx.pipeline import Run
 
 app = typer.Typer(
     help="ReasonMaxxer: rollouts of a base model become a small adapter that reasons better.",
@@ -28,13 +31,18 @@ BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible serve
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 
 
-def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) -> None:
+def _open(config: Path, overrides: list[str] | None) -> "Run":
     from rmx.config import load_config
-    from rmx.distributed import processes
     from rmx.pipeline import Run
+
+    return Run(load_config(config, overrides))
+
+
+def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) -> None:
+    from rmx.distributed import processes
     from rmx.progress import console
 
-    run = Run(load_config(config, overrides))
+    run = _open(config, overrides)
     with processes() as group:
         if group.size > 1 and name != "train":
             raise RmxError(f"rmx {name} runs in one process; torchrun is for rmx train")
@@ -86,10 +94,8 @@ def _run(config: Path, overrides: list[str] | None) -> None:
     from rich.console import Console
 
     from rmx import report
-    from rmx.config import load_config
-    from rmx.pipeline import Run
 
-    run = Run(load_config(config, overrides))
+    run = _open(config, overrides)
     result = run.run()
     out = Console()
     out.print(report.table(result))
@@ -114,10 +120,7 @@ def merge(
     set_: Overrides = None,
 ) -> None:
     """Write the model with the adapter merged into its weights: a plain Hugging Face model."""
-    from rmx.config import load_config
-    from rmx.pipeline import Run
-
-    Run(load_config(config, set_)).merged(out, adapter)
+    _open(config, set_).merged(out, adapter)
 
 
 @app.command("export")
@@ -125,12 +128,10 @@ def export_command(
     config: ConfigPath, out: Annotated[Path, typer.Argument(help="directory to write")], set_: Overrides = None
 ) -> None:
     """Write problems, scored rollouts and training set as JSON of the method's released code."""
-    from rmx.config import load_config
-    from rmx.pipeline import Run
     from rmx.progress import console
     from rmx.transfer import export_run
 
-    for path in export_run(Run(load_config(config, set_)), out):
+    for path in export_run(_open(config, set_), out):
         console.print(f"export: written {path}", markup=False, soft_wrap=True)
 
 
@@ -144,11 +145,9 @@ def import_command(
     ] = False,
 ) -> None:
     """Start a run from JSON of the method's released code; `rmx run` goes on from there."""
-    from rmx.config import load_config
-    from rmx.pipeline import Run
     from rmx.transfer import import_run
 
-    import_run(Run(load_config(config, set_)), source, any_prompt=any_prompt)
+    import_run(_open(config, set_), source, any_prompt=any_prompt)
 
 
 @app.command()
@@ -162,10 +161,8 @@ def compare(
     from rich.console import Console
 
     from rmx import compare
-    from rmx.config import load_config
-    from rmx.pipeline import Run
 
-    run = Run(load_config(config, set_))
+    run = _open(config, set_)
     folder = out or run.path("compare")
     result = compare.compare_models(run.lm, other or run.path("adapter"), run.rollouts(), folder, run.config.score)
     compare.write(result, folder)

@@ -19,6 +19,7 @@ from rmx import lora, model
 from rmx.artefacts import fingerprint, replacing, write_json
 from rmx.config import ModelConfig, ScoreConfig
 from rmx.errors import RmxError
+from rmx.evaluate import bootstrap
 from rmx.model import CausalLM
 from rmx.progress import console, progress
 from rmx.records import Interval, Rollout, Scores
@@ -87,8 +88,8 @@ def compare(
         problems=len(problems),
         tokens=len(kind),
         counts={name: int((kind == n).sum()) for n, name in enumerate(KINDS)},
-        reranked=_share(counts, 1, draws),
-        shifted=_share(counts, 2, draws),
+        reranked=bootstrap(counts[:, 1], draws, 0, per=counts.sum(1)),
+        shifted=bootstrap(counts[:, 2], draws, 0, per=counts.sum(1)),
         mean_rank=mean(rank, kind == 1),
         rank_counts={n: int((rank == n).sum()) for n in range(2, TOP + 1)},
         entropy={name: mean(entropy, kind == n) for n, name in enumerate(KINDS)},
@@ -100,17 +101,6 @@ def compare(
         ],
         common=[(decode([b]), decode([o]), count) for (b, o), count in pairs.most_common(20)],
     )
-
-
-def _share(counts: np.ndarray, column: int, draws: int) -> Interval:
-    """Share of all tokens that are in ``column`` of counts [problems, kinds]; 95 % interval over resampled problems."""
-    random = np.random.default_rng(0)
-    found = []
-    for start in range(0, draws, 1000):
-        drawn = counts[random.integers(0, len(counts), (min(1000, draws - start), len(counts)))].sum(1)
-        found.append(drawn[:, column] / drawn.sum(1))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    return Interval(float(counts[:, column].sum() / counts.sum()), float(low), float(high))
 
 
 def compare_models(
@@ -128,7 +118,7 @@ def compare_models(
     """
     if not any(r.completion_ids for r in rollouts):
         raise CompareError("compare: the rollouts hold no completion tokens")
-    if (highest := max(max(r.prompt_ids + r.completion_ids) for r in rollouts)) >= base.weight.shape[0]:
+    if (highest := max(max(r.ids) for r in rollouts)) >= base.weight.shape[0]:
         raise CompareError(f"compare: token id {highest}: the rollouts are of another model")
     path = Path(other).expanduser()
     found = {"base": _scores(base, "base", rollouts, out, settings, str(base.model.name_or_path))}

@@ -32,9 +32,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = (
-        "sdpa"  # of generation; flash_attention_2 needs flash-attn
-    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; the last needs flash-attn
     packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
 
 
@@ -140,7 +138,7 @@ class TrainConfig(Section):
     anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
     anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
     negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative; 0: positives only
-    negatives: Literal["ce", "ratio", "hinge"] = "ce"  # how they are pushed down: see rmx.train.contrastive
+    negatives: Literal["ce", "ratio", "hinge"] = "ce"  # how they are pushed down: see rmx.loss.contrastive
     ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # ratio: until p is 1 - ratio_clip of the base's
     hinge_margin: PositiveFloat = 1.0  # hinge: until log p is so many nats below the base's
     negative_floor: Annotated[float, Field(lt=0)] | None = None  # ce: none is pushed below this log p, nats

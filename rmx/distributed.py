@@ -40,24 +40,25 @@ class Group:
         """Element by element, over processes."""
         if self.size == 1:
             return values
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.from_numpy(values).to(device)
-        dist.all_reduce(total)
-        return total.cpu().numpy()
+        return _reduced(torch.from_numpy(values), dist.ReduceOp.SUM).numpy()
 
     def largest(self, value: int) -> int:
         """Over processes."""
         if self.size == 1:
             return value
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        top = torch.tensor(value, device=device)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
-        return int(top)
+        return int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _reduced(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    """On the CPU; by way of the device that the backend works on."""
+    there = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(there, op=op)
+    return there.cpu()
 
 
 ALONE = Group()

@@ -22,17 +22,19 @@ def pass_rates(problems: Sequence[Problem], verdicts: Sequence[Verdict]) -> dict
     return {p.problem_id: float(np.mean(rewards[p.problem_id])) for p in problems if p.problem_id in rewards}
 
 
-def bootstrap(values: np.ndarray, draws: int, seed: int) -> Interval:
-    """Mean of per-problem values and its 95 % percentile interval over ``draws`` resamples of the problems."""
+def bootstrap(values: np.ndarray, draws: int, seed: int, per: np.ndarray | None = None) -> Interval:
+    """Mean of per-problem values, or sum(values) / sum(per), and its 95 % percentile interval.
+
+    The interval is over ``draws`` resamples of the problems.
+    """
     random = np.random.default_rng(seed)
-    means = np.concatenate(
-        [
-            values[random.integers(0, len(values), (min(1000, draws - start), len(values)))].mean(-1)
-            for start in range(0, draws, 1000)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
+    found = []
+    for start in range(0, draws, 1000):
+        drawn = random.integers(0, len(values), (min(1000, draws - start), len(values)))
+        found.append(values[drawn].mean(-1) if per is None else values[drawn].sum(-1) / per[drawn].sum(-1))
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    mean = values.mean() if per is None else values.sum() / per.sum()
+    return Interval(float(mean), float(low), float(high))
 
 
 def compare(

@@ -240,7 +240,7 @@ def export_rollouts(path: Path, scored: ScoredRollouts) -> None:
         {
             "problem_id": r.problem_id,
             "gen_index": r.sample,
-            "tokens": r.prompt_ids + r.completion_ids,
+            "tokens": r.ids,
             "prompt_length": len(r.prompt_ids),
             "completion_tokens": len(r.completion_ids),
             "entropies": entropy,
@@ -290,7 +290,7 @@ def export_training_set(path: Path, training: TrainingSet) -> None:
         {
             "problem_id": s.problem_id,
             "gen_index": s.sample,
-            "input_ids": s.prompt_ids + s.completion_ids,
+            "input_ids": s.ids,
             "prompt_length": len(s.prompt_ids),
             "completion_length": len(s.completion_ids),
             "correct": s.reward == 1,

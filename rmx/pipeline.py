@@ -98,8 +98,7 @@ class Run(RunDirectory):
     ) -> list[Rollout]:
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
         renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
-        asked = fingerprint(json.dumps([dataclasses.asdict(p) for p in problems]).encode())
-        origin = {**meta, "seed": seed, "problems": asked, "weights": self.inputs["rollouts"]["weights"]}
+        origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.inputs["rollouts"]["weights"]}
         origin["model"] = self.config.model.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
         total = len(problems) * sampling.samples
@@ -155,9 +154,11 @@ class Run(RunDirectory):
 
     def _train(self, group: Group = ALONE) -> dict[str, Any]:
         sequences, settings = self.training_set(), self.config.train
-        base = self.base_source() if group.leads else None
-        group.wait()  # for files that had to be made again
-        base = base if group.leads else self.base_source()
+        if not group.leads:
+            group.wait()  # for files that have to be made again
+        base, keep = self.base_source()
+        if group.leads:
+            group.wait()
         adapter = lora.attach(self.lm.model, self.config.lora, self.config.seed)
         try:
             share = adapter.size / sum(p.numel() for p in self.lm.model.parameters())
@@ -166,7 +167,7 @@ class Run(RunDirectory):
                 "settings": {**self.settings("train"), "checkpoint_seconds": None},
                 "model": self.config.model.model_dump(),
                 "weights": self.inputs["rollouts"]["weights"],
-                "base": None if base is None else dataclasses.asdict(self.kept_scores()[1]),
+                "base": None if base is None else dataclasses.asdict(keep),
             }
             mark = fingerprint(json.dumps(origin, sort_keys=True).encode())
             path = self.path("checkpoint.safetensors")
@@ -248,9 +249,13 @@ class Run(RunDirectory):
         path = self.path(f"evaluation.{name}.jsonl")
         adapter = self.path("adapter/adapter_model.safetensors").stat().st_mtime_ns if name == "tuned" else None
         sampling = self.config.evaluate
-        asked = fingerprint(json.dumps([dataclasses.asdict(p) for p in problems]).encode())
         weights = self.inputs["rollouts"]["weights"]
-        origin = {"model": self.config.model.model_dump(), "weights": weights, "problems": asked, "adapter": adapter}
+        origin = {
+            "model": self.config.model.model_dump(),
+            "weights": weights,
+            "problems": _mark(problems),
+            "adapter": adapter,
+        }
         meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed, **origin)
         if path.exists():
             old, found = read_records(path, Rollout)
@@ -265,3 +270,7 @@ class Run(RunDirectory):
         gate = score.entropies(self.scores()), self.tau()
         report.plot(path, *gate, self.history(), self.evaluation())
         return {"written": str(path)}
+
+
+def _mark(problems: list[Problem]) -> str:
+    return fingerprint(json.dumps([dataclasses.asdict(p) for p in problems]).encode())

@@ -36,6 +36,11 @@ class Rollout:
     text: str  # decoded completion, for the verifier and the reader
     logprobs: list[float] | None = None  # T, nats, at the sampling temperature (0: at 1) before any cut; if known
 
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and completion, end to end: P + T ids."""
+        return self.prompt_ids + self.completion_ids
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -82,6 +87,11 @@ class TrainingSequence:
     advantage: float
     decision_tokens: list[int]  # ascending t with base entropy > tau: the gate
     base_logprob: list[float]  # T, nats
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and completion, end to end: P + T ids."""
+        return self.prompt_ids + self.completion_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 
 import rmx_kernels
-from rmx import model, score, select, train
+from rmx import loss, model, score, select, train
 from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, read_meta, read_records
 from rmx.config import Config
 from rmx.errors import RmxError
@@ -183,24 +183,24 @@ class RunDirectory:
         settings = self.config.train
         return score.Keep(settings.anchor if settings.anchor_weight else "none", self.config.lora.first_layer)
 
-    def base_source(self) -> train.BaseSource | None:
-        """Base states for training from the score stage's files; torn ones are made again. None if not kept."""
-        (store, keep), wanted = self.kept_scores(), self.wanted()
-        if store.origin != {**store.origin, **self.score_origin(keep)}:
-            now = self.score_origin(keep)
-            key = next(key for key in now if store.origin.get(key) != now[key])
+    def base_source(self) -> tuple[loss.BaseSource | None, score.Keep]:
+        """(base states from the score stage's files, torn ones made again; which they are); None if not kept."""
+        store, keep = self.kept_scores()
+        for key, value in self.score_origin(keep).items():
+            if store.origin.get(key) == value:
+                continue
             raise ArtefactError(
-                f"{store.path}: was made with another {key}: {store.origin.get(key)!r}, now {now[key]!r}; "
+                f"{store.path}: was made with another {key}: {store.origin.get(key)!r}, now {value!r}; "
                 "run `rmx score` with --again"
             )
-        if not keep.covers(wanted):
+        if not keep.covers(self.wanted()):
             said = "train: the score stage did not keep these base states; they are computed in each step"
             console.print(said, markup=False, soft_wrap=True)
-            return None
+            return None, keep
         if made := store.fill(self.lm, self.config.score, keep):
             said = f"train: {made} files of {store.path} were absent or torn and were made again"
             console.print(said, markup=False, soft_wrap=True)
-        return lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)
+        return (lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)), keep
 
     def training_set(self) -> list[TrainingSequence]:
         return self._records("training_set.jsonl", TrainingSequence)

@@ -47,13 +47,8 @@ class Keep:
     def bytes(self, rollouts: Sequence[Rollout], width: int, dtype: torch.dtype) -> int:
         """Size of the kept states of ``rollouts``, hidden size ``width``."""
         rows = sum(self.count(r) for r in rollouts)
-        entry = sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts) if self.layer else 0
+        entry = sum(len(r.ids) for r in rollouts) if self.layer else 0
         return (rows + entry) * width * dtype.itemsize
-
-
-def predicting(prompt_length: int, completion_length: int) -> slice:
-    """The positions of a sequence from which its completion tokens are predicted."""
-    return slice(prompt_length - 1, prompt_length - 1 + completion_length)
 
 
 @torch.no_grad()
@@ -69,9 +64,9 @@ def score_rollouts(
         ModelError: logits are not finite.
     """
     found: dict[int, tuple[Scores, BaseStates]] = {}
-    for group in passes(lm, [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts], token_budget):
+    for group in passes(lm, [len(r.ids) for r in rollouts], token_budget):
         own = [rollouts[i] for i in group]
-        ids = [r.prompt_ids + r.completion_ids for r in own]
+        ids = [r.ids for r in own]
         hidden, entry = all_states(lm, ids, keep.layer)
         lengths = [len(row) for row in ids]
         finals = hidden.split(lengths)
@@ -190,14 +185,11 @@ class ScoreStore:
             self._open[number] = tensors
         return self._open[number]
 
-    def _own(self, i: int) -> tuple[dict[str, Tensor], list[Rollout], Rollout]:
-        """(columns of rollout i's shard, the rollouts before it there, rollout i)."""
-        number = self.shard_of[i]
+    def _read(self, number: int) -> dict[str, Tensor]:
         try:
-            columns = self._columns(number)
+            return self._columns(number)
         except (FileNotFoundError, safetensors.SafetensorError) as fault:
             raise ArtefactError(f"{self.file(number)}: cannot be read: {fault}") from fault
-        return columns, [self.rollouts[j] for j in range(self.shards[number].start, i)], self.rollouts[i]
 
     def scores(self) -> list[Scores]:
         """Of all rollouts, in order.
@@ -206,21 +198,23 @@ class ScoreStore:
             ArtefactError: a shard is absent, torn or foreign.
         """
         found = []
-        for i in range(len(self.rollouts)):
-            columns, before, own = self._own(i)
-            start = sum(len(r.completion_ids) for r in before)
-            values = (columns[name][start : start + len(own.completion_ids)] for name in FIELDS)
-            found.append(Scores(own.problem_id, own.sample, *values))
+        for number, members in enumerate(self.shards):
+            columns, own = self._read(number), [self.rollouts[i] for i in members]
+            lengths = [len(r.completion_ids) for r in own]
+            pieces: Iterator[tuple[Tensor, ...]] = zip(*(columns[name].split(lengths) for name in FIELDS), strict=True)
+            found += [Scores(r.problem_id, r.sample, *piece) for r, piece in zip(own, pieces, strict=True)]
         return found
 
     def states(self, problem_id: str, sample: int, keep: Keep) -> BaseStates:
         """Base states of one rollout, views of the mapped file."""
-        columns, before, own = self._own(self.place[problem_id, sample])
+        i = self.place[problem_id, sample]
+        number, own = self.shard_of[i], self.rollouts[i]
+        columns, before = self._read(number), [self.rollouts[j] for j in range(self.shards[number].start, i)]
         rows = sum(keep.count(r) for r in before)
         entry = None
         if keep.layer:
-            start = sum(len(r.prompt_ids) + len(r.completion_ids) for r in before)
-            entry = columns["entry"][start : start + len(own.prompt_ids) + len(own.completion_ids)]
+            start = sum(len(r.ids) for r in before)
+            entry = columns["entry"][start : start + len(own.ids)]
         stop = rows + keep.count(own)
         return BaseStates(columns["hidden"][rows:stop], entry)
 

@@ -186,7 +186,7 @@ def _check_prompts(path: Path, run: Run, rollouts: Sequence[Rollout], any_prompt
         where = f"{path}: rollouts[{i}]"
         if rollout.problem_id not in rendered:
             raise ArtefactError(f"{where}: problem_id: {rollout.problem_id!r} is not in {RECORDS}")
-        if (largest := max(rollout.prompt_ids + rollout.completion_ids)) >= V:
+        if (largest := max(rollout.ids)) >= V:
             raise ArtefactError(f"{where}: {ids}: {largest} is not among the {V} tokens of {run.config.model.name}")
         wanted, given = rendered[rollout.problem_id], rollout.prompt_ids
         if given != wanted and not any_prompt:

@@ -296,7 +296,7 @@ def test_a_training_set_alone_is_scored_for_its_base_states(finished: Run, relea
         assert replace(s, base_logprob=own.base_logprob) == replace(own, decision_tokens=[0], advantage=advantage)
     below = [h for e in flipped["rollouts"] for h in e["entropies"][1:]]
     assert again.tau() == max(below)
-    assert again.base_source() is not None
+    assert again.base_source()[0] is not None
     assert again.run().problems == 20
 
 

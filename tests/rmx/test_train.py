@@ -8,21 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmx import forward, lora, train
+from rmx import forward, lora
 from rmx.config import LoraConfig, TrainConfig
 from rmx.lora import Adapter
+from rmx.loss import BaseSource, batch_loss, sequence_weights
 from rmx.model import CausalLM
 from rmx.records import Rollout, TrainingSequence
 from rmx.score import Keep, score_rollouts
-from rmx.train import (
-    BaseSource,
-    TrainingError,
-    batch_loss,
-    learning_rate,
-    sequence_weights,
-    step_order,
-    train_adapter,
-)
+from rmx.train import TrainingError, learning_rate, step_order, train_adapter
 
 CONFIGS = [
     TrainConfig(anchor="completion", anchor_weight=0.3),
@@ -142,7 +135,7 @@ def test_training_moves_log_probs_the_right_way_and_the_metrics_say_so(tiny: Cau
     adapter = lora.attach(tiny.model, LoraConfig(r=4, alpha=8), seed=0)
     config = TrainConfig(epochs=12, sequences_per_step=5, learning_rate=0.01, warmup_steps=0, token_budget=20)
     seen = []
-    base = train.batch_loss(tiny, adapter, SEQUENCES, config, 5)
+    base = batch_loss(tiny, adapter, SEQUENCES, config, 5)
     known = [replace(s, base_logprob=_base_logprob(tiny, adapter, s)) for s in SEQUENCES]
     history = train_adapter(tiny, adapter, known, config, seed=0, on_step=lambda m, total: seen.append((m.step, total)))
     assert seen == [(i + 1, 12) for i in range(12)]
