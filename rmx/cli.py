@@ -160,11 +160,14 @@ def compare(
     """Where OTHER's most probable token is not BASE's: how often, at which entropy, from which rank."""
     from rich.console import Console
 
-    from rmx import compare
+    from rmx.analyses import compare
+    from rmx.analyses.pair import paired
 
     run = _open(config, set_)
     folder = out or run.path("compare")
-    result = compare.compare_models(run.lm, other or run.path("adapter"), run.rollouts(), folder, run.config.score)
+    base = run.base_scores()
+    with paired(run.lm, other or run.path("adapter")) as pair:
+        result = compare.compare_models(pair, base, run.rollouts(), folder, run.config.score)
     compare.write(result, folder)
     Console().print(compare.table(result))
 

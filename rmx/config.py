@@ -47,7 +47,7 @@ class ProblemSource(Section):
     jsonl: str | None = None  # lines of {"question", "answer", optional "problem_id", "category"}
     task: str | None = None  # a reasoning-gym data set
     params: dict[str, Any] = {}  # its settings
-    split: Literal["train", "evaluate", "both"] = "both"  # both: divided between the two
+    split: Literal["train", "choose", "evaluate", "both"] = "both"  # both: divided between all of them
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "ProblemSource":
@@ -59,6 +59,7 @@ class ProblemSource(Section):
 class ProblemsConfig(Section):
     sources: Annotated[list[ProblemSource], Field(min_length=1)]
     train_count: PositiveInt = 200
+    choose_count: Annotated[int, Field(ge=0)] = 0  # held out to choose among train.candidates, and reported nowhere
     evaluate_count: PositiveInt = 200
 
 
@@ -104,19 +105,25 @@ class SelectConfig(Section):
     min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # exclusive bounds of the pass rates that are used
     max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     advantage_clip: PositiveFloat = 2.5
-    tau: PositiveFloat | None = None  # gate: base entropy > tau, nats
-    budget: Probability | None = None  # or the share of completion tokens to gate, from which tau follows
+    # The gate is base entropy > tau, and exactly one of these three says tau; see rmx.select.gate_threshold.
+    tau: PositiveFloat | None = None  # nats
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the entropies of all scored tokens
+    budget: Probability | None = None  # share of the training set's completion tokens to gate
+    # Controls: as many decision tokens a sequence, but drawn at random, or of the lowest entropy; or every token.
+    gate: Literal["entropy", "random", "lowest", "all"] = "entropy"
+    shuffle_advantages: bool = False  # among the rollouts of a problem: what is left when right and wrong say nothing
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _published_gate(cls, given: Any) -> Any:
-        unsaid = isinstance(given, dict) and "tau" not in given and given.get("budget") is None
-        return {**given, "tau": 1.4} if unsaid else given
+        if not isinstance(given, dict) or "tau" in given:
+            return given
+        return {**given, "tau": 1.4} if given.get("budget") is None and given.get("quantile") is None else given
 
     @pydantic.model_validator(mode="after")
     def _one_gate(self) -> "SelectConfig":
-        if (self.tau is None) == (self.budget is None):
-            raise ValueError("expected exactly one of tau and budget")
+        if sum(value is not None for value in (self.tau, self.quantile, self.budget)) != 1:
+            raise ValueError("expected exactly one of tau, quantile and budget")
         return self
 
 
@@ -147,6 +154,7 @@ class TrainConfig(Section):
     token_budget: PositiveInt = 16384  # tokens a forward pass
     activation_checkpointing: bool = False  # layers are run again in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
+    candidates: PositiveInt = 1  # adapters kept, of equally distant steps; the last one is the training's end
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
 
     @pydantic.model_validator(mode="after")
@@ -167,6 +175,11 @@ class EvaluateConfig(Sampling):
         return self
 
 
+class CostConfig(Section):
+    per_hour: Annotated[float, Field(ge=0)] | None = None  # price of this machine
+    currency: str = "USD"
+
+
 class Config(Section):
     run_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
@@ -180,6 +193,13 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cost: CostConfig = CostConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _chosen_on_something(self) -> "Config":
+        if self.train.candidates > 1 and self.problems.choose_count == 0:
+            raise ValueError("train.candidates needs problems.choose_count > 0: problems to choose the best one on")
+        return self
 
 
 class _Loader(yaml.SafeLoader):

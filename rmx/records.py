@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:  # verifier processes read problems and need no torch
     from torch import Tensor
 
-Split = Literal["train", "evaluate"]
+Split = Literal["train", "choose", "evaluate"]
 Outcome = Literal["right", "wrong", "no_answer", "timeout", "crash"]
 
 
@@ -20,7 +20,7 @@ class Problem:
     question: str
     answer: str  # ground truth
     category: str = ""
-    split: Split = "train"
+    split: Split = "train"  # choose: for the choice of the best checkpoint
     entry: dict[str, Any] = field(default_factory=dict)  # reasoning-gym's own record, which its scorer needs
 
 

@@ -13,6 +13,7 @@ import pydantic
 
 import rmx_kernels
 from rmx import loss, model, score, select, train
+from rmx.analyses.pair import score_text
 from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, read_meta, read_records
 from rmx.config import Config
 from rmx.errors import RmxError
@@ -201,6 +202,12 @@ class RunDirectory:
             said = f"train: {made} files of {store.path} were absent or torn and were made again"
             console.print(said, markup=False, soft_wrap=True)
         return (lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)), keep
+
+    def base_scores(self) -> list[Scores]:
+        """The base model's scores of every rollout, for the analyses; the score stage may look at fewer."""
+        settings = self.config.model
+        mark = self.inputs["rollouts"]["weights"] or f"{settings.name}@{settings.revision}"
+        return score_text(self.lm, "base", mark, self.rollouts(), self.path("base_scores"), self.config.score)
 
     def training_set(self) -> list[TrainingSequence]:
         return self._records("training_set.jsonl", TrainingSequence)

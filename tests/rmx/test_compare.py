@@ -8,7 +8,9 @@ import torch
 from test_pipeline import command, write_yaml
 
 from rmx import lora
-from rmx.compare import KINDS, CompareError, compare_models
+from rmx.analyses.compare import KINDS, Comparison
+from rmx.analyses.compare import compare_models as join
+from rmx.analyses.pair import AnalysisError, paired, score_text
 from rmx.config import Config, LoraConfig, ScoreConfig
 from rmx.lora import Adapter, AdapterError
 from rmx.model import CausalLM
@@ -25,6 +27,12 @@ def rollouts(count: int = 12) -> list[Rollout]:
     return found
 
 
+def compare_models(base: CausalLM, other: Path | str, texts: list[Rollout], out: Path) -> Comparison:
+    scores = score_text(base, "base", "base", texts, out / "base", ScoreConfig())
+    with paired(base, other) as pair:
+        return join(pair, scores, texts, out, ScoreConfig())
+
+
 @pytest.fixture
 def adapter_path(tiny: CausalLM, tmp_path: Path) -> Path:
     adapter: Adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4), seed=0)
@@ -39,7 +47,7 @@ def adapter_path(tiny: CausalLM, tmp_path: Path) -> Path:
 
 def test_kinds_ranks_and_entropies_are_those_of_full_logits(tiny: CausalLM, adapter_path: Path, tmp_path: Path) -> None:
     texts = rollouts()
-    result = compare_models(tiny, adapter_path, texts, tmp_path / "out", ScoreConfig())
+    result = compare_models(tiny, adapter_path, texts, tmp_path / "out")
     adapter = lora.load_adapter(tiny.model, adapter_path)
     kinds: list[int] = []
     ranks, entropies, changes = [], [], []
@@ -71,7 +79,7 @@ def test_kinds_ranks_and_entropies_are_those_of_full_logits(tiny: CausalLM, adap
 
 
 def test_a_model_compared_with_itself_is_unshifted(tiny: CausalLM, tiny_path: Path, tmp_path: Path) -> None:
-    result = compare_models(tiny, str(tiny_path), rollouts(), tmp_path, ScoreConfig())
+    result = compare_models(tiny, str(tiny_path), rollouts(), tmp_path)
     assert result.counts == {"unshifted": result.tokens, "reranked": 0, "shifted": 0}
     assert result.mean_rank is None
 
@@ -79,21 +87,21 @@ def test_a_model_compared_with_itself_is_unshifted(tiny: CausalLM, tiny_path: Pa
 def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, tmp_path: Path) -> None:
     from conftest import save_tiny_model
 
-    with pytest.raises(CompareError, match="no completion tokens"):
-        compare_models(tiny, adapter_path, [], tmp_path, ScoreConfig())
-    with pytest.raises(CompareError, match="token id 99: the rollouts are of another model"):
-        compare_models(tiny, adapter_path, [Rollout("p", 0, [1], [99], "stop", "")], tmp_path, ScoreConfig())
+    with pytest.raises(AnalysisError, match="no completion tokens"):
+        compare_models(tiny, adapter_path, [], tmp_path)
+    with pytest.raises(AnalysisError, match="token id 99: the rollouts are of another model"):
+        compare_models(tiny, adapter_path, [Rollout("p", 0, [1], [99], "stop", "")], tmp_path)
     deeper = save_tiny_model(tmp_path / "deeper", num_hidden_layers=3)
     vocabulary = deeper / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text().replace('"sum"', '"SUM"'))
-    with pytest.raises(CompareError, match="deeper has another tokenizer"):
-        compare_models(tiny, str(deeper), rollouts(), tmp_path, ScoreConfig())
+    with pytest.raises(AnalysisError, match="deeper: has another tokenizer"):
+        compare_models(tiny, str(deeper), rollouts(), tmp_path)
     from rmx import model
     from rmx.config import ModelConfig
 
     other = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "d", num_hidden_layers=3)), dtype="float32"))
     with pytest.raises(AdapterError, match="belongs to another model"):
-        compare_models(other, adapter_path, rollouts(), tmp_path, ScoreConfig())
+        compare_models(other, adapter_path, rollouts(), tmp_path)
 
 
 def test_the_command_writes_table_json_and_picture(tiny_config: Config, tmp_path: Path) -> None:

@@ -15,25 +15,18 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from rmx import lora, model
-from rmx.artefacts import fingerprint, replacing, write_json
-from rmx.config import ModelConfig, ScoreConfig
-from rmx.errors import RmxError
+from rmx.analyses.pair import TOP, Pair, score_text
+from rmx.artefacts import replacing, write_json
+from rmx.config import ScoreConfig
 from rmx.evaluate import bootstrap
 from rmx.model import CausalLM
-from rmx.progress import console, progress
+from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
 from rmx.report import BASE, GATE, TUNED
-from rmx.score import Keep, ScoreStore
 
-TOP = 5  # ranks that count as reranked
 KINDS = ("unshifted", "reranked", "shifted")
 BINS = 10  # of the position in the completion
 ENTROPY_BINS = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, np.inf)  # nats
-
-
-class CompareError(RmxError):
-    """The two models, or the text, do not go together."""
 
 
 @dataclass(frozen=True)
@@ -104,51 +97,15 @@ def compare(
 
 
 def compare_models(
-    base: CausalLM, other: Path | str, rollouts: Sequence[Rollout], out: Path, settings: ScoreConfig
+    pair: Pair, base: Sequence[Scores], rollouts: Sequence[Rollout], out: Path, settings: ScoreConfig
 ) -> Comparison:
-    """Score ``rollouts`` under ``base`` and under ``other`` into ``out``, and join them there.
-
-    Killed and started again, it goes on at the shard under way.
-
-    Args:
-        other: a directory with an adapter of ``base``, or the name of a model with the same tokenizer.
+    """Score ``rollouts`` under the other model into ``out``/other, and join that with the scores of the base.
 
     Raises:
-        CompareError: there is no text, or the tokenizers differ. AdapterError: the adapter is of another model.
+        AnalysisError: there is no text, or it is of another model.
     """
-    if not any(r.completion_ids for r in rollouts):
-        raise CompareError("compare: the rollouts hold no completion tokens")
-    if (highest := max(max(r.ids) for r in rollouts)) >= base.weight.shape[0]:
-        raise CompareError(f"compare: token id {highest}: the rollouts are of another model")
-    path = Path(other).expanduser()
-    found = {"base": _scores(base, "base", rollouts, out, settings, str(base.model.name_or_path))}
-    if (path / "adapter_config.json").is_file():
-        adapter = lora.load_adapter(base.model, path)
-        try:
-            mark = fingerprint((path / "adapter_model.safetensors").read_bytes())
-            found["other"] = _scores(base, "other", rollouts, out, settings, mark)
-        finally:
-            lora.detach(base.model, adapter)
-    else:
-        second = model.load(
-            ModelConfig(name=str(other), dtype=str(base.weight.dtype).removeprefix("torch."), device=base.device.type)  # type: ignore[arg-type]
-        )
-        if second.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-            raise CompareError(f"compare: {other} has another tokenizer: its token ids mean other text")
-        found["other"] = _scores(second, "other", rollouts, out, settings, str(other))
-    return compare(base, rollouts, found["base"], found["other"])
-
-
-def _scores(
-    lm: CausalLM, name: str, rollouts: Sequence[Rollout], out: Path, settings: ScoreConfig, mark: str
-) -> list[Scores]:
-    used = settings.model_copy(update={"top_k": max(TOP, settings.top_k)})
-    origin = {"model": mark, "dtype": str(lm.weight.dtype), "settings": used.model_dump(), "packing": lm.packing}
-    store = ScoreStore(out / name, rollouts, used.shard_tokens, origin)
-    store.discard_others()
-    with progress(name, len(rollouts), "rollouts") as update:
-        store.fill(lm, used, Keep(), on_done=lambda n: update(n, ""))
-    return store.scores()
+    other = score_text(pair.other, "other", pair.mark, rollouts, out / "other", settings)
+    return compare(pair.base, rollouts, base, other)
 
 
 def write(result: Comparison, out: Path) -> None:
