@@ -86,24 +86,25 @@ _stage("verify", "Reward each completion 0 or 1.")
 _stage("score", "Base entropy, log-prob and top-k at every completion token.")
 _stage("select", "Choose mixed problems, advantages and decision tokens.")
 _stage("train", "Train the adapter.")
+_stage("choose", "Choose the best of train.candidates on problems of their own.")
 _stage("evaluate", "Held-out accuracy, base against tuned.")
-_stage("report", "Draw report.png.")
+_stage("report", "Draw report.png and write report.html.")
 
 
 def _run(config: Path, overrides: list[str] | None) -> None:
     from rich.console import Console
 
-    from rmx import report
+    from rmx import cost, report
 
     run = _open(config, overrides)
     result = run.run()
     out = Console()
     out.print(report.table(result))
     out.print(report.verdict(result), highlight=False)
-    spent = {name: stage["seconds"] for name, stage in run.stages().items()}
-    words = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items() if seconds >= 0.5)
-    out.print(f"{words}; {sum(spent.values()):.0f} s in all", highlight=False, soft_wrap=True)
-    out.print(f"adapter: {run.path('adapter')}   picture: {run.path('report.png')}", highlight=False, soft_wrap=True)
+    out.print(
+        cost.table(cost.stage_costs(run.path("costs.jsonl"), list(run.stages()), run.config.cost), run.config.cost)
+    )
+    out.print(f"adapter: {run.path('adapter')}   report: {run.path('report.html')}", highlight=False, soft_wrap=True)
 
 
 @app.command("run")
@@ -170,6 +171,108 @@ def compare(
         result = compare.compare_models(pair, base, run.rollouts(), folder, run.config.score)
     compare.write(result, folder)
     Console().print(compare.table(result))
+
+
+@app.command()
+def coverage(
+    config: ConfigPath,
+    tau: Annotated[float | None, typer.Option(help="nats; default: the run's own")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="random small sets of each size")] = 200,
+    out: Annotated[Path | None, typer.Option(help="default: coverage/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Of the decision points in all rollouts, how many do a few of the rollouts already contain."""
+    from rich.console import Console
+
+    from rmx.analyses import coverage
+
+    run = _open(config, set_)
+    result = coverage.cover_run(run, tau, draws)
+    coverage.write(result, out or run.path("coverage"), run.meta())
+    Console().print(coverage.table(result))
+
+
+@app.command("benchmark")
+def benchmark_command(
+    config: ConfigPath,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK of reasoning-gym, or a path to JSONL",
+        ),
+    ],
+    tuned: Annotated[bool, typer.Option("--tuned", help="with the run's own adapter too")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="with this adapter too")] = None,
+    limit: Annotated[int | None, typer.Option(help="so many problems of each, by a fixed shuffle")] = None,
+    samples: Annotated[int | None, typer.Option(help="of each problem; default: 8 of aime24 and amc23")] = None,
+    data: Annotated[Path | None, typer.Option(help="directory with NAME.jsonl, to use instead of the hub")] = None,
+    out: Annotated[Path | None, typer.Option(help="default: benchmarks/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Accuracy of the model, and with an adapter, on benchmarks."""
+    from rich.console import Console
+
+    from rmx.benchmarks import run_benchmarks, table
+
+    results = run_benchmarks(
+        _open(config, set_), names, tuned=tuned, adapter=adapter, limit=limit, samples=samples, data=data, out=out
+    )
+    Console().print(table(results))
+
+
+@app.command()
+def ablate(
+    config: ConfigPath,
+    only: Annotated[list[str] | None, typer.Option(help="a variant; may be given again; default: all of them")] = None,
+    budget: Annotated[float, typer.Option(help="share of tokens gated by budget, random and lowest")] = 0.2,
+    quantile: Annotated[float, typer.Option(help="of the scored entropies, for the variant of that name")] = 0.5,
+    seeds: Annotated[int, typer.Option(help="trainings of each variant")] = 1,
+    out: Annotated[Path | None, typer.Option(help="default: ablate/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """The run's training with one thing changed: other gates, shuffled advantages, positives only, other adapters."""
+    from rich.console import Console
+
+    from rmx.analyses import ablate
+
+    run = _open(config, set_)
+    folder = out or run.path("ablate")
+    result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
+    ablate.write(result, folder)
+    Console().print(ablate.table(result))
+
+
+@app.command()
+def intervene(
+    config: Annotated[Path, typer.Argument(metavar="BASE", help="YAML of a run: its model, its held-out problems")],
+    other: Annotated[str, typer.Argument(help="adapter directory or model; default: the run's adapter")] = "",
+    gate: Annotated[str, typer.Option(help="disagreement (of the two models) or entropy (of the base alone)")] = (
+        "disagreement"
+    ),
+    tau: Annotated[float | None, typer.Option(help="of the entropy gate, nats; default: the run's")] = None,
+    out: Annotated[Path | None, typer.Option(help="default: intervene/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """How much of OTHER's accuracy BASE gains by taking its tokens at a few positions, against controls."""
+    from rich.console import Console
+
+    from rmx.analyses import intervene
+    from rmx.analyses.pair import paired
+
+    if gate not in ("disagreement", "entropy"):
+        raise RmxError(f"--gate {gate}: expected disagreement or entropy")
+    run = _open(config, set_)
+    folder = out or run.path("intervene")
+    if gate == "entropy" and tau is None:
+        tau = run.tau()
+    if not other:
+        run.check_adapter()
+    with paired(run.lm, other or run.path("adapter")) as pair:
+        result = intervene.intervene(run, pair, folder, gate, tau)  # type: ignore[arg-type]
+    intervene.write(result, folder)
+    Console().print(intervene.table(result))
+    Console().print(intervene.verdict(result), highlight=False)
 
 
 @app.command()

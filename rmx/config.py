@@ -37,8 +37,22 @@ class ModelConfig(Section):
 
 
 class PromptConfig(Section):
-    style: Literal["chat", "boxed", "qa"] = "chat"  # see rmx.prompts
-    system: str | None = None
+    # auto: by the model; docs/prompts.md has the text of each
+    style: Literal[
+        "auto",
+        "chat",
+        "chat_boxed",
+        "chat_plain",
+        "boxed",
+        "qa",
+        "qwen_boxed",
+        "qwen_plain",
+        "qwen_math",
+        "llama_abel",
+        "olmo3_math",
+        "olmo3_rlzero_math",
+    ] = "auto"
+    system: str | None = None  # of the chat styles
     suffix: str = ""  # appended to every question
     template: dict[str, Any] = {}  # variables of the chat template, as enable_thinking or date_string
 
@@ -183,6 +197,7 @@ class CostConfig(Section):
 class Config(Section):
     run_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
+    training_seed: Annotated[int, Field(ge=0)] | None = None  # of gate controls, adapter and order; default: seed
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
     problems: ProblemsConfig
@@ -194,6 +209,10 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cost: CostConfig = CostConfig()
+
+    @property
+    def train_seed(self) -> int:
+        return self.seed if self.training_seed is None else self.training_seed
 
     @pydantic.model_validator(mode="after")
     def _chosen_on_something(self) -> "Config":

@@ -5,7 +5,8 @@ of ``unit.keys``; units may come in any order.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class Completion(NamedTuple):
 
 
 Finished = Iterator[tuple[Unit, list[Completion]]]
+Picked = tuple[Tensor, Tensor]  # tokens [B] int64, their log p [B] float64
 
 
 def stream_key(seed: int, problem_id: str, sample: int) -> int:
@@ -68,9 +70,19 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
     """
     params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
     for unit in units:
-        generators = [np.random.Generator(np.random.Philox(stream_key(seed, *key))) for key in unit.keys]
-        uniforms = np.stack([generator.random(sampling.max_new_tokens) for generator in generators])
-        yield unit, _decode(lm, unit.prompts, len(unit.samples), params, torch.tensor(uniforms))
+        uniforms = unit_uniforms(unit, sampling, seed).to(lm.device)
+        decoder = Decoder(lm, unit.prompts, len(unit.samples))
+
+        def pick(step: int, rows: list[int], decoder: Decoder = decoder, uniforms: Tensor = uniforms) -> Picked:
+            return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
+
+        yield unit, decode([decoder], pick, len(unit.keys), sampling.max_new_tokens)
+
+
+def unit_uniforms(unit: Unit, sampling: Sampling, seed: int) -> Tensor:
+    """[completions, max_new_tokens] float64 in [0, 1): a function of (seed, problem_id, sample) alone."""
+    generators = [np.random.Generator(np.random.Philox(stream_key(seed, *key))) for key in unit.keys]
+    return torch.tensor(np.stack([generator.random(sampling.max_new_tokens) for generator in generators]))
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -99,25 +111,60 @@ def _cache(lm: CausalLM) -> DynamicCache:
     return cache
 
 
-def _decode(
-    lm: CausalLM, prompts: list[list[int]], repeats: int, params: SamplingParams, uniforms: Tensor
+class Decoder:
+    """One model over completions under way, row by row; :attr:`hidden` [B, H] predicts the next token of each.
+
+    Args:
+        prompts: token ids; each is read once for its ``repeats`` rows.
+        within: entered for each forward pass, as to switch an adapter off.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        prompts: list[list[int]],
+        repeats: int,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.lm, self.within, self.cache = lm, within, _cache(lm)
+        ids, mask = pad(prompts, lm.device, left=True)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self._forward(ids, mask, positions)
+        self.cache.batch_repeat_interleave(repeats)
+        self.hidden = hidden.repeat_interleave(repeats, 0)
+        self.mask = mask.repeat_interleave(repeats, 0)
+        self.position = positions[:, -1].repeat_interleave(repeats)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        with self.within():
+            return self.lm.hidden(ids, mask, position_ids=positions, past_key_values=self.cache, use_cache=True)[:, -1]
+
+    def read(self, tokens: Tensor) -> None:
+        """Go on by one token a row, [B] int64."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=-1)
+        self.position = self.position + 1
+        self.hidden = self._forward(tokens[:, None], self.mask, self.position[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        self.cache.batch_select_indices(rows)
+        self.hidden, self.mask, self.position = (x[rows] for x in (self.hidden, self.mask, self.position))
+
+
+def decode(
+    decoders: Sequence[Decoder], pick: Callable[[int, list[int]], Picked], count: int, length: int
 ) -> list[Completion]:
-    """``repeats`` completions of every prompt; uniforms [prompts * repeats, max_new_tokens] float64."""
-    device, length = lm.device, uniforms.shape[1]
-    ids, mask = pad(prompts, device, left=True)
-    cache = _cache(lm)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = lm.hidden(ids, mask, position_ids=positions, past_key_values=cache, use_cache=True)[:, -1]
-    cache.batch_repeat_interleave(repeats)
-    hidden = hidden.repeat_interleave(repeats, 0)
-    mask = mask.repeat_interleave(repeats, 0)
-    position = positions[:, -1].repeat_interleave(repeats)
-    uniforms = uniforms.to(device)
-    done = [Completion([], []) for _ in range(uniforms.shape[0])]
-    rows = list(range(len(done)))  # which completion each row of the batch is
+    """``count`` completions of up to ``length`` tokens, which all ``decoders`` read in step.
+
+    Args:
+        pick: (step, which completion each row of the batch is) -> (token ids [B], log p [B]).
+    """
+    lm = decoders[0].lm
+    done = [Completion([], []) for _ in range(count)]
+    rows = list(range(count))
     alive = set(rows)
     for step in range(length):
-        tokens, logprobs = sample_tokens(lm, hidden, uniforms[:, step], params)
+        tokens, logprobs = pick(step, rows)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if row in alive:
                 done[row].ids.append(token)
@@ -127,16 +174,13 @@ def _decode(
         if not alive or step + 1 == length:
             break
         if len(alive) < SHRINK * len(rows):
-            keep = torch.tensor([place for place, row in enumerate(rows) if row in alive], device=device)
+            keep = torch.tensor([place for place, row in enumerate(rows) if row in alive], device=lm.device)
             rows = [row for row in rows if row in alive]
-            cache.batch_select_indices(keep)
-            tokens, mask, position, uniforms = (x[keep] for x in (tokens, mask, position, uniforms))
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=-1)
-        position = position + 1
-        step_out = lm.hidden(
-            tokens[:, None], mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
-        )
-        hidden = step_out[:, -1]
+            tokens = tokens[keep]
+            for decoder in decoders:
+                decoder.keep(keep)
+        for decoder in decoders:
+            decoder.read(tokens)
     return done
 
 

@@ -192,8 +192,11 @@ def detach(model: PreTrainedModel, adapter: Adapter) -> None:
         setattr(model.get_submodule(parent), last, layer.base)
 
 
-def save_adapter(adapter: Adapter, path: Path, base_model: str) -> None:
+def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory ``path``, whole or not at all.
+
+    Args:
+        notes: kept in the metadata of the safetensors file, as the prompt's fingerprint.
 
     Raises:
         AdapterError: the adapter changes nothing, or holds values that are not finite.
@@ -222,7 +225,7 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str) -> None:
     with replacing(path) as aside:
         aside.mkdir()
         (aside / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt", **notes})
 
 
 def layer_numbers(adapter: Adapter) -> list[int]:

@@ -6,21 +6,35 @@ was: at the batch of rollouts, the shard of scores or the checkpoint of training
 
 import dataclasses
 import json
-import time
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
 
 import rmx_kernels
-from rmx import evaluate, forward, lora, model, report, rollouts, score, select, train
-from rmx.artefacts import ArtefactError, Journal, fingerprint, read_records, remove, write_json, write_records
+from rmx import evaluate, forward, html, lora, model, report, rollouts, score, select, train
+from rmx.artefacts import (
+    ArtefactError,
+    Journal,
+    fingerprint,
+    read_records,
+    remove,
+    replacing,
+    write_json,
+    write_records,
+)
 from rmx.checkpoint import Checkpoint
-from rmx.config import Sampling
+from rmx.choose import FOLDER, Candidate, Choice, best, candidate_path, candidate_steps, saved_steps
+from rmx.config import Config, Sampling
+from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
-from rmx.records import Evaluation, Problem, Rollout, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
 from rmx.rundir import STAGES, RunDirectory, RunError
 from rmx.verify import verify
 
@@ -28,18 +42,24 @@ PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
     "rollouts": ("rollouts.journal.jsonl",),
     "score": ("scores",),
     "train": ("checkpoint.safetensors",),
+    "choose": ("choosing",),
     "evaluate": tuple(f"evaluation.{side}{kind}.jsonl" for side in ("base", "tuned") for kind in ("", ".journal")),
 }
 
 SPENT = {  # of these, what has no use once the stage is done
     "rollouts": PARTIAL["rollouts"],
     "train": PARTIAL["train"],
+    "choose": PARTIAL["choose"],
     "evaluate": tuple(name for name in PARTIAL["evaluate"] if ".journal" in name),
 }
 
 
 class Run(RunDirectory):
     """The stages of a run directory, one after the other or one alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.meter = Meter()  # of the stage under way
 
     def execute(self, stage: str, again: bool = False, group: Group = ALONE) -> None:
         """Run one stage whose predecessors are done; with ``again`` even if it is done itself, from its beginning.
@@ -59,9 +79,9 @@ class Run(RunDirectory):
         if again and (stage != "evaluate" or (old is not None and old["settings"] == self.settings(stage))):
             for name in PARTIAL.get(stage, ()):
                 remove(self.path(name))
-        started = time.perf_counter()
-        summary: dict[str, Any] = self._train(group) if stage == "train" else getattr(self, f"_{stage}")()
-        record = {"settings": self.settings(stage), "seconds": round(time.perf_counter() - started, 1), **summary}
+        with metered(stage, self.path("costs.jsonl")) as self.meter:
+            summary: dict[str, Any] = self._train(group) if stage == "train" else getattr(self, f"_{stage}")()
+        record = {"settings": self.settings(stage), "seconds": round(self.meter.seconds, 1), **summary}
         write_json(self.path("stages.json"), {**self.stages(), stage: record})
         for finished in order[: order.index(stage) + 1]:  # an earlier one may have been killed before it came here
             for name in SPENT.get(finished, ()):
@@ -76,7 +96,7 @@ class Run(RunDirectory):
             if done:
                 console.print(f"{self.dir}: continues after {', '.join(done)}", markup=False, soft_wrap=True)
             for stage in STAGES:
-                if stage == "report" or not self.is_done(stage):  # a stage that is redone undoes those behind it
+                if not self.is_done(stage):  # a stage that is redone undoes those behind it
                     self.execute(stage)
             return self.evaluation()
 
@@ -84,7 +104,7 @@ class Run(RunDirectory):
     def _problems(self) -> dict[str, Any]:
         problems = build_problems(self.config.problems, self.config.seed)
         write_records(self.path("problems.jsonl"), problems, {"seed": self.config.seed})
-        return {split: sum(p.split == split for p in problems) for split in ("train", "evaluate")}
+        return {split: len(own) for split in get_args(Split) if (own := [p for p in problems if p.split == split])}
 
     def _rollouts(self) -> dict[str, Any]:
         sampling = self.config.rollouts
@@ -98,11 +118,12 @@ class Run(RunDirectory):
     ) -> list[Rollout]:
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
         renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
-        origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.inputs["rollouts"]["weights"]}
+        origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.weights}
         origin["model"] = self.config.model.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
         total = len(problems) * sampling.samples
-        with journal, progress(name.removeprefix("evaluation."), total, "rollouts") as update:
+        title = name.rpartition("/")[2].removeprefix("evaluation.")
+        with journal, progress(title, total, "rollouts") as update:
             done = len(known)
             update(done, "")
 
@@ -110,6 +131,8 @@ class Run(RunDirectory):
                 nonlocal done
                 journal.append(unit)
                 done += len(unit)
+                self.meter.read += sum(len(r.prompt_ids) for r in {r.problem_id: r for r in unit}.values())
+                self.meter.generated += sum(len(r.completion_ids) for r in unit)
                 update(done, "")
 
             found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
@@ -136,20 +159,29 @@ class Run(RunDirectory):
         store = score.ScoreStore(self.path("scores"), found, settings.shard_tokens, self.score_origin(keep))
         store.discard_others()
         with progress("score", len(found), "rollouts") as update:
+            missing = [found[i] for number in store.missing() for i in store.shards[number]]
+            self.meter.read += sum(len(r.ids) for r in missing)
             store.fill(lm, settings, keep, on_done=lambda n: update(n, ""))
         write_json(store.path / "index.json", {"shard_tokens": settings.shard_tokens, "origin": store.origin})
         return {"rollouts": len(found), "tokens": sum(len(r.completion_ids) for r in found)}
 
     def _select(self) -> dict[str, Any]:
-        chosen, tau = select.select_sequences(self.rollouts(), self.verdicts(), self.scores(), self.config.select)
+        scores = self.scores()
+        chosen, tau = select.select_sequences(
+            self.rollouts(), self.verdicts(), scores, self.config.select, self.config.train_seed
+        )
         write_records(self.path("training_set.jsonl"), chosen, self.meta(tau=tau))
-        tokens = sum(len(s.completion_ids) for s in chosen)
-        gated = sum(len(s.decision_tokens) for s in chosen)
+        entropy = score.entropies(scores)
+        gate = select.describe_gate(chosen, entropy, tau)
+        write_json(self.path("gate.json"), self.meta(**dataclasses.asdict(gate)))
+        report.plot_gate(self.path("gate.png"), entropy, tau)
+        quantiles = ", ".join(f"{q:.0%} {nats:.2f}" for q, nats in gate.quantiles.items() if q in (0.5, 0.8, 0.9, 0.97))
         return {
             "problems": len({s.problem_id for s in chosen}),
             "sequences": len(chosen),
             "tau": round(tau, 3),
-            "gated": f"{gated} of {tokens} tokens",
+            "gated": f"{gate.gated} of {gate.tokens} tokens",
+            "entropy quantiles": f"{quantiles} nats",
         }
 
     def _train(self, group: Group = ALONE) -> dict[str, Any]:
@@ -159,46 +191,54 @@ class Run(RunDirectory):
         base, keep = self.base_source()
         if group.leads:
             group.wait()
-        adapter = lora.attach(self.lm.model, self.config.lora, self.config.seed)
+        adapter = lora.attach(self.lm.model, self.config.lora, self.config.train_seed)
         try:
             share = adapter.size / sum(p.numel() for p in self.lm.model.parameters())
             origin = {
                 "training_set": fingerprint(self.path("training_set.jsonl").read_bytes()),
                 "settings": {**self.settings("train"), "checkpoint_seconds": None},
                 "model": self.config.model.model_dump(),
-                "weights": self.inputs["rollouts"]["weights"],
+                "weights": self.weights,
                 "base": None if base is None else dataclasses.asdict(keep),
             }
             mark = fingerprint(json.dumps(origin, sort_keys=True).encode())
             path = self.path("checkpoint.safetensors")
             checkpoint = Checkpoint(path, mark, settings.checkpoint_seconds, write=group.leads)
-            steps = len(train.step_order(len(sequences), settings, self.config.seed))
+            steps = len(train.step_order(len(sequences), settings, self.config.train_seed))
             with ExitStack() as stack:
-                on_step = self._training_log(stack, checkpoint, steps) if group.leads else lambda *_: None
+                on_step = self._training_log(stack, checkpoint, steps, adapter) if group.leads else lambda *_: None
                 train.train_adapter(
                     self.lm,
                     adapter,
                     sequences,
                     settings,
-                    self.config.seed,
+                    self.config.train_seed,
                     base=base,
                     checkpoint=checkpoint,
                     group=group,
                     on_step=on_step,
                 )
             if group.leads:
-                lora.save_adapter(adapter, self.path("adapter"), self.config.model.name)
+                self._save(adapter, self.path("adapter"))
+                if settings.candidates > 1:
+                    self._save(adapter, candidate_path(self.dir, self.history()[-1].step))
         finally:
             lora.detach(self.lm.model, adapter)
         made = self.history()[-1].step if group.leads else steps  # fewer where it stopped early
         return {"steps": made, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
 
+    def _save(self, adapter: lora.Adapter, path: Path) -> None:
+        lora.save_adapter(adapter, path, self.config.model.name, prompt=self.meta()["prompt"])
+
     def _training_log(
-        self, stack: ExitStack, checkpoint: Checkpoint, steps: int
+        self, stack: ExitStack, checkpoint: Checkpoint, steps: int, adapter: lora.Adapter
     ) -> Callable[[train.StepMetrics, int], None]:
         made = checkpoint.peek()
         if made:
             console.print(f"train: goes on after step {made} of {steps}")
+        else:
+            remove(self.path(FOLDER))  # of an earlier training
+        kept = candidate_steps(steps, self.config.train.candidates)[:-1]
         log = train.MetricsLog(self.path("metrics.jsonl"), made)
         stack.callback(log.close)
         update = stack.enter_context(progress("train", steps, "steps"))
@@ -206,6 +246,9 @@ class Run(RunDirectory):
 
         def on_step(metrics: train.StepMetrics, total: int) -> None:
             log(metrics)
+            self.meter.read += metrics.tokens
+            if metrics.step in kept:
+                self._save(adapter, candidate_path(self.dir, metrics.step))
             update(metrics.step, f"loss {metrics.loss:+.3f} KL {metrics.anchor_kl:.4f}")
 
         return on_step
@@ -219,57 +262,132 @@ class Run(RunDirectory):
         out = out.expanduser().resolve()
         if out.exists() and any(out.iterdir()):
             raise RunError(f"{out}: is not empty")
-        if adapter is None and not self.is_done("train"):  # an adapter that lies there may be of an earlier training
-            raise RunError(f"{self.dir}: stage 'train' is not done: run `rmx train` first, or name an --adapter")
+        if adapter is None:
+            self.check_adapter()
         found = lora.load_adapter(self.lm.model, adapter or self.path("adapter"))
         lora.merge(found)
         lora.detach(self.lm.model, found)
         model.save(self.lm, out)
 
-    def _evaluate(self) -> dict[str, Any]:
-        problems = self.problems("evaluate")
+    def check_adapter(self) -> None:
+        """An adapter that lies there may be of an earlier training, or not the chosen one yet."""
+        stage = "choose" if self.config.train.candidates > 1 else "train"
+        if not self.is_done(stage):
+            raise RunError(f"{self.dir}: stage {stage!r} is not done: run `rmx {stage}` first, or name an adapter")
+
+    def _choose(self) -> dict[str, Any]:
+        """Put the best of the candidates in the place of the training's last step."""
+        made = self.history()[-1].step
+        problems, sampling, prompt = self.problems("choose"), self.config.evaluate, self.meta()["prompt"]
+        if self.config.train.candidates == 1:
+            write_json(self.path("choice.json"), dataclasses.asdict(Choice(prompt, 0, 0, [], made)))
+            return {"adapter": f"the last step, {made}"}
+        self._check_prompt()
+        candidates = []
+        for step in saved_steps(self.dir):
+            adapter = lora.load_adapter(self.lm.model, candidate_path(self.dir, step))
+            try:
+                name = f"choosing/step-{step:05d}"
+                _, verdicts = self._sampled(name, problems, 2, candidate_path(self.dir, step))
+            finally:
+                lora.detach(self.lm.model, adapter)
+            rates = np.array(list(evaluate.pass_rates(problems, verdicts).values()))
+            if not len(rates):
+                raise RunError("choose: no problem has a judged sample; raise verify.timeout_s")
+            candidates.append(Candidate(step, evaluate.bootstrap(rates, sampling.bootstrap, self.config.seed)))
+        chosen = best(candidates)
+        with replacing(self.path("adapter")) as aside:
+            shutil.copytree(candidate_path(self.dir, chosen.step), aside)
+        choice = Choice(prompt, len(problems), sampling.samples, candidates, chosen.step)
+        write_json(self.path("choice.json"), dataclasses.asdict(choice))
+        found = ", ".join(f"step {c.step} {c.pass_at_1.mean:.3f}" for c in candidates)
+        return {"adapter": f"of step {chosen.step}", "pass@1": found}
+
+    def _check_prompt(self) -> None:
         if self.meta()["prompt"] != self.renderer.fingerprint:
             raise ArtefactError(
                 f"{self.path('rollouts.jsonl')}: was made with other prompts than this model and style give now "
                 "(a chat template that writes today's date? fix it with prompt.template)"
             )
+
+    def _evaluate(self) -> dict[str, Any]:
+        problems = self.problems("evaluate")
+        self._check_prompt()
         adapter = lora.load_adapter(self.lm.model, self.path("adapter"))
         try:
+            # The same seed for both sides: common random numbers make the paired difference sharper.
             with adapter.off():
-                base = self._sampled("base", problems)
-            tuned = self._sampled("tuned", problems)
+                base = self._sampled("evaluation.base", problems, 1, None)
+            tuned = self._sampled("evaluation.tuned", problems, 1, self.path("adapter"))
         finally:
             lora.detach(self.lm.model, adapter)
         result = evaluate.compare(problems, base, tuned, draws=self.config.evaluate.bootstrap, seed=self.config.seed)
-        write_json(self.path("evaluation.json"), dataclasses.asdict(result))
-        return {"base": str(result.base), "tuned": str(result.tuned), "gain": str(result.gain)}
+        write_json(self.path("evaluation.json"), {**self.meta(), **dataclasses.asdict(result)})
+        return {
+            "base": str(result.base.pass_at_1),
+            "tuned": str(result.tuned.pass_at_1),
+            "gain": str(result.gain),
+        }
 
-    def _sampled(self, name: str, problems: list[Problem]) -> tuple[list[Rollout], list[Verdict]]:
-        """Rollouts and verdicts of one side; taken from its file where an interrupted evaluation left one."""
-        path = self.path(f"evaluation.{name}.jsonl")
-        adapter = self.path("adapter/adapter_model.safetensors").stat().st_mtime_ns if name == "tuned" else None
+    def _sampled(
+        self, name: str, problems: list[Problem], seed: int, adapter: Path | None
+    ) -> tuple[list[Rollout], list[Verdict]]:
+        """Rollouts and verdicts of the model as it is; taken from their file where an interrupted stage left one.
+
+        Args:
+            seed: of the sampling, added to the run's. adapter: what the model now wears, if anything.
+        """
+        path = self.path(f"{name}.jsonl")
         sampling = self.config.evaluate
-        weights = self.inputs["rollouts"]["weights"]
         origin = {
             "model": self.config.model.model_dump(),
-            "weights": weights,
+            "weights": self.weights,
             "problems": _mark(problems),
-            "adapter": adapter,
+            "adapter": adapter and fingerprint((adapter / "adapter_model.safetensors").read_bytes()),
         }
-        meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed, **origin)
+        meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed + seed, **origin)
+        title = name.rpartition("/")[2].removeprefix("evaluation.")
         if path.exists():
             old, found = read_records(path, Rollout)
             if old == meta:
-                return found, self._judge(name, problems, found)
-        # The same seed for both sides: common random numbers make the paired difference sharper.
-        found = self._generate(f"evaluation.{name}", problems, sampling, self.config.seed + 1, meta)
-        return found, self._judge(name, problems, found)
+                return found, self._judge(title, problems, found)
+        found = self._generate(name, problems, sampling, self.config.seed + seed, meta)
+        return found, self._judge(title, problems, found)
+
+    def evaluated(self, side: str) -> tuple[list[Rollout], list[Verdict]]:
+        """What the evaluation sampled of "base" or "tuned", judged again."""
+        problems, found = self.problems("evaluate"), read_records(self.path(f"evaluation.{side}.jsonl"), Rollout)[1]
+        return found, self._judge(side, problems, found)
 
     def _report(self) -> dict[str, Any]:
-        path = self.path("report.png")
-        gate = score.entropies(self.scores()), self.tau()
-        report.plot(path, *gate, self.history(), self.evaluation())
-        return {"written": str(path)}
+        scores, sequences, tau, history = self.scores(), self.training_set(), self.tau(), self.history()
+        entropy, evaluation = score.entropies(scores), self.evaluation()
+        report.plot(self.path("report.png"), entropy, tau, history, evaluation)
+        tokenizer = self.lm.tokenizer
+        page = html.Page(
+            config=self.config,
+            evaluation=evaluation,
+            entropies=entropy,
+            tau=tau,
+            training_set=sequences,
+            history=history,
+            examples=html.pick_examples(self.problems("train"), self.rollouts(), self.verdicts(), scores, sequences),
+            style=self.renderer.style,
+            prompt=self.meta()["prompt"],
+            costs=stage_costs(self.path("costs.jsonl"), list(STAGES), self.config.cost),
+            dates=(_written(self.path("problems.jsonl")), _written(self.path("evaluation.json"))),
+            notes={"Adapter size": self.stages()["train"]["adapter"]},
+        )
+        html.write_html(
+            self.path("report.html"),
+            page,
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        )
+        return {"written": f"{self.path('report.html')} and report.png"}
+
+
+def _written(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime)
 
 
 def _mark(problems: list[Problem]) -> str:

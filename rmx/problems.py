@@ -22,17 +22,21 @@ class ProblemsError(RmxError):
 
 
 def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
-    """The training problems, then the held-out ones; disjoint by question text (white space folded).
+    """The training problems, those to choose a checkpoint on, and the held-out ones; disjoint by question text.
 
-    A source with split "both" is divided between the two in the proportion of their counts; within each split the
-    sources take turns until the count is reached.
+    White space is folded. A source with split "both" is divided between the splits in the proportion of their counts;
+    within each split the sources take turns until the count is reached.
 
     Raises:
         ProblemsError: a source gives too few questions. ArtefactError: a broken file, with its line.
     """
-    wanted: dict[Split, int] = {"train": config.train_count, "evaluate": config.evaluate_count}
+    wanted: dict[Split, int] = {
+        "train": config.train_count,
+        "choose": config.choose_count,
+        "evaluate": config.evaluate_count,
+    }
     total = sum(wanted.values())
-    pools: dict[Split, list[list[Problem]]] = {"train": [], "evaluate": []}
+    pools: dict[Split, list[list[Problem]]] = {split: [] for split in wanted}
     seen: set[str] = set()
     kinds: list[str] = []
     # Files with a split of their own speak first: a shared source may not take a question away from them.
@@ -44,9 +48,12 @@ def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
         if source.split != "both":
             pools[source.split].append(fresh)
             continue
-        cut = round(len(fresh) * wanted["train"] / total)
-        pools["train"].append(fresh[:cut])
-        pools["evaluate"].append(fresh[cut:])
+        start = before = 0
+        for split, count in wanted.items():
+            before += count
+            stop = round(len(fresh) * before / total)
+            pools[split].append(fresh[start:stop])
+            start = stop
     problems = []
     for split, count in wanted.items():
         taken = _take_turns(pools[split], count)

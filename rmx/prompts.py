@@ -1,22 +1,61 @@
 """One renderer of prompts for every stage. Its fingerprint goes into every artefact, so that a mismatch is an error.
 
-Styles: ``chat`` (the model's own chat template), ``boxed`` (plain text that asks for \\boxed{}, Qwen2.5 base models),
-``qa`` (question, answer, let's think step by step: Mistral and Llama base models).
+The styles and their sources are listed in docs/prompts.md. ``auto`` becomes one of them by the model's name, its
+``model_type`` and whether its tokenizer has a chat template.
 """
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from rmx.artefacts import fingerprint
-from rmx.config import PromptConfig
+from rmx.config import Config, PromptConfig
 from rmx.errors import RmxError
+from rmx.model import CausalLM
+from rmx.progress import console
 
-PLAIN = {
-    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n",
+STEPS = "Solve the following math problem step by step."
+# Of the chat styles this is the user's turn, of the others the whole prompt.
+TEXTS = {
+    "chat": "{question}",
+    "chat_boxed": STEPS + " Give a concise solution and put your final answer in \\boxed{}.\n\nProblem: {question}",
+    "chat_plain": STEPS + "\n\n{question}\n\nGive a concise solution and final numeric answer.",
+    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.\n",
     "qa": "Question: {question}\nAnswer: Let's think step by step.",
+    "qwen_boxed": STEPS + " Put your final answer in \\boxed{}.\n\nProblem: {question}\n\nSolution:",
+    "qwen_plain": STEPS + "\n\n{question}\n\nSolution:",
+    "qwen_math": "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>"
+    "\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+    "llama_abel": "Question:\n{question}\nAnswer:\nLet's think step by step.\n",
+    "olmo3_math": "{question}\n\nPresent the answer in LaTex format: \\boxed{Your answer}",
+    "olmo3_rlzero_math": STEPS + " The last line of your response should be the answer to the problem in form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
+    'Remember to put your answer on its own line after "Answer:"',
 }
+CHAT = ("chat", "chat_boxed", "chat_plain")
+MARKS = {"qwen_math": ("<|im_start|>", "<|im_end|>")}  # special tokens that the text itself writes
+
+# What a name says, the style of such a model with a chat template, and without one; the first that is found decides.
+# The tokenizers of Qwen base models have a chat template too, so of Qwen only the name tells a base from a chat model.
+NAMES = (
+    (r"olmo-?3.*rl-?zero-?math", "olmo3_rlzero_math", "olmo3_rlzero_math"),
+    (r"\b(open-?|o)?r1\b|\bqwq\b|think|reason(ing|er)|qwen-?3(?!.*base)", "chat_boxed", "boxed"),
+    (r"instruct|chat|\bit\b|\bsft\b|\bdpo\b", "chat", "boxed"),
+    (r"olmo-?3.*math", "olmo3_math", "olmo3_math"),
+    (r"qwen-?2(\.5)?-math|qwen.*oat-zero", "qwen_math", "qwen_math"),
+    (r"qwen|olmo", "qwen_boxed", "qwen_boxed"),
+    (r"^(meta-)?llama-?\d[\d.]*-\d+b(-hf)?$|^mi[sx]tral-[\dx]+b-v[\d.]+$|mistral.*base", "llama_abel", "llama_abel"),
+    (r"llama|mi[sx]tral", "chat", "llama_abel"),
+)
+MODEL_TYPES = (
+    (r"qwen3", "chat_boxed", "qwen_boxed"),
+    (r"qwen|olmo", "chat", "qwen_boxed"),
+    (r"llama|mi[sx]tral", "chat", "llama_abel"),
+    (r"", "chat", "boxed"),
+)
 PROBE = "What is 1 + 1?"
 
 
@@ -24,28 +63,96 @@ class PromptError(RmxError):
     """The prompt style does not fit the model."""
 
 
+def auto_style(names: list[str], model_type: str, has_template: bool) -> str:
+    """The style of a model (docs/prompts.md).
+
+    Args:
+        names: hub names or paths of the model, the best first; only the last part of each is looked at.
+        model_type: of its transformers configuration, for names that no family has.
+        has_template: whether its tokenizer has a chat template.
+    """
+    said = [(_last_part(name), NAMES) for name in names] + [(model_type, MODEL_TYPES)]
+    rules = (rule for text, table in said for rule in table if re.search(rule[0], text))
+    _, with_template, without = next(rules)  # the last row of MODEL_TYPES fits any
+    return with_template if has_template else without
+
+
+def _last_part(name: str) -> str:
+    path = Path(name).expanduser().absolute()  # the name of "." is that of the directory
+    last = path.name
+    if path.parent.name == "snapshots":  # the hub's cache: models--Qwen--Qwen2.5-1.5B/snapshots/<commit>
+        last = path.parent.parent.name.rpartition("--")[2]
+    return last.lower().replace("_", "-")
+
+
 class Renderer:
-    def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
-        if config.style == "chat" and not getattr(tokenizer, "chat_template", None):
-            raise PromptError("prompt.style=chat: this model has no chat template; use boxed or qa")
-        if config.style != "chat" and config.system is not None:
-            raise PromptError(f"prompt.system: the style {config.style!r} has no system turn")
+    """Questions in, token ids of prompts out.
+
+    Args:
+        tokenizer: of the model.
+        config: the run's ``prompt``.
+        name: hub name or path of the model, for ``auto``; the tokenizer's own where it says nothing.
+        model_type: of the model's transformers configuration, for ``auto``.
+
+    Attributes:
+        style: never ``auto``.
+        fingerprint: tells apart all that changes prompts; the same for ``auto`` and for the style that it became.
+
+    Raises:
+        PromptError: the style, or another setting of ``prompt``, does not fit the model.
+    """
+
+    def __init__(self, tokenizer: Any, config: PromptConfig, name: str = "", model_type: str = "") -> None:
         self.tokenizer, self.config = tokenizer, config
-        probe = json.dumps([config.model_dump(), self(PROBE)], sort_keys=True)
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.style: str = config.style
+        if config.style == "auto":
+            names = [given for given in (name, getattr(tokenizer, "name_or_path", "")) if given]
+            self.style = auto_style(names, model_type, has_template)
+        if self.style in CHAT and not has_template:
+            raise PromptError(f"prompt.style={self.style}: this model has no chat template; use boxed, qa or auto")
+        for setting in ("system", "template"):
+            given = getattr(config, setting)
+            if given not in (None, {}) and self.style not in CHAT:
+                raise PromptError(
+                    f"prompt.{setting}: the style {self.style!r} takes none, got {given!r}: expected a style with the "
+                    f"model's chat template ({', '.join(CHAT)})"
+                )
+        for mark in MARKS.get(self.style, ()):
+            if mark not in tokenizer.get_added_vocab():
+                raise PromptError(f"prompt.style={self.style}: expected a tokenizer with the token {mark}, it has none")
+        probe = json.dumps([{**config.model_dump(), "style": self.style}, self(PROBE)], sort_keys=True)
         self.fingerprint = fingerprint(probe.encode())
 
     def __call__(self, question: str) -> list[int]:
         """Token ids of the prompt, special tokens of the template or tokenizer included exactly once."""
-        question += self.config.suffix
-        if self.config.style != "chat":
-            return list(self.tokenizer(PLAIN[self.config.style].format(question=question))["input_ids"])
-        turns = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
-        turns.append({"role": "user", "content": question})
-        # the template writes BOS itself, so the rendered string is tokenised without special tokens
+        written = self.style in CHAT or self.style in MARKS  # by the text itself, BOS where there is one
+        return list(self.tokenizer(self.text(question), add_special_tokens=not written)["input_ids"])
+
+    def text(self, question: str) -> str:
+        """The prompt as text, without the special tokens that the tokenizer adds by itself."""
+        if self.style not in CHAT:
+            return self._fill(question)
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False, **self.config.template
+            text: str = self.tokenizer.apply_chat_template(
+                self.turns(question), add_generation_prompt=True, tokenize=False, **self.config.template
             )
         except jinja2.TemplateError as fault:
             raise PromptError(f"prompt: the model's chat template refuses these turns: {fault}") from fault
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text
+
+    def turns(self, question: str) -> list[dict[str, str]]:
+        """What a chat style puts into the model's chat template."""
+        system = [{"role": "system", "content": self.config.system}] if self.config.system is not None else []
+        return [*system, {"role": "user", "content": self._fill(question)}]
+
+    def _fill(self, question: str) -> str:
+        return TEXTS[self.style].replace("{question}", question + self.config.suffix)
+
+
+def renderer_for(lm: CausalLM, config: Config) -> Renderer:
+    """The renderer of a run; it says what ``prompt.style=auto`` became."""
+    renderer = Renderer(lm.tokenizer, config.prompt, config.model.name, lm.model.config.model_type)
+    if config.prompt.style == "auto":
+        console.print(f"prompt.style=auto: {renderer.style}", markup=False, highlight=False)
+    return renderer

@@ -107,17 +107,28 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
+class Accuracy:
+    """What one model's samples of some problems say. Samples without a verdict count in lengths and boxes alone."""
+
+    problems: int  # with a judged sample
+    samples: int  # n of each problem
+    pass_at_1: Interval  # mean over problems of the share of right samples: avg@n
+    standard_error: float | None  # of pass_at_1, over problems; None for a single one
+    pass_at_k: dict[int, Interval]  # k = 1, 2, 4, ... up to n, and n; without those that no problem has k samples for
+    maj_at_k: dict[int, Interval]  # majority vote of k samples, same k
+    tokens: float  # mean completion length
+    truncated: float  # share of samples that hit the length limit
+    boxed: float  # share of samples with a closed box that is not empty
+    unverified: int  # samples whose verifier timed out or crashed
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Base against tuned on the same held-out problems, sampled with the same settings and random numbers."""
 
-    problems: int
+    problems: int  # with a judged sample on both sides: what base, tuned and gain are over
     samples: int
-    base: Interval  # pass@1
-    tuned: Interval
-    gain: Interval  # tuned - base, paired over problems
-    base_tokens: float  # mean completion length, tokens
-    tuned_tokens: float
-    base_truncated: float  # share of completions that hit the length limit
-    tuned_truncated: float
-    unverified: int  # samples left out because a verifier timed out or crashed
+    base: Accuracy
+    tuned: Accuracy
+    gain: Interval  # of pass@1, tuned - base, paired over problems
     categories: dict[str, tuple[float, float]]  # category -> (base, tuned) pass@1

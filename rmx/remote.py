@@ -19,7 +19,7 @@ from rmx.config import Sampling
 from rmx.engines import Completion, EngineError, Finished, Unit, stream_key
 from rmx.model import CausalLM
 from rmx.progress import console
-from rmx.prompts import Renderer
+from rmx.prompts import CHAT, Renderer
 
 TIMEOUT_S = 3600.0  # a completion of many tokens is answered all at once
 RETRIES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # waited before each further try
@@ -149,11 +149,9 @@ class Server:
         raise CannotSay("a text prompt: no text gives the token ids of the rendered prompt")
 
     def turns(self, question: str) -> list[dict[str, str]]:
-        config = self.renderer.config
-        if config.style != "chat":
-            raise CannotSay(f"a chat: prompt.style={config.style} is no chat")
-        system = [{"role": "system", "content": config.system}] if config.system is not None else []
-        return [*system, {"role": "user", "content": question + config.suffix}]
+        if self.renderer.style not in CHAT:
+            raise CannotSay(f"a chat: prompt.style={self.renderer.style} is no chat")
+        return self.renderer.turns(question)
 
     def completion(self, choice: dict[str, Any]) -> Completion:
         assert self.dialect is not None

@@ -1,6 +1,6 @@
 """The final table and the picture of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rmx.artefacts import replacing
-from rmx.records import Evaluation
+from rmx.records import Evaluation, Interval
 from rmx.train import StepMetrics
 
 BASE, TUNED, GATE = "#7a8ca3", "#d1495b", "#edae49"
@@ -26,18 +26,26 @@ def table(result: Evaluation) -> Table:
     grid = Table(title=title, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
     for heading in ("", "base", "tuned", "gain"):
         grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    grid.add_row("all", str(result.base), f"[bold]{result.tuned}[/]", f"[bold]{result.gain}[/]")
+    base, tuned = result.base, result.tuned
+    grid.add_row("all", str(base.pass_at_1), f"[bold]{tuned.pass_at_1}[/]", f"[bold]{result.gain}[/]")
     for category, (before, after) in result.categories.items():
         grid.add_row(
             escape(category.removeprefix("reasoning_gym:")), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"
         )
     grid.add_section()
-    lengths = result.base_tokens, result.tuned_tokens
-    grid.add_row("mean tokens", f"{lengths[0]:.1f}", f"{lengths[1]:.1f}", f"{lengths[1] - lengths[0]:+.1f}")
-    cut = result.base_truncated, result.tuned_truncated
-    grid.add_row("truncated", f"{cut[0]:.1%}", f"{cut[1]:.1%}", f"{100 * (cut[1] - cut[0]):+.1f} pt")
-    if result.unverified:
-        grid.add_row("not verified", str(result.unverified), "", "")
+    if k := max((k for k in base.pass_at_k.keys() & tuned.pass_at_k.keys() if k > 1), default=None):
+        for name in ("pass", "maj"):
+            before, after = (getattr(side, f"{name}_at_k")[k] for side in (base, tuned))
+            grid.add_row(f"{name}@{k}", str(before), str(after), f"{after.mean - before.mean:+.3f}")
+
+    def add_share(label: str, before: float, after: float) -> None:
+        grid.add_row(label, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} pt")
+
+    add_share("boxed", base.boxed, tuned.boxed)
+    grid.add_row("mean tokens", f"{base.tokens:.1f}", f"{tuned.tokens:.1f}", f"{tuned.tokens - base.tokens:+.1f}")
+    add_share("truncated", base.truncated, tuned.truncated)
+    if base.unverified or tuned.unverified:
+        grid.add_row("not verified", str(base.unverified), str(tuned.unverified), "")
     return grid
 
 
@@ -69,6 +77,15 @@ def plot(path: Path, entropy: np.ndarray, tau: float, history: Sequence[StepMetr
         figure.savefig(aside, format="png", dpi=120)
 
 
+def plot_gate(path: Path, entropy: np.ndarray, tau: float) -> None:
+    """PNG of the first panel alone."""
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    _plot_gate(figure.subplots(), entropy, tau)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
 def _plot_gate(axes: Axes, entropy: np.ndarray, tau: float) -> None:
     width = max(float(entropy.max()), tau, 1e-6) / 60
     below = int(np.ceil(tau / width))
@@ -90,21 +107,21 @@ def _plot_training(axes: Axes, history: Sequence[StepMetrics]) -> None:
     ):
         values = np.array([getattr(m, name) for m in history], dtype=float)  # None becomes NaN: a gap
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-        axes.plot(steps, _running_mean(values), color=colour, linewidth=2, label=label)
+        axes.plot(steps, running_mean(values), color=colour, linewidth=2, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(
         title=f"Training (mean of {WINDOW} steps)", xlabel="step", ylabel="change of log-prob since the base (nats)"
     )
     other = axes.twinx()
     kl = np.array([m.anchor_kl for m in history])
-    other.plot(steps, _running_mean(kl), color=GATE, linestyle=":", linewidth=2, label="anchor KL (right axis)")
+    other.plot(steps, running_mean(kl), color=GATE, linestyle=":", linewidth=2, label="anchor KL (right axis)")
     other.set_ylabel("KL(base || tuned) at anchors (nats)")
     other.set_ylim(bottom=0)
     handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, frameon=False, loc="best")
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Of the last WINDOW values that are not NaN, at every step."""
     known = ~np.isnan(values)
     sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
@@ -115,19 +132,32 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 def _plot_accuracy(axes: Axes, result: Evaluation) -> None:
     names = ["all", *(category.removeprefix("reasoning_gym:") for category in result.categories)]
-    base = [result.base.mean, *(before for before, _ in result.categories.values())]
-    tuned = [result.tuned.mean, *(after for _, after in result.categories.values())]
-    at = np.arange(len(names))
-    sides = ((base, result.base, -0.2, BASE, "base"), (tuned, result.tuned, 0.2, TUNED, "tuned"))
-    for values, interval, offset, colour, label in sides:
-        axes.bar(at + offset, values, 0.38, color=colour, label=label)
-        error = [[interval.mean - interval.low], [interval.high - interval.mean]]
-        axes.errorbar([offset], [interval.mean], yerr=error, color="black", capsize=3, linewidth=1)
-        for x, value, top in zip(at, values, [interval.high, *values[1:]], strict=True):
-            axes.annotate(
-                f"{value:.2f}", (x + offset, top), (0, 3), textcoords="offset points", ha="center", fontsize=8
-            )
-    axes.set_xticks(at, names)
-    top = max(*base, *tuned, result.tuned.high)
-    axes.set(title=f"Held-out pass@1, gain {result.gain}", ylabel="accuracy", ylim=(0, min(1.15, top + 0.2)))
+    base: list[Interval | float] = [result.base.pass_at_1, *(before for before, _ in result.categories.values())]
+    tuned: list[Interval | float] = [result.tuned.pass_at_1, *(after for _, after in result.categories.values())]
+    plot_bars(axes, names, {"base": base, "tuned": tuned})
+    axes.set(title=f"Held-out pass@1, gain {result.gain}")
+
+
+def plot_bars(axes: Axes, names: Sequence[str], sides: Mapping[str, Sequence[Interval | float]]) -> None:
+    """Accuracies of "base" and, where given, "tuned" under each name; an interval's bar has its whiskers."""
+    top = 0.0
+    offsets = {"base": -0.2, "tuned": 0.2} if len(sides) > 1 else {"base": 0.0}
+    for label, values in sides.items():
+        heights = [v.mean if isinstance(v, Interval) else v for v in values]
+        axes.bar(
+            np.arange(len(names)) + offsets[label],
+            heights,
+            0.38,
+            color={"base": BASE, "tuned": TUNED}[label],
+            label=label,
+        )
+        for x, (value, height) in enumerate(zip(values, heights, strict=True)):
+            at, high = x + offsets[label], height
+            if isinstance(value, Interval):
+                high, error = value.high, [[height - value.low], [value.high - height]]
+                axes.errorbar([at], [height], yerr=error, color="black", capsize=3, linewidth=1)
+            axes.annotate(f"{height:.2f}", (at, high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+            top = max(top, high)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel="accuracy", xlim=(-0.5, len(names) - 0.5), ylim=(0, min(1.15, top + 0.2)))
     axes.legend(frameon=False, loc="upper right")

@@ -45,12 +45,12 @@ def generate_rollouts(
     """
     engine = _engine(lm, sampling)
     prompts = [renderer(problem.question) for problem in problems]
-    _check_length(lm, max(map(len, prompts), default=0), sampling.max_new_tokens)
+    check_length(lm, max(map(len, prompts), default=0), sampling.max_new_tokens)
     done = {(rollout.problem_id, rollout.sample): rollout for rollout in known}
-    units = _units(problems, prompts, sampling, batched=engine != "openai")
+    units = cut_units(problems, prompts, sampling, batched=engine != "openai")
     left = [unit for unit in units if not done.keys() >= set(unit.keys)]
     for unit, completions in ENGINES[engine](lm, renderer, left, sampling, seed):
-        rollouts = _rollouts(lm, unit, completions)
+        rollouts = unit_rollouts(lm, unit, completions)
         done |= zip(unit.keys, rollouts, strict=True)
         on_unit(rollouts)
     return [done[problem.problem_id, sample] for problem in problems for sample in range(sampling.samples)]
@@ -64,7 +64,7 @@ def _engine(lm: CausalLM, sampling: Sampling) -> str:
     return "generate_batch" if lm.device.type == "cuda" and flash else "loop"
 
 
-def _units(problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling, batched: bool) -> list[Unit]:
+def cut_units(problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling, batched: bool) -> list[Unit]:
     """Batches of ``batch_size`` sequences, of prompts of like length; a problem each where it is not ``batched``."""
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i])) if batched else range(len(problems))
     together = max(1, sampling.batch_size // sampling.samples) if batched else 1  # prompts in one unit
@@ -78,7 +78,8 @@ def _units(problems: Sequence[Problem], prompts: list[list[int]], sampling: Samp
     return units
 
 
-def _rollouts(lm: CausalLM, unit: Unit, completions: list[Completion]) -> list[Rollout]:
+def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion]) -> list[Rollout]:
+    """The records of one unit's completions."""
     rollouts = []
     prompts = [prompt for prompt in unit.prompts for _ in unit.samples]
     for (problem_id, sample), prompt, (ids, logprobs) in zip(unit.keys, prompts, completions, strict=True):
@@ -90,7 +91,7 @@ def _rollouts(lm: CausalLM, unit: Unit, completions: list[Completion]) -> list[R
     return rollouts
 
 
-def _check_length(lm: CausalLM, prompt: int, completion: int) -> None:
+def check_length(lm: CausalLM, prompt: int, completion: int) -> None:
     known = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     if known and prompt + completion > known:
         raise PromptError(

@@ -19,7 +19,7 @@ from rmx.config import Config
 from rmx.errors import RmxError
 from rmx.problems import fingerprints
 from rmx.progress import console
-from rmx.prompts import Renderer
+from rmx.prompts import Renderer, renderer_for
 from rmx.records import Evaluation, Problem, Rollout, Scores, TrainingSequence, Verdict
 
 # Each stage in order, with the settings that it depends on beyond those of the stages before it.
@@ -30,16 +30,18 @@ OUTPUTS = {
     "score": "scores/index.json",
     "select": "training_set.jsonl",
     "train": "adapter/adapter_model.safetensors",
+    "choose": "choice.json",
     "evaluate": "evaluation.json",
-    "report": "report.png",
+    "report": "report.html",
 }
 STAGES: dict[str, tuple[str, ...]] = {
     "problems": ("seed", "problems"),
     "rollouts": ("seed", "model", "prompt", "rollouts"),
     "verify": ("verify",),
     "score": ("score",),
-    "select": ("select",),
-    "train": ("seed", "lora", "train"),
+    "select": ("seed", "training_seed", "select"),
+    "train": ("seed", "training_seed", "lora", "train"),
+    "choose": ("seed", "evaluate"),
     "evaluate": ("seed", "evaluate"),
     "report": (),
 }
@@ -68,7 +70,7 @@ class RunDirectory:
 
     @cached_property
     def renderer(self) -> Renderer:
-        return Renderer(self.lm.tokenizer, self.config.prompt)
+        return renderer_for(self.lm, self.config)
 
     # Which stages are done, and with which settings.
     def stages(self) -> dict[str, Any]:
@@ -85,6 +87,8 @@ class RunDirectory:
 
     def settings(self, stage: str) -> dict[str, Any]:
         """All that the stage depends on from outside the run directory."""
+        if stage == "choose" and self.config.train.candidates == 1:
+            return {}  # nothing is sampled
         tree = self.config.model_dump(mode="json")
         found = {name: tree[name] for name in STAGES[stage]}
         if stage == "score" and self.config.score.problems == "selected":
@@ -96,8 +100,12 @@ class RunDirectory:
         """The content of files that settings name, so that a change of theirs is noticed too."""
         return {
             "problems": {"files": fingerprints(self.config.problems)},
-            "rollouts": {"weights": model.fingerprint(self.config.model)},
+            "rollouts": {"weights": self.weights},
         }
+
+    @cached_property
+    def weights(self) -> str | None:
+        return model.fingerprint(self.config.model)
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is finished, with these settings, and its artefact is there.
@@ -171,12 +179,13 @@ class RunDirectory:
         settings = self.config.model
         vocabulary = json.dumps(self.lm.tokenizer.get_vocab(), sort_keys=True)
         return {
-            "weights": self.inputs["rollouts"]["weights"] or f"{settings.name}@{settings.revision}",
+            "weights": self.weights or f"{settings.name}@{settings.revision}",
             "tokenizer": fingerprint(vocabulary.encode()),
             "dtype": str(self.lm.weight.dtype).removeprefix("torch."),
             "packing": settings.packing,
             "score": {key: getattr(self.config.score, key) for key in ("top_k", "token_budget")},
             "keep": dataclasses.asdict(keep),
+            "prompt": self.meta()["prompt"],
         }
 
     def wanted(self) -> score.Keep:
@@ -206,7 +215,7 @@ class RunDirectory:
     def base_scores(self) -> list[Scores]:
         """The base model's scores of every rollout, for the analyses; the score stage may look at fewer."""
         settings = self.config.model
-        mark = self.inputs["rollouts"]["weights"] or f"{settings.name}@{settings.revision}"
+        mark = self.weights or f"{settings.name}@{settings.revision}"
         return score_text(self.lm, "base", mark, self.rollouts(), self.path("base_scores"), self.config.score)
 
     def training_set(self) -> list[TrainingSequence]:

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,8 @@ from rmx.errors import RmxError
 from rmx.records import Rollout, Scores, TrainingSequence, Verdict
 
 EPS = 1e-6  # lower bound of the standard deviation in an advantage
+BINS = 30  # of the entropy histogram
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.97, 0.99)
 
 
 class SelectionError(RmxError):
@@ -29,15 +32,62 @@ def advantages(rewards: Sequence[float], clip: float) -> list[float]:
     return [float(a) for a in np.clip((r - r.mean()) / max(r.std(), EPS), -clip, clip)]
 
 
-def gate_threshold(entropy: np.ndarray, config: SelectConfig) -> float:
-    """tau in nats: as given, or such that a share ``budget`` of these entropies lies strictly above it."""
+def gate_threshold(trained: np.ndarray, scored: np.ndarray, config: SelectConfig) -> float:
+    """tau in nats.
+
+    ``tau`` is taken as given; ``quantile`` q is that quantile of the entropies of all ``scored`` tokens, whatever is
+    trained on; ``budget`` b is such that a share b of the ``trained`` tokens lies strictly above it.
+    """
     if config.tau is not None:
         return config.tau
+    if config.quantile is not None:
+        return float(np.quantile(scored, config.quantile))
     assert config.budget is not None
-    above = math.floor(config.budget * entropy.size)
-    if above == entropy.size:
+    above = math.floor(config.budget * trained.size)
+    if above == trained.size:
         return -1.0  # entropies are >= 0: every token is gated
-    return float(np.sort(entropy)[entropy.size - above - 1])
+    return float(np.sort(trained)[trained.size - above - 1])
+
+
+def decisions(entropy: np.ndarray, tau: float, gate: str, draw: np.random.Generator) -> list[int]:
+    """Ascending decision tokens of one completion with entropies [T], nats.
+
+    ``entropy``: those above ``tau``. The controls take as many: ``random`` at random, ``lowest`` those of the lowest
+    entropy; ``all`` takes every token.
+    """
+    above = np.flatnonzero(entropy > tau)
+    if gate == "random":
+        above = np.sort(draw.choice(entropy.size, above.size, replace=False))
+    elif gate == "lowest":
+        above = np.sort(np.argsort(entropy, kind="stable")[: above.size])
+    elif gate == "all":
+        above = np.arange(entropy.size)
+    return [int(t) for t in above]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The gate of a training set on the entropies of the tokens that it was chosen from."""
+
+    tau: float  # nats
+    gated: int  # decision tokens
+    tokens: int  # completion tokens of the training set
+    edges: list[float]  # B + 1 edges of the histogram, nats
+    counts: list[int]  # B, of all scored tokens
+    quantiles: dict[float, float]  # of all scored tokens: share -> nats
+
+
+def describe_gate(sequences: Sequence[TrainingSequence], scored: np.ndarray, tau: float) -> Gate:
+    """What ``rmx select`` keeps and shows, so that tau can be judged."""
+    counts, edges = np.histogram(scored, BINS, (0, max(float(scored.max()), tau, 1e-6)))
+    return Gate(
+        tau=tau,
+        gated=sum(len(s.decision_tokens) for s in sequences),
+        tokens=sum(len(s.completion_ids) for s in sequences),
+        edges=edges.tolist(),
+        counts=counts.tolist(),
+        quantiles={q: float(np.quantile(scored, q)) for q in QUANTILES},
+    )
 
 
 def mixed_problems(verdicts: Sequence[Verdict]) -> set[str]:
@@ -100,22 +150,32 @@ def choose_rollouts(
 
 
 def select_sequences(
-    rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], scores: Sequence[Scores], config: SelectConfig
+    rollouts: Sequence[Rollout],
+    verdicts: Sequence[Verdict],
+    scores: Sequence[Scores],
+    config: SelectConfig,
+    seed: int = 0,
 ) -> tuple[list[TrainingSequence], float]:
     """(training set, tau): the rollouts of :func:`choose_rollouts` with their advantages and decision tokens.
 
     Args:
         scores: of at least those rollouts, in any order.
+        seed: of the random gate and of shuffled advantages; each rollout and problem has a stream of its own.
     """
     usable = choose_rollouts(rollouts, verdicts, config)
-    scored = {(s.problem_id, s.sample): s for s in scores}
-    of = {i: scored[rollouts[i].problem_id, rollouts[i].sample] for own in usable.values() for i in own}
-    tau = gate_threshold(np.concatenate([s.entropy.numpy() for s in of.values()]), config)
+    entropy = {(s.problem_id, s.sample): s.entropy.numpy() for s in scores}
+    logprob = {(s.problem_id, s.sample): s.logprob for s in scores}
+    of = {i: (rollouts[i].problem_id, rollouts[i].sample) for own in usable.values() for i in own}
+    tau = gate_threshold(
+        np.concatenate([entropy[key] for key in of.values()]), np.concatenate(list(entropy.values())), config
+    )
     sequences = []
     for own in usable.values():
         rewards = [float(verdicts[i].reward or 0.0) for i in own]
-        for i, reward, advantage in zip(own, rewards, advantages(rewards, config.advantage_clip), strict=True):
-            gate = (of[i].entropy > tau).nonzero().squeeze(1).tolist()
+        weights = advantages(rewards, config.advantage_clip)
+        if config.shuffle_advantages:
+            weights = [float(a) for a in np.random.default_rng([seed, 1, own[0]]).permutation(weights)]
+        for i, reward, advantage in zip(own, rewards, weights, strict=True):
             sequences.append(
                 TrainingSequence(
                     problem_id=rollouts[i].problem_id,
@@ -124,8 +184,8 @@ def select_sequences(
                     completion_ids=rollouts[i].completion_ids,
                     reward=reward,
                     advantage=advantage,
-                    decision_tokens=gate,
-                    base_logprob=of[i].logprob.tolist(),
+                    decision_tokens=decisions(entropy[of[i]], tau, config.gate, np.random.default_rng([seed, 0, i])),
+                    base_logprob=logprob[of[i]].tolist(),
                 )
             )
     return sequences, tau

@@ -195,7 +195,7 @@ def _check_prompts(path: Path, run: Run, rollouts: Sequence[Rollout], any_prompt
             theirs, ours = (run.lm.tokenizer.decode(prompt[n : n + 16]) for prompt in (given, wanted))
             raise ArtefactError(
                 f"{where}: {ids}.{n}: the prompt goes on with {theirs!r}, that of this configuration with {ours!r}: "
-                "set `prompt` to match, or import with --any-prompt"
+                f"set `prompt` to match (its style is {run.renderer.style}), or import with --any-prompt"
             )
 
 

@@ -40,7 +40,7 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("train: {epochs: many}", "train.epochs: .*got 'many'"),
         ("train: {sequences_per_step: 1.5}", "train.sequences_per_step: .*got 1.5"),
         ("rollouts: {top_p: 1.5}", "rollouts.top_p: "),
-        ("select: {tau: 1.0, budget: 0.1}", "select: .*exactly one of tau and budget"),
+        ("select: {tau: 1.0, budget: 0.1}", "select: .*exactly one of tau, quantile and budget"),
         ("prompt: {style: haiku}", "prompt.style: .*got 'haiku'"),
         ("seed: true", "seed: .*got True"),
     ],
@@ -55,7 +55,7 @@ def test_a_partial_selection_keeps_the_published_gate_unless_another_is_named(tm
     assert load_config(path, ["select.max_problems=20"]).select.tau == 1.4
     budgeted = load_config(path, ["select.budget=0.1"]).select
     assert (budgeted.tau, budgeted.budget) == (None, 0.1)
-    with pytest.raises(ConfigError, match="exactly one of tau and budget"):
+    with pytest.raises(ConfigError, match="exactly one of tau, quantile and budget"):
         load_config(path, ["select.tau=null"])
 
 

@@ -1,14 +1,16 @@
 """Paired bootstrap, the table's sentence, and a picture that is a picture."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from rmx import report
 from rmx.evaluate import EvaluationError, bootstrap, compare
-from rmx.records import Evaluation, Interval, Problem, Rollout, Verdict
+from rmx.records import Accuracy, Evaluation, Interval, Problem, Rollout, Verdict
 from rmx.train import StepMetrics
 
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "1", "even" if i % 2 == 0 else "odd", "evaluate") for i in range(40)]
@@ -41,25 +43,25 @@ def test_the_gain_is_paired_over_problems() -> None:
     tuned = {p.problem_id: [float(i % 2), 1.0] for i, p in enumerate(PROBLEMS)}
     result = compare(PROBLEMS, side(base, 4), side(tuned, 5), draws=500, seed=0)
     assert (result.gain.mean, result.gain.low, result.gain.high) == (0.5, 0.5, 0.5)
-    assert result.base.high - result.base.low > 0.1
+    assert result.base.pass_at_1.high - result.base.pass_at_1.low > 0.1
     assert (result.problems, result.samples) == (40, 2)
     assert result.categories == {"even": (0.0, 0.5), "odd": (0.5, 1.0)}
-    assert (result.base_tokens, result.tuned_tokens, result.base_truncated, result.tuned_truncated) == (4, 5, 0, 1)
+    assert [(side.tokens, side.truncated) for side in (result.base, result.tuned)] == [(4, 0), (5, 1)]
 
 
 def test_unverified_samples_are_counted_and_left_out() -> None:
     base: dict[str, list[float | None]] = {"p0": [1.0, None], "p1": [None, None], "p2": [0.0, 0.0]}
     tuned: dict[str, list[float | None]] = {"p0": [1.0, 1.0], "p1": [1.0, 1.0], "p2": [0.0, 1.0]}
     result = compare(PROBLEMS[:3], side(base, 2), side(tuned, 2), draws=50, seed=0)
-    assert (result.problems, result.unverified) == (2, 3)
-    assert (result.base.mean, result.tuned.mean) == (0.5, 0.75)
+    assert (result.problems, result.base.unverified, result.tuned.unverified) == (2, 3, 0)
+    assert (result.base.pass_at_1.mean, result.tuned.pass_at_1.mean, result.gain.mean) == (0.5, 0.75, 0.25)
 
 
 def evaluation(low: float, high: float, problems: int = 30) -> Evaluation:
-    one = Interval(0.3, 0.2, 0.4)
-    return Evaluation(
-        problems, 2, one, one, Interval((low + high) / 2, low, high), 9, 8, 0.1, 0.2, 1, {"sum": (0.2, 0.6)}
-    )
+    one, more = Interval(0.3, 0.2, 0.4), Interval(0.5, 0.4, 0.6)
+    base = Accuracy(problems, 4, one, 0.05, {1: one, 2: one, 4: more}, {1: one, 2: one, 4: one}, 9, 0.1, 0.5, 1)
+    tuned = Accuracy(problems, 4, more, 0.05, {1: more, 2: more, 4: more}, {1: more, 2: more, 4: more}, 8, 0.2, 0.9, 0)
+    return Evaluation(problems, 4, base, tuned, Interval((low + high) / 2, low, high), {"sum": (0.2, 0.6)})
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,29 @@ def evaluation(low: float, high: float, problems: int = 30) -> Evaluation:
 )
 def test_the_sentence_follows_the_interval(low: float, high: float, words: str) -> None:
     assert words in report.verdict(evaluation(low, high))
-    assert report.table(evaluation(low, high)).row_count == 5
+
+
+def test_the_table_has_every_number_and_fits_a_terminal() -> None:
+    out = Console(width=80, file=io.StringIO())
+    out.print(report.table(evaluation(0.1, 0.2)))
+    lines = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "30 held-out problems x 4 samples" in lines[0]
+    rows = {" ".join(line.split()) for line in lines}
+    assert {
+        "all 0.300 [0.200, 0.400] 0.500 [0.400, 0.600] 0.150 [0.100, 0.200]",
+        "sum 0.200 0.600 +0.400",
+        "pass@4 0.500 [0.400, 0.600] 0.500 [0.400, 0.600] +0.000",
+        "maj@4 0.300 [0.200, 0.400] 0.500 [0.400, 0.600] +0.200",
+        "boxed 50.0% 90.0% +40.0 pt",
+        "mean tokens 9.0 8.0 -1.0",
+        "truncated 10.0% 20.0% +10.0 pt",
+        "not verified 1 0",
+    } <= rows
+
+
+def test_one_sample_a_problem_has_no_vote_to_show() -> None:
+    base = {p.problem_id: [1.0] for p in PROBLEMS}
+    assert report.table(compare(PROBLEMS, side(base, 4), side(base, 5), draws=10, seed=0)).row_count == 6
 
 
 def test_too_few_problems_are_not_called_a_result() -> None:

@@ -1,4 +1,4 @@
-"""Loading from safetensors and GGUF, refusing pickles and missing weights, the head's self-check, prompts."""
+"""Loading from safetensors and GGUF, refusing pickles and missing weights, the head's self-check."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from helpers import full_logits
 from rmx import model
 from rmx.config import ModelConfig, PromptConfig
 from rmx.model import ModelError
-from rmx.prompts import PromptError, Renderer
+from rmx.prompts import Renderer
 
 
 def config(name: object, **more: object) -> ModelConfig:
@@ -120,28 +120,3 @@ def test_padding() -> None:
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert model.pad([[1, 2, 3], [4]], torch.device("cpu"))[0].tolist() == [[1, 2, 3], [4, 0, 0]]
-
-
-def test_a_rendered_chat_has_one_bos_and_plain_styles_use_the_tokenizer(tiny: model.CausalLM) -> None:
-    ids = Renderer(tiny.tokenizer, PromptConfig())("sum of 1 and 2")
-    assert tiny.tokenizer.decode(ids) == "<s> <user> sum of 1 and 2 <model>"
-    plain = Renderer(tiny.tokenizer, PromptConfig(style="qa"))("sum of 1 and 2")
-    assert tiny.tokenizer.decode(plain).startswith("Question: sum of 1 and 2 Answer:")
-
-
-def test_the_fingerprint_follows_style_system_and_template(tiny: model.CausalLM) -> None:
-    styles = [PromptConfig(), PromptConfig(system="of"), PromptConfig(suffix=" is"), PromptConfig(style="boxed")]
-    prints = [Renderer(tiny.tokenizer, style).fingerprint for style in styles]
-    tiny.tokenizer.chat_template = tiny.tokenizer.chat_template.replace("<user>", "<user> Question:")
-    prints.append(Renderer(tiny.tokenizer, PromptConfig()).fingerprint)
-    assert len(set(prints)) == 5
-    tiny.tokenizer.chat_template = "{{ flag }}"
-    assert Renderer(tiny.tokenizer, PromptConfig(template={"flag": "sum"}))("x") == [15]
-    tiny.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(PromptError, match="refuses these turns: no system turn"):
-        Renderer(tiny.tokenizer, PromptConfig(system="of"))
-    tiny.tokenizer.chat_template = None
-    with pytest.raises(PromptError, match="no chat template"):
-        Renderer(tiny.tokenizer, PromptConfig())
-    with pytest.raises(PromptError, match=r"prompt.system: the style 'qa'"):
-        Renderer(tiny.tokenizer, PromptConfig(style="qa", system="of"))

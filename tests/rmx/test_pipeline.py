@@ -48,7 +48,17 @@ def finished(tiny_config: Config) -> Run:
 def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
     assert list(finished.stages()) == list(STAGES)
     names = {path.name for path in finished.dir.iterdir()}
-    assert {"adapter", "metrics.jsonl", "report.png", "evaluation.json", "scores"} <= names
+    assert {
+        "adapter",
+        "metrics.jsonl",
+        "report.png",
+        "report.html",
+        "gate.json",
+        "gate.png",
+        "choice.json",
+        "evaluation.json",
+        "scores",
+    } <= names
     assert not [name for name in names if name.endswith(".partial")]
     held_out = {p.question for p in finished.problems("evaluate")}
     assert not held_out & {p.question for p in finished.problems("train")}
@@ -69,7 +79,6 @@ def test_a_finished_run_is_not_repeated(finished: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(rundir.model, "load", lambda _: pytest.fail("nothing is left to do"))
     again = Run(finished.config)
     assert again.run() == finished.evaluation()
-    del before[finished.path("stages.json")]  # the report is always drawn anew
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
@@ -92,7 +101,8 @@ def test_a_failure_in_any_stage_loses_nothing_before_it(
     run = Run(tiny_config)
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:
         run.execute(earlier)
-    kept = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file() and path.name != "stages.json"}
+    logs = ("stages.json", "costs.jsonl")
+    kept = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file() and path.name not in logs}
     replace = os.replace
 
     def full(source: Path, target: Path) -> None:
@@ -179,6 +189,7 @@ def test_an_interrupted_evaluation_keeps_what_still_fits(finished: Run, monkeypa
     assert evaluated(changed(finished.config, evaluate={"temperature": 0.9})) == ["base", "tuned"]
     retrained = changed(finished.config, evaluate={"temperature": 0.9}, train={"learning_rate": 0.02})
     Run(retrained).execute("train", again=True)
+    Run(retrained).execute("choose")
     assert evaluated(retrained, again=False) == ["tuned"]
     Run(retrained).path("evaluation.tuned.jsonl").unlink()  # as if it had been stopped between the two
     assert evaluated(changed(retrained, evaluate={"bootstrap": 50})) == ["tuned"]
@@ -224,7 +235,7 @@ def test_the_command_line_runs_stages_and_reports_errors_in_one_line(tiny_config
     assert "stage 'train' needs stage 'problems'" in early.stderr
     done = command("run", path, "--set", "train.epochs=0.5")
     assert done.returncode == 0, done.stderr
-    for words in ("20 held-out problems x 2 samples", "base", "tuned", "gain", "adapter", "report.png"):
+    for words in ("20 held-out problems x 2 samples", "base", "tuned", "gain", "adapter", "report.html", "Cost"):
         assert words in done.stdout
     wrong = command("run", path, "--set", "train.epohcs=1")
     assert wrong.returncode == 1

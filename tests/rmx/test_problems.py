@@ -41,6 +41,16 @@ def test_a_small_task_is_exhausted_and_says_so() -> None:
         build_problems(config({"task": "chain_sum", "params": SUMS}, train=500), seed=0)
 
 
+def test_problems_to_choose_on_are_neither_trained_nor_reported_on(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"q {i}", "answer": i}) for i in range(60)]
+    source = {"jsonl": write(tmp_path / "p.jsonl", lines)}
+    counts = {"train_count": 25, "choose_count": 15, "evaluate_count": 20}
+    problems = build_problems(ProblemsConfig.model_validate({"sources": [source], **counts}), seed=0)
+    splits = {split: {p.question for p in problems if p.split == split} for split in ("train", "choose", "evaluate")}
+    assert {split: len(own) for split, own in splits.items()} == {"train": 25, "choose": 15, "evaluate": 20}
+    assert len(set.union(*splits.values())) == 60
+
+
 @pytest.mark.parametrize(("task", "params"), [("no_such_task", {}), ("chain_sum", {"no_such_setting": 1})])
 def test_a_wrong_task_or_setting_is_named(task: str, params: dict[str, object]) -> None:
     with pytest.raises(ProblemsError, match=f"{task}"):

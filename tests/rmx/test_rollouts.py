@@ -122,8 +122,8 @@ def test_an_interrupted_start_ends_as_an_undisturbed_one(
     assert sorted(map(key, whole)) == sorted(key(r) for unit in units for r in unit)
     assert [len(unit) for unit in units] == {128: [30], 12: [12, 12, 6], 4: [4, 2] * 5}[batch_size]
     decoded: list[int] = []
-    decode = engines._decode
-    monkeypatch.setattr(engines, "_decode", lambda *args: decoded.append(len(args[-1])) or decode(*args))
+    decode = engines.decode
+    monkeypatch.setattr(engines, "decode", lambda *args: decoded.append(args[2]) or decode(*args))
     for kept in range(len(units) + 1):
         known = [r for unit in reversed(units[:kept]) for r in unit]
         known += units[-1][:-1]  # of a unit that was written in part

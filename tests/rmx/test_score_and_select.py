@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rmx.artefacts import ArtefactError
@@ -13,7 +15,14 @@ from rmx.config import ScoreConfig, SelectConfig
 from rmx.model import CausalLM, ModelError
 from rmx.records import Rollout, Scores, Verdict
 from rmx.score import Keep, ScoreStore, affordable, score_rollouts
-from rmx.select import SelectionError, advantages, gate_threshold, select_sequences
+from rmx.select import (
+    SelectionError,
+    advantages,
+    decisions,
+    describe_gate,
+    gate_threshold,
+    select_sequences,
+)
 
 
 def rollout(problem: str, sample: int, prompt: list[int], completion: list[int]) -> Rollout:
@@ -153,11 +162,57 @@ def test_advantages_by_hand() -> None:
 
 def test_the_gate_is_strict_and_a_budget_is_met() -> None:
     entropy = np.array([0.1, 0.5, 0.5, 2.0], dtype=np.float32)
-    assert gate_threshold(entropy, SelectConfig(tau=0.5)) == 0.5
-    assert (entropy > gate_threshold(entropy, SelectConfig(budget=0.25))).sum() == 1
-    assert (entropy > gate_threshold(entropy, SelectConfig(budget=1.0))).sum() == 4
+    assert gate_threshold(entropy, entropy, SelectConfig(tau=0.5)) == 0.5
+    assert (entropy > gate_threshold(entropy, entropy, SelectConfig(budget=0.25))).sum() == 1
+    assert (entropy > gate_threshold(entropy, entropy, SelectConfig(budget=1.0))).sum() == 4
     many = np.random.default_rng(0).gamma(1.0, size=10_001).astype(np.float32)
-    assert (many > gate_threshold(many, SelectConfig(budget=0.03))).sum() == 300
+    assert (many > gate_threshold(many, many[:10], SelectConfig(budget=0.03))).sum() == 300
+    assert gate_threshold(many[:10], many, SelectConfig(quantile=0.9)) == pytest.approx(np.sort(many)[9000])
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 9))
+def test_control_gates_take_as_many_tokens(values: list[int], tau: int) -> None:
+    entropy = np.array(values, dtype=np.float32)
+    gates = {g: decisions(entropy, tau, g, np.random.default_rng(3)) for g in ("entropy", "random", "lowest", "all")}
+    assert gates["entropy"] == [t for t, h in enumerate(values) if h > tau]
+    count = len(gates["entropy"])
+    for name in ("random", "lowest"):
+        assert len(set(gates[name])) == count and gates[name] == sorted(gates[name])
+    assert sorted(values[t] for t in gates["lowest"]) == sorted(values)[:count]
+    assert gates["all"] == list(range(len(values)))
+    assert gates["random"] == decisions(entropy, tau, "random", np.random.default_rng(3))
+
+
+def test_random_gates_differ_by_seed_and_rollout_and_hit_every_token_alike() -> None:
+    scored = case({"a": [1.0, 0.0] * 4})
+    config = SelectConfig(tau=1.5, gate="random")
+    first, _ = select_sequences(*scored, config, seed=0)
+    second, _ = select_sequences(*scored, config, seed=1)
+    assert [s.decision_tokens for s in first] != [s.decision_tokens for s in second]
+    hits = np.zeros(6)
+    for n in range(3000):
+        hits[decisions(np.arange(6.0), 2.5, "random", np.random.default_rng([n, 0]))] += 1
+    np.testing.assert_allclose(hits / 3000, 0.5, atol=0.04)
+
+
+def test_shuffled_advantages_stay_with_their_problem() -> None:
+    scored = case({"a": [1.0, 0, 0, 0, 0, 0], "b": [1.0, 1.0, 1.0, 0, 0, 0]})
+    plain, _ = select_sequences(*scored, SelectConfig(tau=1.5))
+    shuffled = [select_sequences(*scored, SelectConfig(tau=1.5, shuffle_advantages=True), seed)[0] for seed in range(9)]
+    assert len({tuple(s.advantage for s in found) for found in shuffled}) > 5
+    for found in shuffled:
+        assert [s.decision_tokens for s in found] == [s.decision_tokens for s in plain]
+        for problem in "ab":
+            both = ([s.advantage for s in side if s.problem_id == problem] for side in (plain, found))
+            assert sorted(next(both)) == sorted(next(both))
+
+
+def test_the_gate_is_described_on_all_scored_tokens() -> None:
+    rollouts, verdicts, scores = case({"a": [1.0, 0.0], "b": [0.0, 0.0]})
+    chosen, tau = select_sequences(rollouts, verdicts, scores, SelectConfig(tau=0.5))
+    gate = describe_gate(chosen, np.concatenate([s.entropy.numpy() for s in scores]), tau)
+    assert (gate.gated, gate.tokens, sum(gate.counts)) == (3, 5, 10)
+    assert gate.edges[-1] == 2 and gate.quantiles[0.5] == 0.5 + 0.5
 
 
 def case(rewards: dict[str, list[float | None]]) -> tuple[list[Rollout], list[Verdict], list[Scores]]:

@@ -1,0 +1,297 @@
+"""How much of another model's accuracy a few of its tokens bring to the base (arXiv 2605.06241, section 3).
+
+The base model decodes. Where a gate is open the other model's token is taken instead, if it is among the base's top 5:
+
+* ``disagreement``: the two models' most probable tokens differ;
+* ``entropy``: the base's entropy is above tau, so that no second model chooses the positions.
+
+Controls: the other's tokens at as many positions drawn at random, and random tokens of the base's top 5 where the gate
+is open. Every sample keeps its random numbers in all arms, so that what differs is the intervention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+from rmx.analyses.pair import TOP, AnalysisError, Pair
+from rmx.artefacts import Journal, fingerprint, replacing, write_json
+from rmx.engines import Decoder, Picked, Unit, decode, stream_key, unit_uniforms
+from rmx.evaluate import bootstrap, pass_rates
+from rmx.pipeline import Run
+from rmx.progress import console, progress
+from rmx.records import Interval, Rollout
+from rmx.report import BASE, GATE, TUNED
+from rmx.rollouts import check_length, cut_units, unit_rollouts
+from rmx.sampling import SamplingParams, sample_tokens
+from rmx_kernels import linear_entropy_topk
+
+Gate = Literal["disagreement", "entropy"]
+ARMS = ("base", "gated", "random positions", "random tokens", "other")
+Key = tuple[str, int]  # problem_id, sample
+POSITIONS, TOKENS = 1_000, 2_000  # added to the seed: streams of the random positions and of the random tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Intervened:
+    """One completion, and where its tokens do not come from the base."""
+
+    rollout: Rollout
+    taken: list[int]  # completion tokens where the gate was open and the proposed token was among the base's top 5
+    changed: list[int]  # of these, where it is not the token that the base would have drawn
+
+    @property
+    def key(self) -> Key:
+        return self.rollout.problem_id, self.rollout.sample
+
+
+@dataclass(frozen=True)
+class Arm:
+    accuracy: Interval  # pass@1
+    gain: Interval  # over the base, paired over problems
+    recovered: Interval | None  # gain / gap; None where the gap is not clearly different from zero
+    behind_gated: Interval | None  # gated - this arm, paired; of the controls
+    taken: float  # share of the completion tokens
+    changed: float
+    tokens: float  # mean completion length
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What :func:`intervene` found; intervals are over problems."""
+
+    gate: Gate
+    tau: float | None  # nats, of the entropy gate
+    problems: int
+    samples: int
+    gap: Interval  # other - base
+    arms: dict[str, Arm]
+    prompt: str  # fingerprint
+
+
+def intervene(run: Run, pair: Pair, out: Path, gate: Gate = "disagreement", tau: float | None = None) -> Intervention:
+    """Decode the run's held-out problems in every arm, as ``rmx evaluate`` samples them, and compare.
+
+    Killed and started again, it goes on at the unit of completions under way.
+
+    Raises:
+        AnalysisError: an entropy gate without ``tau``, or another one with it.
+    """
+    if (gate == "entropy") != (tau is not None):
+        raise AnalysisError(f"intervene: expected tau (nats) for the entropy gate and for no other, got {tau}")
+    experiment = _Experiment(run, pair, out, gate, tau)
+    problems, sampling = experiment.problems, run.config.evaluate
+    found: dict[str, list[Intervened]] = {}
+    for name in ARMS:
+        planned = _random_positions(found["gated"], run.config.seed) if name == "random positions" else {}
+        found[name] = experiment.arm(name, planned)
+    rewards = {}
+    for name, arm in found.items():
+        verdicts = run._judge(name, problems, [completion.rollout for completion in arm])
+        rewards[name] = pass_rates(problems, verdicts)
+    judged = [p.problem_id for p in problems if all(p.problem_id in own for own in rewards.values())]
+    if not judged:
+        raise AnalysisError("intervene: no problem has a judged sample in every arm; raise verify.timeout_s")
+    rates = {name: np.array([own[p] for p in judged]) for name, own in rewards.items()}
+    return Intervention(
+        gate=gate,
+        tau=tau,
+        problems=len(judged),
+        samples=sampling.samples,
+        gap=bootstrap(rates["other"] - rates["base"], sampling.bootstrap, run.config.seed),
+        arms=summarise(found, rates, sampling.bootstrap, run.config.seed),
+        prompt=run.renderer.fingerprint,
+    )
+
+
+def summarise(
+    found: dict[str, list[Intervened]], rates: dict[str, np.ndarray], draws: int, seed: int
+) -> dict[str, Arm]:
+    """Intervals of every arm; rates: pass@1 of each problem, in one order."""
+    gap = rates["other"] - rates["base"]
+    known = bootstrap(gap, draws, seed)
+    clear = known.low > 0 or known.high < 0  # else the ratio has no bound
+    arms = {}
+    for name, completions in found.items():
+        gain = rates[name] - rates["base"]
+        tokens = sum(len(c.rollout.completion_ids) for c in completions)
+        control = name.startswith("random")
+        arms[name] = Arm(
+            accuracy=bootstrap(rates[name], draws, seed),
+            gain=bootstrap(gain, draws, seed),
+            recovered=bootstrap(gain, draws, seed, per=gap) if clear and name not in ("base", "other") else None,
+            behind_gated=bootstrap(rates["gated"] - rates[name], draws, seed) if control else None,
+            taken=sum(len(c.taken) for c in completions) / tokens,
+            changed=sum(len(c.changed) for c in completions) / tokens,
+            tokens=tokens / len(completions),
+        )
+    return arms
+
+
+def _random_positions(gated: Sequence[Intervened], seed: int) -> dict[Key, set[int]]:
+    """For each sample as many positions as were taken in its gated completion, anywhere in a text of that length."""
+    found = {}
+    for c in gated:
+        draw = np.random.Generator(np.random.Philox(stream_key(seed + POSITIONS, *c.key)))
+        places = draw.choice(len(c.rollout.completion_ids), len(c.taken), replace=False)
+        found[c.key] = {int(t) for t in places}
+    return found
+
+
+class _Experiment:
+    """What all arms have in common."""
+
+    def __init__(self, run: Run, pair: Pair, out: Path, gate: Gate, tau: float | None) -> None:
+        self.pair, self.out, self.gate, self.tau = pair, out, gate, tau
+        self.problems, self.sampling, self.seed = run.problems("evaluate"), run.config.evaluate, run.config.seed + 1
+        prompts = [run.renderer(p.question) for p in self.problems]
+        check_length(pair.base, max(map(len, prompts)), self.sampling.max_new_tokens)
+        self.units = cut_units(self.problems, prompts, self.sampling, batched=True)
+        self.params = SamplingParams(self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
+        self.origin: dict[str, Any] = {
+            "prompt": run.renderer.fingerprint,
+            "model": run.config.model.model_dump(),
+            "weights": run.weights,
+            "problems": fingerprint(repr([(p.problem_id, p.question) for p in self.problems]).encode()),
+            "sampling": self.sampling.model_dump(exclude={"bootstrap"}),
+            "seed": self.seed,
+        }
+
+    def arm(self, name: str, planned: dict[Key, set[int]]) -> list[Intervened]:
+        """All completions of one arm, by way of a journal that a killed start left."""
+        alone = name in ("base", "other")  # the same for every gate
+        origin = {
+            **self.origin,
+            "other": None if name == "base" else self.pair.mark,
+            "gate": None if alone else [self.gate, self.tau],
+            "planned": fingerprint(repr(sorted((key, sorted(own)) for key, own in planned.items())).encode()),
+        }
+        path = (self.out if alone else self.out / self.gate) / f"{name.replace(' ', '-')}.jsonl"
+        journal, known = Journal.open(path, Intervened, origin)
+        done = {c.key: c for c in known}
+        samples = range(self.sampling.samples)
+        with journal, progress(name, len(self.problems) * len(samples), "rollouts") as update:
+            update(len(done), "")
+            for unit in self.units:
+                if not done.keys() >= set(unit.keys):
+                    fresh = self._decode(unit, name, planned)
+                    journal.append(fresh)
+                    done |= {c.key: c for c in fresh}
+                    update(len(done), "")
+        return [done[p.problem_id, n] for p in self.problems for n in samples]
+
+    @torch.no_grad()
+    def _decode(self, unit: Unit, name: str, planned: dict[Key, set[int]]) -> list[Intervened]:
+        pair, count = self.pair, len(unit.keys)
+        uniforms = unit_uniforms(unit, self.sampling, self.seed).to(pair.base.device)
+        dice = unit_uniforms(unit, self.sampling, self.seed + TOKENS).to(pair.base.device)
+        decoders = []
+        if name != "other":
+            decoders.append(Decoder(pair.base, unit.prompts, len(unit.samples), pair.as_base))
+        if name != "base":
+            decoders.append(Decoder(pair.other, unit.prompts, len(unit.samples)))
+        taken: list[list[int]] = [[] for _ in range(count)]
+        changed: list[list[int]] = [[] for _ in range(count)]
+        places = [planned.get(key, set()) for key in unit.keys]
+
+        def pick(step: int, rows: list[int]) -> Picked:
+            drawn = [sample_tokens(d.lm, d.hidden, uniforms[rows, step], self.params) for d in decoders]
+            if len(decoders) == 1:
+                return drawn[0]
+            (tokens, logprobs), (proposed, _) = drawn
+            stats = linear_entropy_topk(decoders[0].hidden, k=TOP, **pair.base.head)
+            assert stats.topk_ids is not None
+            if name == "random positions":
+                opened = torch.tensor([step in places[row] for row in rows], device=tokens.device)
+            elif self.tau is not None:
+                opened = stats.entropy > self.tau
+            else:
+                theirs = linear_entropy_topk(decoders[1].hidden, k=1, **pair.other.head).topk_ids
+                assert theirs is not None
+                opened = theirs[:, 0] != stats.topk_ids[:, 0]
+            if name == "random tokens":
+                die = (dice[rows, step] * TOP).long()
+                proposed = stats.topk_ids.gather(1, die[:, None]).squeeze(1)
+            take = opened & (stats.topk_ids == proposed[:, None]).any(-1)
+            for row, took, differs in zip(rows, take.tolist(), (proposed != tokens).tolist(), strict=True):
+                if took:
+                    taken[row].append(step)
+                    if differs:
+                        changed[row].append(step)
+            return torch.where(take, proposed, tokens), logprobs
+
+        completions = decode(decoders, pick, count, self.sampling.max_new_tokens)
+        rollouts = unit_rollouts(pair.base, unit, [c._replace(logprobs=None) for c in completions])
+        return [
+            # a finished row may stay in the batch for a while
+            Intervened(r, *([t for t in own if t < len(r.completion_ids)] for own in steps))
+            for r, *steps in zip(rollouts, taken, changed, strict=True)
+        ]
+
+
+def write(result: Intervention, out: Path) -> None:
+    """``intervene.json`` and ``intervene.png`` in the gate's folder of ``out``."""
+    folder = out / result.gate
+    write_json(folder / "intervene.json", asdict(result))
+    plot(result, folder / "intervene.png")
+    console.print(f"intervene: written {folder / 'intervene.json'} and intervene.png", markup=False, soft_wrap=True)
+
+
+def table(result: Intervention) -> Table:
+    """Accuracy of each arm, and what it recovers of the gap."""
+    gate = result.gate if result.tau is None else f"entropy > {result.tau:.2f} nats"
+    title = f"gate {gate}: {result.problems} problems x {result.samples}, gap {result.gap}"
+    grid = Table(title=title, caption="share of tokens: taken from the other / of these, changed", box=box.SIMPLE)
+    grid.pad_edge = False
+    for heading in ("", "pass@1 [95 %]", "of the gap [95 %]", "tokens"):  # fits 80 columns
+        grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for name, arm in result.arms.items():
+        share = "" if name in ("base", "other") else f"{arm.taken:.1%}/{arm.changed:.1%}"
+        grid.add_row(name, str(arm.accuracy), "" if arm.recovered is None else _percent(arm.recovered), share)
+    return grid
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def verdict(result: Intervention) -> str:
+    """The outcome in words, whichever way it came out."""
+    gated = result.arms["gated"]
+    if gated.recovered is None:
+        return f"The gap between the two models, {result.gap}, is not clear: nothing can be said of a share of it."
+    words = [f"{gated.taken:.1%} of the tokens, taken from the other model, recover {_percent(gated.recovered)}."]
+    for name, arm in result.arms.items():
+        behind = arm.behind_gated
+        if behind is not None:
+            how = "more than" if behind.low > 0 else "less than" if behind.high < 0 else "not clearly more than"
+            words.append(f"That is {how} {name} do: {behind}.")
+    return " ".join(words)
+
+
+def plot(result: Intervention, path: Path) -> None:
+    """PNG: pass@1 of every arm with its interval, and the share of the gap."""
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = {"base": BASE, "other": TUNED, "gated": GATE}
+    names = [f"{name}\n{arm.taken:.1%} taken" if arm.taken else name for name, arm in result.arms.items()]
+    for x, (name, arm) in enumerate(result.arms.items()):
+        a = arm.accuracy
+        axes.bar(x, a.mean, 0.7, color=colours.get(name, "#c9c9c9"))
+        axes.errorbar([x], [a.mean], [[a.mean - a.low], [a.high - a.mean]], color="black", capsize=4, linewidth=1)
+        share = "" if arm.recovered is None else f"\n{arm.recovered.mean:.0%} of the gap"
+        axes.annotate(f"{a.mean:.3f}{share}", (x, a.high), (0, 4), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(range(len(names)), names)
+    gate = "where the two disagree" if result.tau is None else f"where base entropy > {result.tau:.2f} nats"
+    axes.set(title=f"The other model's tokens {gate}", ylabel="held-out pass@1")
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
