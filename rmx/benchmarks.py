@@ -305,9 +305,9 @@ def _sampled(run: Run, name: str, problems: list[Problem], sampling: EvaluateCon
         meta, old = read_records(path, Rollout)
         found = old if meta == origin else None
     if found is None:
-        found = run._generate(name, problems, sampling, run.config.seed, origin)
+        found = run.generate(name, problems, sampling, run.config.seed, origin)
     remove(run.path(f"{name}.journal.jsonl"))
-    return found, run._judge(name, problems, found)
+    return found, run.judge(name, problems, found)
 
 
 def _read(path: Path) -> Result:

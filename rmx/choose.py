@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rmx import lora
+from rmx.metrics import EvaluationError, bootstrap, pass_rates
 from rmx.records import Interval
+
+if TYPE_CHECKING:
+    from rmx.pipeline import Run
 
 FOLDER = "candidates"
 
@@ -43,3 +51,26 @@ def saved_steps(run_dir: Path) -> list[int]:
 def best(candidates: Sequence[Candidate]) -> Candidate:
     """The highest pass@1; of equal ones the earliest, which is nearest to the base."""
     return max(candidates, key=lambda c: (c.pass_at_1.mean, -c.step))
+
+
+def choose(run: "Run") -> Choice:
+    """Sample every candidate on the problems to choose on, as the evaluation does, and take the best.
+
+    Raises:
+        EvaluationError: no problem has a judged sample.
+    """
+    problems, sampling = run.problems("choose"), run.config.evaluate
+    candidates = []
+    for step in saved_steps(run.dir):
+        path = candidate_path(run.dir, step)
+        adapter = lora.load_adapter(run.lm.model, path)
+        try:
+            _, verdicts = run.sampled(f"choosing/step-{step:05d}", problems, 2, path)
+        finally:
+            lora.detach(run.lm.model, adapter)
+        rates = np.array(list(pass_rates(problems, verdicts).values()))
+        if not len(rates):
+            raise EvaluationError("choose: no problem has a judged sample; raise verify.timeout_s")
+        candidates.append(Candidate(step, bootstrap(rates, sampling.bootstrap, run.config.seed)))
+    prompt = run.meta()["prompt"]
+    return Choice(prompt, len(problems), sampling.samples, candidates, best(candidates).step)

@@ -166,10 +166,13 @@ def compare(
 
     run = _open(config, set_)
     folder = out or run.path("compare")
+    run.need("rollouts")
+    if not other:
+        run.check_adapter()
     base = run.base_scores()
     with paired(run.lm, other or run.path("adapter")) as pair:
         result = compare.compare_models(pair, base, run.rollouts(), folder, run.config.score)
-    compare.write(result, folder)
+    compare.write(result, folder, run.meta())
     Console().print(compare.table(result))
 
 
@@ -264,6 +267,7 @@ def intervene(
         raise RmxError(f"--gate {gate}: expected disagreement or entropy")
     run = _open(config, set_)
     folder = out or run.path("intervene")
+    run.need("problems")
     if gate == "entropy" and tau is None:
         tau = run.tau()
     if not other:

@@ -14,19 +14,17 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from matplotlib.ticker import MaxNLocator
 
 import rmx_kernels
 from rmx import cost, report
 from rmx.artefacts import replacing
+from rmx.charts import curves, histogram, percent, tick_labels, tick_values
 from rmx.config import Config
 from rmx.records import Evaluation, Interval, Problem, Rollout, Scores, TrainingSequence, Verdict
 from rmx.train import StepMetrics
 
 PROBLEMS = 3  # whose rollouts are shown
 SHOWN = 500  # tokens of a completion that are shown: about 100 kB of page
-BINS = 60  # of the histogram
-POINTS = 500  # of a curve
 RULE = f"The first right and the first wrong rollout of each of the first {PROBLEMS} problems of the training set."
 
 CONTROL = {c: 0x2400 + c for c in range(32)} | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
@@ -108,15 +106,15 @@ def write_html(path: Path, page: Page, decode: Decode) -> None:
         configuration=yaml.safe_dump(page.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         accuracy=_accuracy_rows(page.evaluation),
         dots=_dots(page.evaluation),
-        gate=_histogram(page.entropies, page.tau),
+        gate=histogram(page.entropies, page.tau),
         gain=_signed(page.evaluation.gain.mean),
         bounds=_bounds(page.evaluation.gain),
-        share=_percent(_gated_share(page.training_set)),
+        share=percent(_gated_share(page.training_set)),
         top=top,
         rule=RULE,
         shown=SHOWN,
         groups=_example_groups(page.examples, decode, top),
-        curves=_curves(page.history) if page.history else [],
+        curves=curves(page.history) if page.history else [],
         window=report.WINDOW,
         costs=_cost_rows(page.costs),
         priced=any(c.price is not None for c in page.costs),
@@ -158,7 +156,7 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         "Prompt": f"style {page.style}{' (auto)' if c.prompt.style == 'auto' else ''}, fingerprint {page.prompt}",
         "Rollouts": f"{c.problems.train_count} problems, {sampling}, at most {c.rollouts.max_new_tokens:,} tokens",
         "Training set": f"{problems} problems of mixed outcome, {len(page.training_set)} rollouts, {tokens:,} tokens",
-        "Gate": f"{_gate(page)}; {_percent(_gated_share(page.training_set))} of the training set's tokens are gated",
+        "Gate": f"{_gate(page)}; {percent(_gated_share(page.training_set))} of the training set's tokens are gated",
         "Adapter": f"LoRA r = {c.lora.r}, alpha = {c.lora.alpha:g} on {targets}",
         "Training": f"{train} rollouts, anchor weight {c.train.anchor_weight:g}",
         "Evaluation": f"{result.problems} held-out problems, {result.samples} samples each",
@@ -183,7 +181,7 @@ def _gate(page: Page) -> str:
     if settings.quantile is not None:
         said = f"tau = {page.tau:.3g} nats, the {settings.quantile:g} quantile of all scored tokens"
     elif settings.budget is not None:
-        said = f"tau = {page.tau:.3g} nats, for a budget of {_percent(settings.budget)} of the training set's tokens"
+        said = f"tau = {page.tau:.3g} nats, for a budget of {percent(settings.budget)} of the training set's tokens"
     control = {"random": "as many tokens at random", "lowest": "as many tokens of lowest entropy", "all": "every token"}
     said += f"; control: {control[settings.gate]}" if settings.gate != "entropy" else ""
     return said + ("; control: advantages shuffled" if settings.shuffle_advantages else "")
@@ -198,7 +196,7 @@ def _accuracy_rows(result: Evaluation) -> list[list[tuple[str, ...]]]:
         return label, f"{before:{spec}}", "", f"{after:{spec}}", "", _signed(after - before, spec), ""
 
     def shares(label: str, before: float, after: float) -> tuple[str, ...]:
-        return label, _percent(before), "", _percent(after), "", _signed(100 * (after - before), ".1f") + " pt", ""
+        return label, percent(before), "", percent(after), "", _signed(100 * (after - before), ".1f") + " pt", ""
 
     def interval(label: str, before: Interval, after: Interval) -> tuple[str, ...]:
         row = plain(label, before.mean, after.mean)
@@ -233,10 +231,6 @@ def _signed(value: float, spec: str = ".3f") -> str:
     return f"{value:+{spec}}".replace("-", "−")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\u00a0%"
-
-
 def _bounds(interval: Interval) -> str:
     return f"[{interval.low:.3f}, {interval.high:.3f}]"
 
@@ -252,128 +246,13 @@ def _dots(result: Evaluation) -> dict[str, Any]:
     points = {name: [Interval(rate, rate, rate) for rate in rates] for name, rates in result.categories.items()}
     rows = [*whole, *((_short(name), before, after) for name, (before, after) in points.items())]
     high = max(max(b.high, t.high) for _, b, t in rows)
-    ticks = _ticks(0, max(high, 0.05))
+    ticks = tick_values(0, max(high, 0.05))
     x = 100 / ticks[-1]
-    percent = [
+    placed = [
         (label, [(name, i.mean, i.mean * x, i.low * x, i.high * x) for name, i in (("base", b), ("tuned", t))])
         for label, b, t in rows
     ]
-    return {"rows": percent, "ticks": _labels(ticks, x), "whole": len(whole)}
-
-
-# Charts: everything is in percent of the plot's width and height, so that text keeps its size at every width.
-@dataclass(frozen=True)
-class Chart:
-    """A plot with y upwards in the data and downwards on the page."""
-
-    title: str
-    unit: str
-    x_label: str
-    x_ticks: list[tuple[float, str]]  # percent from the left
-    y_ticks: list[tuple[float, str]]  # percent from the top
-    areas: list[tuple[str, str]] = field(default_factory=list)  # class, path in a box of 1000 x 1000
-    lines: list[tuple[str, str]] = field(default_factory=list)  # the same
-    legend: list[tuple[str, str]] = field(default_factory=list)  # class, text
-    zero: float | None = None  # y of a line at 0
-    mark: tuple[float, str] | None = None  # x of a vertical line, and what it says
-
-
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    return [float(v) for v in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
-
-
-def _labels(ticks: Sequence[float], scale: float, start: float = 0.0) -> list[tuple[float, str]]:
-    """(percent, text) of each tick, all with the same number of decimals."""
-    texts = [f"{v:g}" for v in ticks]
-    if not any("e" in text for text in texts):
-        decimals = max(len(text.partition(".")[2]) for text in texts)
-        texts = [f"{v:.{decimals}f}" for v in ticks]
-    return [(scale * (v - start), text.replace("-", "−")) for v, text in zip(ticks, texts, strict=True)]
-
-
-def _histogram(entropy: np.ndarray, tau: float) -> Chart | None:
-    """Tokens by base entropy on a logarithmic scale; tau is an edge, so that no bar is half gated."""
-    if not entropy.size:
-        return None
-    at, top = max(tau, 0.0), max(float(entropy.max()), tau, 1e-6)
-    width = top / BINS
-    below = max(round(at / width), int(at > 0))  # bars
-    width = at / below if at > width else width
-    edges = np.concatenate(
-        [np.linspace(0, at, below + 1)[:-1], at + width * np.arange(math.ceil((top - at) / width) + 2)]
-    )
-    inside = np.maximum(np.searchsorted(edges, entropy) - 1, 0)  # a bar holds its right edge: the gate is strict
-    counts = np.bincount(inside, minlength=len(edges) - 1)
-    x = 100 / edges[-1]
-    y = 100 / (math.log10(counts.max()) + 0.5)  # the axis begins at half a token
-    height = np.where(counts > 0, 10 * y * (np.log10(np.maximum(counts, 1)) + 0.3), 0)
-    bars = [
-        f"M{10 * x * left:.1f} 1000V{1000 - up:.1f}H{10 * x * right:.1f}V1000Z"
-        for left, right, up in zip(edges[:-1], edges[1:], height, strict=True)
-    ]
-    split, share = int((edges[:-1] < tau).sum()), float(np.mean(entropy > tau))
-    return Chart(
-        title="Completion tokens",
-        unit="number, log scale",
-        x_label="base entropy (nats)",
-        x_ticks=[tick for tick in _labels(_ticks(0, edges[-1], 8), x) if tick[0] < 100.01],
-        y_ticks=[(100 - y * (d + 0.3), f"{10**d:,}") for d in range(int(math.log10(counts.max())) + 1)],
-        areas=[("below", "".join(bars[:split])), ("gated", "".join(bars[split:]))],
-        legend=[("below", f"at most tau: {_percent(1 - share)}"), ("gated", f"above: {_percent(share)}")],
-        mark=(x * at, f"tau = {tau:.2f}"),
-    )
-
-
-def _curves(history: Sequence[StepMetrics]) -> list[Chart]:
-    """Small multiples by step."""
-    return [
-        _curve(history, "Loss", "nats", {"plain": "loss"}),
-        _curve(history, "Log-prob change", "nats", {"right": "positive_shift", "wrong": "negative_shift"}),
-        _curve(history, "Anchor KL", "nats", {"gated": "anchor_kl"}),
-        _curve(history, "Gradient norm", "before clipping", {"plain": "gradient_norm"}),
-        _curve(history, "Learning rate", "of each step", {"exact": "learning_rate"}),
-    ]
-
-
-def _curve(history: Sequence[StepMetrics], title: str, unit: str, columns: dict[str, str]) -> Chart:
-    """Each column as it is, faint, and its running mean; those of class "exact" as they are alone."""
-    stride = -(-len(history) // POINTS)
-    steps = np.array([m.step for m in history], dtype=float)[::stride]
-    series: list[tuple[str, np.ndarray]] = []
-    for name, column in columns.items():
-        values = np.array([getattr(m, column) for m in history], dtype=float)  # None becomes NaN: a gap
-        if name == "exact":
-            series.append((name, values[::stride]))
-        else:
-            smooth = report.running_mean(values)
-            series += [(f"{name} faint", values[::stride]), (name, smooth[::stride])]
-    known = np.concatenate([v[~np.isnan(v)] for _, v in series] + [np.zeros(1)])  # zero is always in sight
-    ticks = _ticks(known.min(), known.max(), 4) if known.any() else [0.0, 1.0]
-    low, high = ticks[0], ticks[-1]
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
-    x, y = 100 / (last - first), 100 / (high - low)
-    return Chart(
-        title=title,
-        unit=unit,
-        x_label="step",
-        x_ticks=[t for t in _labels(_ticks(first, last, 5), x, first) if 0 <= t[0] < 100.01],
-        y_ticks=[(100 - at, text) for at, text in _labels(ticks, y, low)],
-        lines=[(name, _path(10 * x * (steps - first), 10 * (100 - y * (v - low)))) for name, v in series],
-        legend=[(name, name) for name in columns] if len(columns) > 1 else [],
-        zero=100 + y * low if low < 0 else None,
-    )
-
-
-def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """SVG path through the points; NaN makes a gap, and a point between two gaps a dot."""
-    parts, pen = [], False
-    for a, b in zip(x, y, strict=True):
-        if math.isnan(b):
-            pen = False
-            continue
-        parts.append(f"L{a:.0f} {b:.0f}" if pen else f"M{a:.0f} {b:.0f}h0")
-        pen = True
-    return "".join(parts)
+    return {"rows": placed, "ticks": tick_labels(ticks, x), "whole": len(whole)}
 
 
 # Rollouts
@@ -407,10 +286,10 @@ def _about(example: Example, t: int, gated: bool, decode: Decode) -> str:
     at = len(example.sequence.prompt_ids) + t
     logprob = float(scores.logprob[t])
     best = zip(scores.topk_ids[t, :3].tolist(), scores.topk_logprobs[t, :3].exp().tolist(), strict=True)
-    others = [f"“{_continuation(decode, ids[at - 1 : at], [i]).translate(INLINE)}” {_percent(p)}" for i, p in best]
+    others = [f"“{_continuation(decode, ids[at - 1 : at], [i]).translate(INLINE)}” {percent(p)}" for i, p in best]
     lines = [
         f"entropy {float(scores.entropy[t]):.2f} nats" + (", decision token" if gated else ""),
-        f"log-prob {logprob:.2f} ({_percent(math.exp(logprob))})",
+        f"log-prob {logprob:.2f} ({percent(math.exp(logprob))})",
     ]
     return "\n".join([*lines, f"top {len(others)}: {'  '.join(others)}"] if others else lines)
 

@@ -13,8 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 import rmx_kernels
 from rmx import evaluate, forward, html, lora, model, report, rollouts, score, select, train
 from rmx.artefacts import (
@@ -28,7 +26,7 @@ from rmx.artefacts import (
     write_records,
 )
 from rmx.checkpoint import Checkpoint
-from rmx.choose import FOLDER, Candidate, Choice, best, candidate_path, candidate_steps, saved_steps
+from rmx.choose import FOLDER, Choice, candidate_path, candidate_steps, choose
 from rmx.config import Config, Sampling
 from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
@@ -36,7 +34,7 @@ from rmx.problems import build_problems
 from rmx.progress import console, progress
 from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
 from rmx.rundir import STAGES, RunDirectory, RunError
-from rmx.verify import verify
+from rmx.verify import Judgement, verify
 
 PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
     "rollouts": ("rollouts.journal.jsonl",),
@@ -60,6 +58,7 @@ class Run(RunDirectory):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.meter = Meter()  # of the stage under way
+        self.judged: dict[tuple[str, str, str, str], Judgement] = {}
 
     def execute(self, stage: str, again: bool = False, group: Group = ALONE) -> None:
         """Run one stage whose predecessors are done; with ``again`` even if it is done itself, from its beginning.
@@ -110,10 +109,10 @@ class Run(RunDirectory):
         sampling = self.config.rollouts
         meta = {"prompt": self.renderer.fingerprint, "model": self.config.model.name, **sampling.model_dump()}
         meta = {"rmx": rmx_kernels.__version__, **meta}
-        found = self._generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
+        found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
         return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
 
-    def _generate(
+    def generate(
         self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
     ) -> list[Rollout]:
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
@@ -140,16 +139,23 @@ class Run(RunDirectory):
         return found
 
     def _verify(self) -> dict[str, Any]:
-        verdicts = self._judge("verify", self.problems("train"), self.rollouts())
+        verdicts = self.judge("verify", self.problems("train"), self.rollouts())
         write_records(self.path("verdicts.jsonl"), verdicts, self.meta())
         outcomes = [v.outcome for v in verdicts]
         return {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
 
-    def _judge(self, title: str, problems: list[Problem], found: list[Rollout]) -> list[Verdict]:
-        limits = {"workers": self.config.verify.workers, "timeout_s": self.config.verify.timeout_s}
-        distinct = len({(r.problem_id, r.text) for r in found})
-        with progress(title, distinct, "answers") as update:
-            return verify(problems, found, on_done=lambda n: update(n, ""), **limits)  # type: ignore[arg-type]
+    def judge(self, title: str, problems: list[Problem], found: list[Rollout]) -> list[Verdict]:
+        """One verdict a rollout; the same answer to the same problem is judged once in a process."""
+        asked = {p.problem_id: (p.problem_id, p.question, p.answer) for p in problems}
+        keys = [(*asked[r.problem_id], r.text) for r in found]
+        fresh = [r for r, key in zip(found, keys, strict=True) if key not in self.judged]
+        if fresh:
+            limits = {"workers": self.config.verify.workers, "timeout_s": self.config.verify.timeout_s}
+            with progress(title, len({(r.problem_id, r.text) for r in fresh}), "answers") as update:
+                verdicts = verify(problems, fresh, on_done=lambda n: update(n, ""), **limits)  # type: ignore[arg-type]
+            for r, v in zip(fresh, verdicts, strict=True):
+                self.judged[(*asked[r.problem_id], r.text)] = v.outcome, v.answer, v.reason
+        return [Verdict(r.problem_id, r.sample, *self.judged[key]) for r, key in zip(found, keys, strict=True)]
 
     def _score(self) -> dict[str, Any]:
         found, settings, lm = self.to_score(), self.config.score, self.lm
@@ -271,37 +277,20 @@ class Run(RunDirectory):
 
     def check_adapter(self) -> None:
         """An adapter that lies there may be of an earlier training, or not the chosen one yet."""
-        stage = "choose" if self.config.train.candidates > 1 else "train"
-        if not self.is_done(stage):
-            raise RunError(f"{self.dir}: stage {stage!r} is not done: run `rmx {stage}` first, or name an adapter")
+        self.need("choose" if self.config.train.candidates > 1 else "train", ", or name an adapter")
 
     def _choose(self) -> dict[str, Any]:
-        """Put the best of the candidates in the place of the training's last step."""
         made = self.history()[-1].step
-        problems, sampling, prompt = self.problems("choose"), self.config.evaluate, self.meta()["prompt"]
         if self.config.train.candidates == 1:
-            write_json(self.path("choice.json"), dataclasses.asdict(Choice(prompt, 0, 0, [], made)))
-            return {"adapter": f"the last step, {made}"}
-        self._check_prompt()
-        candidates = []
-        for step in saved_steps(self.dir):
-            adapter = lora.load_adapter(self.lm.model, candidate_path(self.dir, step))
-            try:
-                name = f"choosing/step-{step:05d}"
-                _, verdicts = self._sampled(name, problems, 2, candidate_path(self.dir, step))
-            finally:
-                lora.detach(self.lm.model, adapter)
-            rates = np.array(list(evaluate.pass_rates(problems, verdicts).values()))
-            if not len(rates):
-                raise RunError("choose: no problem has a judged sample; raise verify.timeout_s")
-            candidates.append(Candidate(step, evaluate.bootstrap(rates, sampling.bootstrap, self.config.seed)))
-        chosen = best(candidates)
-        with replacing(self.path("adapter")) as aside:
-            shutil.copytree(candidate_path(self.dir, chosen.step), aside)
-        choice = Choice(prompt, len(problems), sampling.samples, candidates, chosen.step)
+            choice = Choice(self.meta()["prompt"], 0, 0, [], made)
+        else:
+            self._check_prompt()
+            choice = choose(self)
+            with replacing(self.path("adapter")) as aside:
+                shutil.copytree(candidate_path(self.dir, choice.step), aside)
         write_json(self.path("choice.json"), dataclasses.asdict(choice))
-        found = ", ".join(f"step {c.step} {c.pass_at_1.mean:.3f}" for c in candidates)
-        return {"adapter": f"of step {chosen.step}", "pass@1": found}
+        found = {f"step {c.step}": f"{c.pass_at_1.mean:.3f}" for c in choice.candidates}
+        return {"adapter": f"of step {choice.step} of {made}", **found}
 
     def _check_prompt(self) -> None:
         if self.meta()["prompt"] != self.renderer.fingerprint:
@@ -317,8 +306,8 @@ class Run(RunDirectory):
         try:
             # The same seed for both sides: common random numbers make the paired difference sharper.
             with adapter.off():
-                base = self._sampled("evaluation.base", problems, 1, None)
-            tuned = self._sampled("evaluation.tuned", problems, 1, self.path("adapter"))
+                base = self.sampled("evaluation.base", problems, 1, None)
+            tuned = self.sampled("evaluation.tuned", problems, 1, self.path("adapter"))
         finally:
             lora.detach(self.lm.model, adapter)
         result = evaluate.compare(problems, base, tuned, draws=self.config.evaluate.bootstrap, seed=self.config.seed)
@@ -329,7 +318,7 @@ class Run(RunDirectory):
             "gain": str(result.gain),
         }
 
-    def _sampled(
+    def sampled(
         self, name: str, problems: list[Problem], seed: int, adapter: Path | None
     ) -> tuple[list[Rollout], list[Verdict]]:
         """Rollouts and verdicts of the model as it is; taken from their file where an interrupted stage left one.
@@ -350,14 +339,14 @@ class Run(RunDirectory):
         if path.exists():
             old, found = read_records(path, Rollout)
             if old == meta:
-                return found, self._judge(title, problems, found)
-        found = self._generate(name, problems, sampling, self.config.seed + seed, meta)
-        return found, self._judge(title, problems, found)
+                return found, self.judge(title, problems, found)
+        found = self.generate(name, problems, sampling, self.config.seed + seed, meta)
+        return found, self.judge(title, problems, found)
 
     def evaluated(self, side: str) -> tuple[list[Rollout], list[Verdict]]:
         """What the evaluation sampled of "base" or "tuned", judged again."""
         problems, found = self.problems("evaluate"), read_records(self.path(f"evaluation.{side}.jsonl"), Rollout)[1]
-        return found, self._judge(side, problems, found)
+        return found, self.judge(side, problems, found)
 
     def _report(self) -> dict[str, Any]:
         scores, sequences, tau, history = self.scores(), self.training_set(), self.tau(), self.history()

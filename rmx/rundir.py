@@ -124,6 +124,11 @@ class RunDirectory:
             )
         return True
 
+    def need(self, stage: str, instead: str = "") -> None:
+        """Raise RunError unless the stage is finished, with these settings; ``instead``: what else would do."""
+        if not self.is_done(stage):
+            raise RunError(f"{self.dir}: stage {stage!r} is not done: run `rmx {stage}` first{instead}")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time in a run directory."""

@@ -94,7 +94,7 @@ def ablate(
     Killed and started again, it goes on in the stage under way; what is done with the same settings stays.
 
     Raises:
-        AnalysisError: an unknown name; the run is not evaluated yet; a share outside (0, 1).
+        AnalysisError: an unknown name; a share outside (0, 1). RunError: a stage of the run is not done.
     """
     known = variants(budget, quantile)
     if unknown := [name for name in names if name not in known]:
@@ -103,9 +103,8 @@ def ablate(
         raise AnalysisError(f"ablate: expected budget and quantile between 0 and 1, got {budget} and {quantile}")
     if seeds < 1:
         raise AnalysisError(f"ablate: expected at least one seed, got {seeds}")
-    for stage in ("score", "evaluate"):
-        if not run.is_done(stage):
-            raise AnalysisError(f"ablate: stage {stage!r} of {run.dir} is not done: run `rmx run` first")
+    for stage in list(STAGES)[:-1]:
+        run.need(stage)
     chosen = {name: known[name] for name in known if not names or name in names}
     first = run.config.train_seed
     trainings = {
@@ -160,7 +159,7 @@ def _training(run: Run, out: Path, name: str, variant: Variant, seed: int) -> Ru
         tree[section] |= settings
     tree |= {"run_dir": str(out / f"{name}-{seed}"), "training_seed": seed}
     made = Run(Config.model_validate(tree))
-    made.lm = run.lm  # one model for all
+    made.lm, made.judged = run.lm, run.judged  # one model for all, and one verdict for the same answer
     with made.locked():
         _share(run, made)
         for stage in TRAINED:

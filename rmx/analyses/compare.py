@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -108,9 +109,9 @@ def compare_models(
     return compare(pair.base, rollouts, base, other)
 
 
-def write(result: Comparison, out: Path) -> None:
-    """``compare.json`` and ``compare.png``."""
-    write_json(out / "compare.json", asdict(result))
+def write(result: Comparison, out: Path, meta: dict[str, Any]) -> None:
+    """``compare.json``, with ``meta``, and ``compare.png``."""
+    write_json(out / "compare.json", {**meta, **asdict(result)})
     plot(result, out / "compare.png")
     console.print(f"compare: written {out / 'compare.json'} and compare.png", markup=False, soft_wrap=True)
 

@@ -94,7 +94,7 @@ def intervene(run: Run, pair: Pair, out: Path, gate: Gate = "disagreement", tau:
         found[name] = experiment.arm(name, planned)
     rewards = {}
     for name, arm in found.items():
-        verdicts = run._judge(name, problems, [completion.rollout for completion in arm])
+        verdicts = run.judge(name, problems, [completion.rollout for completion in arm])
         rewards[name] = pass_rates(problems, verdicts)
     judged = [p.problem_id for p in problems if all(p.problem_id in own for own in rewards.values())]
     if not judged:

@@ -94,13 +94,13 @@ def save_adapter(tiny_path: Path, out: Path, **notes: str) -> Path:
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of what is sampled."""
-    generate, made = Run._generate, []
+    generate, made = Run.generate, []
 
     def watched(self: Run, name: str, *rest: object) -> list[Rollout]:
         made.append(name)
         return generate(self, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "_generate", watched)
+    monkeypatch.setattr(Run, "generate", watched)
     return made
 
 

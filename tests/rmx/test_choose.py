@@ -35,7 +35,7 @@ def test_the_highest_pass_rate_wins_and_of_equal_ones_the_earliest() -> None:
 def test_the_best_candidate_becomes_the_adapter(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(config)
     judged: list[set[str]] = []
-    judge = Run._judge
+    judge = Run.judge
 
     def watched(self: Run, title: str, problems: list[Problem], found: list[Rollout]) -> list[Verdict]:
         verdicts = judge(self, title, problems, found)
@@ -45,7 +45,7 @@ def test_the_best_candidate_becomes_the_adapter(config: Config, monkeypatch: pyt
         right = title == f"step-{saved_steps(self.dir)[1]:05d}"  # the second of three, whatever they say
         return [Verdict(v.problem_id, v.sample, "right" if right else "wrong", None) for v in verdicts]
 
-    monkeypatch.setattr(Run, "_judge", watched)
+    monkeypatch.setattr(Run, "judge", watched)
     run.run()
     steps = saved_steps(run.dir)
     assert len(steps) == 3

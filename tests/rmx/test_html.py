@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmx import html
+from rmx import charts, html
 from rmx.config import Config
 from rmx.cost import StageCost
 from rmx.records import Accuracy, Evaluation, Interval, Problem, Rollout, Scores, TrainingSequence, Verdict
@@ -227,7 +227,7 @@ def test_leading_spaces_that_a_tokenizer_drops_alone_are_kept() -> None:
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 0.001, 0.7, 1.3, 9.0])
 def test_no_bar_is_half_gated(tau: float) -> None:
     entropy = np.concatenate([np.zeros(3), np.random.default_rng(0).gamma(1.0, size=500), [0.7]]).astype(np.float32)
-    chart = html._histogram(entropy, tau)
+    chart = charts.histogram(entropy, tau)
     assert chart is not None and chart.mark is not None
     for (name, path), (low, high) in zip(chart.areas, ((0, chart.mark[0]), (chart.mark[0], 100)), strict=True):
         for left, up, right in re.findall(r"M([\d.]+) 1000V([\d.]+)H([\d.]+)V1000Z", path):
@@ -239,12 +239,12 @@ def test_no_bar_is_half_gated(tau: float) -> None:
 def test_curves_have_gaps_and_stay_in_their_box(page: html.Page) -> None:
     long = [replace(page.history[0], step=i + 1, loss=float(np.sin(i))) for i in range(3000)]
     for history in (page.history, page.history[:1], long):
-        for chart in html._curves(history):
+        for chart in charts.curves(history):
             for _, path in chart.lines:
                 points = [float(v) for pair in re.findall(r"(\d+) (-?\d+)", path) for v in pair]
                 assert points and all(0 <= v <= 1000 for v in points)
                 assert len(points) <= 2 * html.POINTS
-    change = html._curves(page.history)[1]
+    change = charts.curves(page.history)[1]
     assert dict(change.lines)["right faint"].count("M") == 2  # one step has no right rollout
     assert dict(change.lines)["wrong faint"].count("M") == 1
 

@@ -170,14 +170,14 @@ def test_what_settings_name_is_watched_too(finished: Run, tiny_path: Path, tmp_p
 
 
 def test_an_interrupted_evaluation_keeps_what_still_fits(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = Run._generate
+    generate = Run.generate
     made: list[str] = []
 
     def watched(self: Run, title: str, *rest: object) -> object:
         made.append(title.removeprefix("evaluation."))
         return generate(self, title, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "_generate", watched)
+    monkeypatch.setattr(Run, "generate", watched)
 
     def evaluated(config: Config, again: bool = True) -> list[str]:
         made.clear()
