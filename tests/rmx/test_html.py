@@ -243,7 +243,7 @@ def test_curves_have_gaps_and_stay_in_their_box(page: html.Page) -> None:
             for _, path in chart.lines:
                 points = [float(v) for pair in re.findall(r"(\d+) (-?\d+)", path) for v in pair]
                 assert points and all(0 <= v <= 1000 for v in points)
-                assert len(points) <= 2 * html.POINTS
+                assert len(points) <= 2 * charts.POINTS
     change = charts.curves(page.history)[1]
     assert dict(change.lines)["right faint"].count("M") == 2  # one step has no right rollout
     assert dict(change.lines)["wrong faint"].count("M") == 1
