@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from safetensors import safe_open
 
 import rmx_kernels
 from rmx import evaluate, lora, metrics
@@ -240,21 +239,14 @@ class _Worn:
 
 @contextmanager
 def _wearing(run: Run, path: Path | None) -> Iterator[_Worn | None]:
-    """The run's model wears the adapter inside; one that learned from other prompts is an error."""
+    """The run's model wears the adapter inside."""
     if path is None:
         yield None
         return
     adapter = lora.load_adapter(run.lm.model, path)
     try:
-        files = [path / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-        with safe_open(files[1], "pt") as file:
-            prompt = (file.metadata() or {}).get("prompt")
-        if prompt not in (None, run.renderer.fingerprint):
-            raise BenchmarkError(
-                f"{path}: was trained with other prompts than this model and style give now (prompt.template fixes a "
-                "chat template that writes today's date)"
-            )
-        yield _Worn(adapter, fingerprint(b"".join(file.read_bytes() for file in files)))
+        lora.check_prompt(path, run.renderer.fingerprint)
+        yield _Worn(adapter, lora.adapter_mark(path))
     finally:
         lora.detach(run.lm.model, adapter)
 
@@ -274,8 +266,14 @@ def _evaluate(
         "seed": config.seed,
     }
     mark = None if worn is None else worn.mark
-    judging = {"bootstrap": sampling.bootstrap, "timeout_s": config.verify.timeout_s}
-    settings = {**origin, "adapter": mark, **judging}
+    known = None if trained is None else sorted({" ".join(p.question.split()) for p in trained})
+    settings = {
+        **origin,
+        "adapter": mark,
+        "trained": known and fingerprint(json.dumps(known).encode()),
+        "bootstrap": sampling.bootstrap,
+        "timeout_s": config.verify.timeout_s,
+    }
     path = run.path(f"{name}.json")
     if path.exists() and (old := _read(path)).settings == settings:
         console.print(f"{name}: is done", markup=False, soft_wrap=True)
@@ -288,7 +286,6 @@ def _evaluate(
             base = _sampled(run, f"{name}.base", problems, sampling, origin)
         own = _sampled(run, f"{name}.tuned", problems, sampling, {**origin, "adapter": mark})
         both = evaluate.compare(problems, base, own, draws=sampling.bootstrap, seed=config.seed)
-        known = None if trained is None else {" ".join(p.question.split()) for p in trained}
         seen = None if known is None else sum(" ".join(p.question.split()) in known for p in problems)
         if seen:
             said = f"{name}: {seen} of {len(problems)} questions are among the run's training problems"

@@ -28,7 +28,7 @@ class Choice:
     """choice.json"""
 
     prompt: str  # fingerprint
-    problems: int
+    problems: int  # with a judged sample
     samples: int
     candidates: list[Candidate]  # by step
     step: int  # of the chosen one
@@ -57,11 +57,18 @@ def choose(run: "Run") -> Choice:
     """Sample every candidate on the problems to choose on, as the evaluation does, and take the best.
 
     Raises:
-        EvaluationError: no problem has a judged sample.
+        EvaluationError: no problem has a judged sample, or a candidate is not there.
     """
     problems, sampling = run.problems("choose"), run.config.evaluate
-    candidates = []
-    for step in saved_steps(run.dir):
+    last = run.history()[-1].step  # fewer where it stopped early
+    steps = candidate_steps(run.steps(), run.config.train.candidates)
+    steps = sorted({step for step in steps if step < last} | {last})
+    if missing := sorted(set(steps) - set(saved_steps(run.dir))):
+        raise EvaluationError(
+            f"choose: the candidate of step {missing[0]} is not in {run.dir / FOLDER}: run `rmx train` with --again"
+        )
+    candidates, judged = [], 0
+    for step in steps:
         path = candidate_path(run.dir, step)
         adapter = lora.load_adapter(run.lm.model, path)
         try:
@@ -70,7 +77,10 @@ def choose(run: "Run") -> Choice:
             lora.detach(run.lm.model, adapter)
         rates = np.array(list(pass_rates(problems, verdicts).values()))
         if not len(rates):
-            raise EvaluationError("choose: no problem has a judged sample; raise verify.timeout_s")
+            raise EvaluationError(
+                f"choose: none of {len(problems)} problems to choose on has a judged sample; raise verify.timeout_s"
+            )
+        judged = max(judged, len(rates))
         candidates.append(Candidate(step, bootstrap(rates, sampling.bootstrap, run.config.seed)))
     prompt = run.meta()["prompt"]
-    return Choice(prompt, len(problems), sampling.samples, candidates, best(candidates).step)
+    return Choice(prompt, judged, sampling.samples, candidates, best(candidates).step)

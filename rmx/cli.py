@@ -169,9 +169,10 @@ def compare(
     run.need("rollouts")
     if not other:
         run.check_adapter()
-    base = run.base_scores()
-    with paired(run.lm, other or run.path("adapter")) as pair:
-        result = compare.compare_models(pair, base, run.rollouts(), folder, run.config.score)
+    with run.locked(), paired(run.lm, other or run.path("adapter"), run.config.model, run.meta()["prompt"]) as pair:
+        with pair.as_base():
+            base = run.base_scores()
+        result = compare.compare_models(pair, base, run.rollouts(), folder, run.config)
     compare.write(result, folder, run.meta())
     Console().print(compare.table(result))
 
@@ -190,7 +191,8 @@ def coverage(
     from rmx.analyses import coverage
 
     run = _open(config, set_)
-    result = coverage.cover_run(run, tau, draws)
+    with run.locked():
+        result = coverage.cover_run(run, tau, draws)
     coverage.write(result, out or run.path("coverage"), run.meta())
     Console().print(coverage.table(result))
 
@@ -241,7 +243,8 @@ def ablate(
 
     run = _open(config, set_)
     folder = out or run.path("ablate")
-    result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
+    with run.locked():
+        result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
     ablate.write(result, folder)
     Console().print(ablate.table(result))
 
@@ -269,10 +272,12 @@ def intervene(
     folder = out or run.path("intervene")
     run.need("problems")
     if gate == "entropy" and tau is None:
+        run.need("select", ", or give --tau")
         tau = run.tau()
     if not other:
         run.check_adapter()
-    with paired(run.lm, other or run.path("adapter")) as pair:
+    theirs = other or run.path("adapter")
+    with run.locked(), paired(run.lm, theirs, run.config.model, run.renderer.fingerprint) as pair:
         result = intervene.intervene(run, pair, folder, gate, tau)  # type: ignore[arg-type]
     intervene.write(result, folder)
     Console().print(intervene.table(result))

@@ -1,20 +1,20 @@
 """What a run costs: seconds, tokens and peak memory of each stage, and what that is worth at the machine's price."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.table import Table
 
-from rmx.artefacts import parser, read_lines
+from rmx.artefacts import Journal
 from rmx.config import CostConfig
 
 GIB = 2**30
+META = {"costs": 1}  # the form of the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,9 @@ def metered(stage: str, log: Path) -> Iterator[Meter]:
     finally:
         meter.seconds = round(time.perf_counter() - started, 2)
         line = _Start(stage, meter.seconds, meter.read, meter.generated, _peak_gib(), finished)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
+        journal, _ = Journal.open(log, _Start, META)
+        with journal:
+            journal.append([line])
 
 
 def _reset_peak() -> None:
@@ -86,8 +87,8 @@ def stage_costs(log: Path, order: Sequence[str], config: CostConfig) -> list[Sta
     """One row a stage that was started, in the order of the stages."""
     if not log.exists():
         return []
-    parse = parser(_Start)
-    starts = [parse(value) for _, value in read_lines(log)]
+    journal, starts = Journal.open(log, _Start, META)
+    journal.close()
     rows = []
     for stage in order:
         if own := [start for start in starts if start.stage == stage]:

@@ -76,7 +76,7 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
         def pick(step: int, rows: list[int], decoder: Decoder = decoder, uniforms: Tensor = uniforms) -> Picked:
             return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
 
-        yield unit, decode([decoder], pick, len(unit.keys), sampling.max_new_tokens)
+        yield unit, decode([decoder], pick, len(unit.keys), sampling.max_new_tokens, lm.eos_ids)
 
 
 def unit_uniforms(unit: Unit, sampling: Sampling, seed: int) -> Tensor:
@@ -152,14 +152,18 @@ class Decoder:
 
 
 def decode(
-    decoders: Sequence[Decoder], pick: Callable[[int, list[int]], Picked], count: int, length: int
+    decoders: Sequence[Decoder],
+    pick: Callable[[int, list[int]], Picked],
+    count: int,
+    length: int,
+    stops: frozenset[int],
 ) -> list[Completion]:
-    """``count`` completions of up to ``length`` tokens, which all ``decoders`` read in step.
+    """``count`` completions of up to ``length`` tokens, which all ``decoders`` read in step; ``stops`` end one.
 
     Args:
         pick: (step, which completion each row of the batch is) -> (token ids [B], log p [B]).
     """
-    lm = decoders[0].lm
+    device = decoders[0].lm.device
     done = [Completion([], []) for _ in range(count)]
     rows = list(range(count))
     alive = set(rows)
@@ -169,12 +173,12 @@ def decode(
             if row in alive:
                 done[row].ids.append(token)
                 done[row].logprobs.append(logprob)  # type: ignore[union-attr]
-                if token in lm.eos_ids:
+                if token in stops:
                     alive.remove(row)
         if not alive or step + 1 == length:
             break
         if len(alive) < SHRINK * len(rows):
-            keep = torch.tensor([place for place, row in enumerate(rows) if row in alive], device=lm.device)
+            keep = torch.tensor([place for place, row in enumerate(rows) if row in alive], device=device)
             rows = [row for row in rows if row in alive]
             tokens = tokens[keep]
             for decoder in decoders:

@@ -7,8 +7,6 @@ import numpy as np
 from rmx.metrics import EvaluationError, accuracy, bootstrap, pass_rates
 from rmx.records import Evaluation, Problem, Rollout, Verdict
 
-__all__ = ["EvaluationError", "bootstrap", "compare", "pass_rates"]
-
 
 def compare(
     problems: Sequence[Problem],

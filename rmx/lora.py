@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rmx.artefacts import replacing
+from rmx.artefacts import fingerprint, replacing
 from rmx.config import LoraConfig
 from rmx.errors import RmxError
 from rmx.forward import decoder_layers
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read one tensor, in this order
 
@@ -192,6 +193,26 @@ def detach(model: PreTrainedModel, adapter: Adapter) -> None:
         setattr(model.get_submodule(parent), last, layer.base)
 
 
+def adapter_mark(path: Path) -> str:
+    """Tells the adapter in a directory from another one, by both of its files."""
+    return fingerprint(b"".join((path / name).read_bytes() for name in (CONFIG, WEIGHTS)))
+
+
+def check_prompt(path: Path, prompt: str) -> None:
+    """Refuse an adapter that says that it learned from other prompts than those with this fingerprint.
+
+    Raises:
+        AdapterError: it did.
+    """
+    with safetensors.safe_open(path / WEIGHTS, "pt") as file:
+        known = (file.metadata() or {}).get("prompt")
+    if known not in (None, prompt):
+        raise AdapterError(
+            f"{path}: was trained with other prompts than this model and style give now (prompt.template fixes a chat "
+            "template that writes today's date)"
+        )
+
+
 def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory ``path``, whole or not at all.
 
@@ -224,8 +245,8 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
         description["layers_to_transform"] = layer_numbers(adapter)
     with replacing(path) as aside:
         aside.mkdir()
-        (aside / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt", **notes})
+        (aside / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt", **notes})
 
 
 def layer_numbers(adapter: Adapter) -> list[int]:
@@ -240,8 +261,8 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
         AdapterError: no such adapter, another kind of adapter, or shapes that belong to another model.
     """
     try:
-        description: dict[str, Any] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
+        description: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(path / WEIGHTS)
     except (OSError, json.JSONDecodeError, SafetensorError) as fault:
         raise AdapterError(f"{path}: cannot be read as an adapter: {fault}") from fault
     unknown = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False}

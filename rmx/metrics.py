@@ -15,6 +15,9 @@ SPACING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|[\s$]")
 NUMERAL = re.compile(r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d+))(?:\.(\d*?)0*)?")
 
 
+CENTRAL = (0.025, 0.975)  # quantiles of a 95 % interval
+
+
 class EvaluationError(RmxError):
     """There is nothing to evaluate."""
 
@@ -70,18 +73,59 @@ def pass_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict]) -> dict
 
 
 def bootstrap(values: np.ndarray, draws: int, seed: int, per: np.ndarray | None = None) -> Interval:
-    """Mean of per-problem values, or sum(values) / sum(per), and its 95 % percentile interval.
+    """Mean of per-problem values, or sum(values) / sum(per) with per > 0, and its 95 % percentile interval.
 
     The interval is over ``draws`` resamples of the problems.
     """
+    sums = _resampled(values, draws, seed)
+    weights = np.full(draws, len(values)) if per is None else _resampled(per, draws, seed)
+    low, high = np.quantile(sums / weights, CENTRAL)
+    mean = values.mean() if per is None else values.sum() / per.sum()
+    return Interval(float(mean), float(low), float(high))
+
+
+def share_of_gap(gain: np.ndarray, gap: np.ndarray, draws: int, seed: int) -> Interval | None:
+    r"""sum(gain) / sum(gap), paired over problems, and its 95 % interval by inversion of the bootstrap test:
+
+    .. math:: \{ r : 0 \text{ lies in the central 95 % of the resamples of } \sum gain - r \sum gap \}
+
+    Resamples of the ratio itself have no bound where that of the gap may be zero. None where the interval of the gap
+    holds zero: then no share is excluded.
+    """
+    gains, gaps = _resampled(gain, draws, seed), _resampled(gap, draws, seed)
+    low, high = np.quantile(gaps, CENTRAL)
+    if low <= 0 <= high:
+        return None
+    if high < 0:
+        gains, gaps = -gains, -gaps
+
+    def end(quantile: float) -> float:
+        """Where the quantile of gains - r gaps, which falls with r, is zero."""
+
+        def value(r: float) -> float:
+            return float(np.quantile(gains - r * gaps, quantile))
+
+        below, above = -1.0, 1.0
+        while value(below) < 0:
+            below *= 2
+        while value(above) > 0:
+            above *= 2
+        for _ in range(50):
+            middle = (below + above) / 2
+            below, above = (middle, above) if value(middle) > 0 else (below, middle)
+        return (below + above) / 2
+
+    return Interval(float(gain.sum() / gap.sum()), end(CENTRAL[0]), end(CENTRAL[1]))
+
+
+def _resampled(values: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """[draws] sums over problems drawn with replacement; the same problems for the same seed."""
     random = np.random.default_rng(seed)
     found = []
     for start in range(0, draws, 1000):
         drawn = random.integers(0, len(values), (min(1000, draws - start), len(values)))
-        found.append(values[drawn].mean(-1) if per is None else values[drawn].sum(-1) / per[drawn].sum(-1))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    mean = values.mean() if per is None else values.sum() / per.sum()
-    return Interval(float(mean), float(low), float(high))
+        found.append(values[drawn].sum(-1))
+    return np.concatenate(found)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -26,7 +26,7 @@ from rmx.artefacts import (
     write_records,
 )
 from rmx.checkpoint import Checkpoint
-from rmx.choose import FOLDER, Choice, candidate_path, candidate_steps, choose
+from rmx.choose import Choice, candidate_path, candidate_steps, choose, saved_steps
 from rmx.config import Config, Sampling
 from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
@@ -78,8 +78,7 @@ class Run(RunDirectory):
         if again and (stage != "evaluate" or (old is not None and old["settings"] == self.settings(stage))):
             for name in PARTIAL.get(stage, ()):
                 remove(self.path(name))
-        with metered(stage, self.path("costs.jsonl")) as self.meter:
-            summary: dict[str, Any] = self._train(group) if stage == "train" else getattr(self, f"_{stage}")()
+        summary = self.perform(stage, group)
         record = {"settings": self.settings(stage), "seconds": round(self.meter.seconds, 1), **summary}
         write_json(self.path("stages.json"), {**self.stages(), stage: record})
         for finished in order[: order.index(stage) + 1]:  # an earlier one may have been killed before it came here
@@ -87,6 +86,11 @@ class Run(RunDirectory):
                 remove(self.path(name))
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
         console.print(f"{stage}: {words} ({record['seconds']:.0f} s)", highlight=False, markup=False, soft_wrap=True)
+
+    def perform(self, stage: str, group: Group = ALONE) -> dict[str, Any]:
+        """Do a stage's work and log its cost; what to say of it. It does not count as done by that."""
+        with metered(stage, self.path("costs.jsonl")) as self.meter:
+            return self._train(group) if stage == "train" else getattr(self, f"_{stage}")()
 
     def run(self) -> Evaluation:
         """Every stage that is not done yet, in order."""
@@ -165,9 +169,12 @@ class Run(RunDirectory):
         store = score.ScoreStore(self.path("scores"), found, settings.shard_tokens, self.score_origin(keep))
         store.discard_others()
         with progress("score", len(found), "rollouts") as update:
-            missing = [found[i] for number in store.missing() for i in store.shards[number]]
-            self.meter.read += sum(len(r.ids) for r in missing)
-            store.fill(lm, settings, keep, on_done=lambda n: update(n, ""))
+
+            def on_done(done: int, read: int) -> None:
+                self.meter.read = read
+                update(done, "")
+
+            store.fill(lm, settings, keep, on_done=on_done)
         write_json(store.path / "index.json", {"shard_tokens": settings.shard_tokens, "origin": store.origin})
         return {"rollouts": len(found), "tokens": sum(len(r.completion_ids) for r in found)}
 
@@ -190,6 +197,10 @@ class Run(RunDirectory):
             "entropy quantiles": f"{quantiles} nats",
         }
 
+    def steps(self) -> int:
+        """Of the training, if it does not stop early."""
+        return len(train.step_order(len(self.training_set()), self.config.train, self.config.train_seed))
+
     def _train(self, group: Group = ALONE) -> dict[str, Any]:
         sequences, settings = self.training_set(), self.config.train
         if not group.leads:
@@ -210,7 +221,7 @@ class Run(RunDirectory):
             mark = fingerprint(json.dumps(origin, sort_keys=True).encode())
             path = self.path("checkpoint.safetensors")
             checkpoint = Checkpoint(path, mark, settings.checkpoint_seconds, write=group.leads)
-            steps = len(train.step_order(len(sequences), settings, self.config.train_seed))
+            steps = self.steps()
             with ExitStack() as stack:
                 on_step = self._training_log(stack, checkpoint, steps, adapter) if group.leads else lambda *_: None
                 train.train_adapter(
@@ -242,8 +253,9 @@ class Run(RunDirectory):
         made = checkpoint.peek()
         if made:
             console.print(f"train: goes on after step {made} of {steps}")
-        else:
-            remove(self.path(FOLDER))  # of an earlier training
+        for step in saved_steps(self.dir):
+            if step > made:  # of an earlier training, or of steps that are made again
+                remove(candidate_path(self.dir, step))
         kept = candidate_steps(steps, self.config.train.candidates)[:-1]
         log = train.MetricsLog(self.path("metrics.jsonl"), made)
         stack.callback(log.close)
@@ -332,7 +344,7 @@ class Run(RunDirectory):
             "model": self.config.model.model_dump(),
             "weights": self.weights,
             "problems": _mark(problems),
-            "adapter": adapter and fingerprint((adapter / "adapter_model.safetensors").read_bytes()),
+            "adapter": adapter and lora.adapter_mark(adapter),
         }
         meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed + seed, **origin)
         title = name.rpartition("/")[2].removeprefix("evaluation.")
@@ -342,6 +354,16 @@ class Run(RunDirectory):
                 return found, self.judge(title, problems, found)
         found = self.generate(name, problems, sampling, self.config.seed + seed, meta)
         return found, self.judge(title, problems, found)
+
+    def _notes(self) -> dict[str, str]:
+        """What the configuration does not tell."""
+        stages = self.stages()
+        notes = {"Adapter size": stages["train"]["adapter"]}
+        if self.config.train.candidates > 1:
+            notes["Adapter chosen"] = stages["choose"]["adapter"]
+        if source := stages["rollouts"].get("imported"):
+            notes["Rollouts"] = f"imported from {source}"
+        return notes
 
     def evaluated(self, side: str) -> tuple[list[Rollout], list[Verdict]]:
         """What the evaluation sampled of "base" or "tuned", judged again."""
@@ -365,7 +387,7 @@ class Run(RunDirectory):
             prompt=self.meta()["prompt"],
             costs=stage_costs(self.path("costs.jsonl"), list(STAGES), self.config.cost),
             dates=(_written(self.path("problems.jsonl")), _written(self.path("evaluation.json"))),
-            notes={"Adapter size": self.stages()["train"]["adapter"]},
+            notes=self._notes(),
         )
         html.write_html(
             self.path("report.html"),

@@ -116,10 +116,16 @@ def read_jsonl(path: Path) -> list[Problem]:
         if not isinstance(row, dict):
             raise ArtefactError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         for key in ("question", "answer"):
-            value = row.get(key)
+            if key not in row:
+                raise ArtefactError(
+                    f"{path}:{number}: no field {key!r}; there are {', '.join(map(repr, row)) or 'none'}"
+                )
+            value = row[key]
             if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
                 raise ArtefactError(f"{path}:{number}: {key}: expected text or a number, got {value!r}")
-        problem_id, category = row.get("problem_id", f"{path.stem}-{number}"), row.get("category", path.stem)
+        problem_id, category = (row.get(key) for key in ("problem_id", "category"))
+        problem_id = f"{path.stem}-{number}" if problem_id is None else problem_id
+        category = path.stem if category is None else category
         problems.append(Problem(str(problem_id), str(row["question"]), str(row["answer"]), str(category)))
     if not problems:
         raise ArtefactError(f"{path}: holds no problem")

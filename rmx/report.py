@@ -90,8 +90,8 @@ def _plot_gate(axes: Axes, entropy: np.ndarray, tau: float) -> None:
     width = max(float(entropy.max()), tau, 1e-6) / 60
     below = int(np.ceil(tau / width))
     edges = tau + width * np.arange(-below, 62 - below)  # tau is an edge: no bar is half gated
-    gated = f"gated: {np.mean(entropy > tau):.1%} of {entropy.size:,} tokens"
-    for mask, colour, label in ((entropy <= tau, BASE, "anchored"), (entropy > tau, GATE, gated)):
+    above = f"above tau: {np.mean(entropy > tau):.1%} of {entropy.size:,} tokens"
+    for mask, colour, label in ((entropy <= tau, BASE, "at most tau"), (entropy > tau, GATE, above)):
         axes.hist(entropy[mask], bins=edges.tolist(), color=colour, label=label)
     axes.axvline(max(tau, 0), color="black", linestyle="--", linewidth=1, label=f"tau = {tau:.2f} nats")
     axes.set(title="Where the base model is unsure", xlabel="base entropy (nats)", ylabel="completion tokens")

@@ -50,7 +50,7 @@ def generate_rollouts(
     units = cut_units(problems, prompts, sampling, batched=engine != "openai")
     left = [unit for unit in units if not done.keys() >= set(unit.keys)]
     for unit, completions in ENGINES[engine](lm, renderer, left, sampling, seed):
-        rollouts = unit_rollouts(lm, unit, completions)
+        rollouts = unit_rollouts(lm, unit, completions, lm.eos_ids)
         done |= zip(unit.keys, rollouts, strict=True)
         on_unit(rollouts)
     return [done[problem.problem_id, sample] for problem in problems for sample in range(sampling.samples)]
@@ -78,12 +78,12 @@ def cut_units(problems: Sequence[Problem], prompts: list[list[int]], sampling: S
     return units
 
 
-def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion]) -> list[Rollout]:
-    """The records of one unit's completions."""
+def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion], stops: frozenset[int]) -> list[Rollout]:
+    """The records of one unit's completions; ``stops`` are the tokens that end one."""
     rollouts = []
     prompts = [prompt for prompt in unit.prompts for _ in unit.samples]
     for (problem_id, sample), prompt, (ids, logprobs) in zip(unit.keys, prompts, completions, strict=True):
-        stopped = bool(ids) and ids[-1] in lm.eos_ids
+        stopped = bool(ids) and ids[-1] in stops
         text = lm.tokenizer.decode(ids, skip_special_tokens=True)
         rounded = None if logprobs is None else [float(f"{value:.6g}") for value in logprobs]
         reason = "stop" if stopped else "length"

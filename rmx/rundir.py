@@ -125,9 +125,13 @@ class RunDirectory:
         return True
 
     def need(self, stage: str, instead: str = "") -> None:
-        """Raise RunError unless the stage is finished, with these settings; ``instead``: what else would do."""
-        if not self.is_done(stage):
-            raise RunError(f"{self.dir}: stage {stage!r} is not done: run `rmx {stage}` first{instead}")
+        """Raise RunError unless the stage and those before it are finished, with these settings.
+
+        ``instead``: what else would do.
+        """
+        for needed in list(STAGES)[: list(STAGES).index(stage) + 1]:
+            if not self.is_done(needed):
+                raise RunError(f"{self.dir}: stage {needed!r} is not done: run `rmx {needed}` first{instead}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

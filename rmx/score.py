@@ -142,12 +142,17 @@ class ScoreStore:
             path.unlink()
 
     def fill(
-        self, lm: CausalLM, settings: ScoreConfig, keep: Keep, on_done: Callable[[int], None] = lambda _: None
+        self, lm: CausalLM, settings: ScoreConfig, keep: Keep, on_done: Callable[[int, int], None] = lambda *_: None
     ) -> int:
-        """Make the missing shards; ``on_done`` hears how many rollouts are there. Returns how many shards were made."""
+        """Make the missing shards; returns how many were made.
+
+        Args:
+            on_done: hears how many rollouts are there, and how many tokens this call has read so far.
+        """
         missing = self.missing()
         done = len(self.rollouts) - sum(len(self.shards[number]) for number in missing)
-        on_done(done)
+        read = 0
+        on_done(done, read)
         for number in missing:
             members = [self.rollouts[i] for i in self.shards[number]]
             self._write(
@@ -155,7 +160,8 @@ class ScoreStore:
                 score_rollouts(lm, members, top_k=settings.top_k, token_budget=settings.token_budget, keep=keep),
             )
             done += len(members)
-            on_done(done)
+            read += sum(len(r.ids) for r in members)
+            on_done(done, read)
         return len(missing)
 
     def _write(self, number: int, found: list[tuple[Scores, BaseStates]]) -> None:

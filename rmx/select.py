@@ -13,6 +13,7 @@ from rmx.errors import RmxError
 from rmx.records import Rollout, Scores, TrainingSequence, Verdict
 
 EPS = 1e-6  # lower bound of the standard deviation in an advantage
+SHUFFLE, GATE = 1 << 30, (1 << 30) + 1  # streams of random numbers; those of training count steps from 0
 BINS = 30  # of the entropy histogram
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.97, 0.99)
 
@@ -174,7 +175,7 @@ def select_sequences(
         rewards = [float(verdicts[i].reward or 0.0) for i in own]
         weights = advantages(rewards, config.advantage_clip)
         if config.shuffle_advantages:
-            weights = [float(a) for a in np.random.default_rng([seed, 1, own[0]]).permutation(weights)]
+            weights = [float(a) for a in np.random.default_rng([seed, SHUFFLE, own[0]]).permutation(weights)]
         for i, reward, advantage in zip(own, rewards, weights, strict=True):
             sequences.append(
                 TrainingSequence(
@@ -184,7 +185,7 @@ def select_sequences(
                     completion_ids=rollouts[i].completion_ids,
                     reward=reward,
                     advantage=advantage,
-                    decision_tokens=decisions(entropy[of[i]], tau, config.gate, np.random.default_rng([seed, 0, i])),
+                    decision_tokens=decisions(entropy[of[i]], tau, config.gate, np.random.default_rng([seed, GATE, i])),
                     base_logprob=logprob[of[i]].tolist(),
                 )
             )

@@ -128,8 +128,19 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
                 f"{source}: no problem to evaluate on: without {HELD_OUT} they come from the configuration's problems, "
                 f"all of which stand in {RECORDS}"
             )
-    write_records(run.path("problems.jsonl"), train + held_out, {"seed": run.config.seed})
-    return {"train": len(train), "evaluate": len(held_out)}
+    choose = []
+    if run.config.problems.choose_count:
+        taken = trained | {_folded(p) for p in held_out}
+        choose = [p for p in build_problems(run.config.problems, run.config.seed) if p.split == "choose"]
+        choose = [p for p in choose if _folded(p) not in taken]
+        if not choose:
+            raise ArtefactError(
+                f"{source}: no problem to choose a candidate on: they come from the configuration's problems, all of "
+                f"which stand in the files; set problems.choose_count=0 and train.candidates=1"
+            )
+    write_records(run.path("problems.jsonl"), train + choose + held_out, {"seed": run.config.seed})
+    found = {"train": len(train), "choose": len(choose), "evaluate": len(held_out)}
+    return {split: count for split, count in found.items() if count}
 
 
 def _folded(problem: Problem) -> str:
@@ -208,7 +219,7 @@ def _import_training_set(run: Run, source: Path, training: TrainingSet) -> dict[
                 "set score.problems=all"
             )
     started = time.perf_counter()
-    summary = run._score()  # not run.execute: until the training set is there, no stage counts as done
+    summary = run.perform("score")  # not run.execute: until the training set is there, no stage counts as done
     summary["seconds"] = round(time.perf_counter() - started, 1)
     logprob = {(s.problem_id, s.sample): s.logprob for s in run.scores()}
     chosen = [replace(s, base_logprob=logprob[s.problem_id, s.sample].tolist()) for s in training.sequences]

@@ -21,7 +21,7 @@ from rich.table import Table
 from rmx.analyses.pair import AnalysisError
 from rmx.artefacts import replacing, write_json
 from rmx.config import Config
-from rmx.evaluate import bootstrap, pass_rates
+from rmx.metrics import bootstrap, pass_rates
 from rmx.pipeline import Run
 from rmx.progress import console
 from rmx.records import Interval
@@ -42,7 +42,7 @@ class Variant:
 
 def variants(budget: float, quantile: float) -> dict[str, Variant]:
     """By name; ``budget`` and ``quantile`` as in the select section."""
-    none = {"tau": None, "quantile": None, "budget": None}
+    none = {"tau": None, "quantile": None, "budget": None, "gate": "entropy"}
     share = {**none, "budget": budget}
     return {
         OWN: Variant({}),
@@ -65,12 +65,11 @@ class Outcome:
     changes: dict[str, dict[str, Any]]
     gated: float  # share of the training set's completion tokens
     parameters: int  # of the adapter
-    share: float  # of the model's
+    share: float  # of all parameters, the adapter's among them
     accuracy: Interval  # pass@1
     gain: Interval  # over the base
     against: str
     difference: Interval | None  # accuracy - that of ``against``; None for that itself, and where it was not run
-    seconds: float  # of training
     seeds: list[float]  # gain of each training
 
 
@@ -94,7 +93,8 @@ def ablate(
     Killed and started again, it goes on in the stage under way; what is done with the same settings stays.
 
     Raises:
-        AnalysisError: an unknown name; a share outside (0, 1). RunError: a stage of the run is not done.
+        AnalysisError: an unknown name; a share outside (0, 1); a run whose training set is not its own selection.
+        RunError: a stage of the run is not done.
     """
     known = variants(budget, quantile)
     if unknown := [name for name in names if name not in known]:
@@ -103,8 +103,13 @@ def ablate(
         raise AnalysisError(f"ablate: expected budget and quantile between 0 and 1, got {budget} and {quantile}")
     if seeds < 1:
         raise AnalysisError(f"ablate: expected at least one seed, got {seeds}")
-    for stage in list(STAGES)[:-1]:
-        run.need(stage)
+    run.need("evaluate")
+    if "imported" in run.stages()["select"]:
+        raise AnalysisError(
+            "ablate: the training set was imported; variants of it would be selected anew, by other rules"
+        )
+    if run.config.select.shuffle_advantages:
+        raise AnalysisError("ablate: the run itself has shuffled advantages")
     chosen = {name: known[name] for name in known if not names or name in names}
     first = run.config.train_seed
     trainings = {
@@ -130,12 +135,11 @@ def ablate(
             changes=variant.changes,
             gated=_gated(runs[0]),
             parameters=size,
-            share=size / total,
+            share=size / (total + size),
             accuracy=bootstrap(mean, draws, seed),
             gain=bootstrap(mean - base, draws, seed),
             against=variant.against,
             difference=None if other is None or name == OWN else bootstrap(mean - other.mean(0), draws, seed),
-            seconds=float(np.mean([own.stages()["train"]["seconds"] for own in runs])),
             seeds=[float((own - base).mean()) for own in means[name]],
         )
     return Ablation(
@@ -176,7 +180,7 @@ def _share(run: Run, made: Run) -> None:
     names = [OUTPUTS[stage].split("/")[0] for stage in SHARED]
     names += [name for name in ("evaluation.base.jsonl",) if run.path(name).exists()]
     for name in names:
-        link, target = made.path(name), os.path.relpath(run.path(name), made.dir)
+        link, target = made.path(name), os.path.relpath(run.path(name).resolve(), made.dir.resolve())
         if not link.is_symlink() or os.readlink(link) != target:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
@@ -212,9 +216,11 @@ def table(result: Ablation) -> Table:
     """Gain of each variant, and how far it is from the one it is compared with."""
     seeds = len(result.training_seeds)
     title = f"{result.problems} problems x {result.samples}, base {result.base}"
-    caption = f"mean of {seeds} training{'s' if seeds > 1 else ''} each; pass@1, 95 % intervals over problems"
-    grid = Table(title=title, caption=caption, box=box.SIMPLE, pad_edge=False)
-    for heading in ("", "gated", "adapter", "gain", "difference to"):  # fits 80 columns
+    caption = (
+        f"size: of the adapter; mean of {seeds} training{'s' if seeds > 1 else ''} each; pass@1 [95 % over problems]"
+    )
+    grid = Table(title=title, caption=caption, box=box.SIMPLE, padding=0)
+    for heading in ("", "gated", "size", "gain", "difference to"):  # fits 80 columns
         left = heading in ("", "difference to")
         grid.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for name, found in result.outcomes.items():
@@ -224,7 +230,7 @@ def table(result: Ablation) -> Table:
 
 
 def _short(interval: Interval) -> str:
-    return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"{interval.mean:+.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def plot(result: Ablation, path: Path) -> None:

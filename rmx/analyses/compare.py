@@ -18,8 +18,8 @@ from rich.table import Table
 
 from rmx.analyses.pair import TOP, Pair, score_text
 from rmx.artefacts import replacing, write_json
-from rmx.config import ScoreConfig
-from rmx.evaluate import bootstrap
+from rmx.config import Config
+from rmx.metrics import bootstrap
 from rmx.model import CausalLM
 from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
@@ -49,7 +49,12 @@ class Comparison:
 
 
 def compare(
-    lm: CausalLM, rollouts: Sequence[Rollout], base: Sequence[Scores], other: Sequence[Scores], draws: int = 10_000
+    lm: CausalLM,
+    rollouts: Sequence[Rollout],
+    base: Sequence[Scores],
+    other: Sequence[Scores],
+    draws: int = 10_000,
+    seed: int = 0,
 ) -> Comparison:
     """Join the scores of the same rollouts under two models: of the base with top-k, k >= TOP, of the other k >= 1."""
     problems = sorted({r.problem_id for r in rollouts if r.completion_ids})
@@ -82,8 +87,8 @@ def compare(
         problems=len(problems),
         tokens=len(kind),
         counts={name: int((kind == n).sum()) for n, name in enumerate(KINDS)},
-        reranked=bootstrap(counts[:, 1], draws, 0, per=counts.sum(1)),
-        shifted=bootstrap(counts[:, 2], draws, 0, per=counts.sum(1)),
+        reranked=bootstrap(counts[:, 1], draws, seed, per=counts.sum(1)),
+        shifted=bootstrap(counts[:, 2], draws, seed, per=counts.sum(1)),
         mean_rank=mean(rank, kind == 1),
         rank_counts={n: int((rank == n).sum()) for n in range(2, TOP + 1)},
         entropy={name: mean(entropy, kind == n) for n, name in enumerate(KINDS)},
@@ -98,15 +103,15 @@ def compare(
 
 
 def compare_models(
-    pair: Pair, base: Sequence[Scores], rollouts: Sequence[Rollout], out: Path, settings: ScoreConfig
+    pair: Pair, base: Sequence[Scores], rollouts: Sequence[Rollout], out: Path, config: Config
 ) -> Comparison:
     """Score ``rollouts`` under the other model into ``out``/other, and join that with the scores of the base.
 
     Raises:
         AnalysisError: there is no text, or it is of another model.
     """
-    other = score_text(pair.other, "other", pair.mark, rollouts, out / "other", settings)
-    return compare(pair.base, rollouts, base, other)
+    other = score_text(pair.other, "other", pair.mark, rollouts, out / "other", config.score)
+    return compare(pair.base, rollouts, base, other, config.evaluate.bootstrap, config.seed)
 
 
 def write(result: Comparison, out: Path, meta: dict[str, Any]) -> None:

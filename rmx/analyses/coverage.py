@@ -270,8 +270,7 @@ def cover_run(run: RunDirectory, tau: float | None = None, draws: int = 200) -> 
         RunError: there are no rollouts, no tau, or one of the two stages was run with other settings.
         AnalysisError: as in :func:`cover`.
     """
-    if not run.is_done("rollouts"):
-        raise RunError(f"{run.dir}: has no rollouts: run `rmx rollouts` first")
+    run.need("rollouts")
     selected = run.is_done("select")
     if tau is None:
         tau = run.tau() if selected else run.config.select.tau

@@ -5,8 +5,13 @@ The base model decodes. Where a gate is open the other model's token is taken in
 * ``disagreement``: the two models' most probable tokens differ;
 * ``entropy``: the base's entropy is above tau, so that no second model chooses the positions.
 
-Controls: the other's tokens at as many positions drawn at random, and random tokens of the base's top 5 where the gate
-is open. Every sample keeps its random numbers in all arms, so that what differs is the intervention.
+Controls: the other's tokens at as many positions drawn at random, and random tokens of the base's top 5 wherever the
+gate is open. The random positions of a sample are as many as were taken in its gated completion, drawn from the length
+of the base's; where the other's token is not among the base's top 5 the next position serves instead. A completion
+that ends early leaves some unused, so the share that was taken stands beside each arm.
+
+All arms are decoded by rmx's own loop, whatever ``evaluate.engine`` says, and every sample keeps its random numbers in
+all of them, so that what differs is the intervention.
 """
 
 from collections.abc import Sequence
@@ -21,10 +26,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+import rmx_kernels
 from rmx.analyses.pair import TOP, AnalysisError, Pair
 from rmx.artefacts import Journal, fingerprint, replacing, write_json
 from rmx.engines import Decoder, Picked, Unit, decode, stream_key, unit_uniforms
-from rmx.evaluate import bootstrap, pass_rates
+from rmx.metrics import bootstrap, pass_rates, share_of_gap
 from rmx.pipeline import Run
 from rmx.progress import console, progress
 from rmx.records import Interval, Rollout
@@ -90,7 +96,8 @@ def intervene(run: Run, pair: Pair, out: Path, gate: Gate = "disagreement", tau:
     problems, sampling = experiment.problems, run.config.evaluate
     found: dict[str, list[Intervened]] = {}
     for name in ARMS:
-        planned = _random_positions(found["gated"], run.config.seed) if name == "random positions" else {}
+        control = name == "random positions"
+        planned = _random_positions(found["gated"], found["base"], run.config.seed) if control else {}
         found[name] = experiment.arm(name, planned)
     rewards = {}
     for name, arm in found.items():
@@ -116,8 +123,6 @@ def summarise(
 ) -> dict[str, Arm]:
     """Intervals of every arm; rates: pass@1 of each problem, in one order."""
     gap = rates["other"] - rates["base"]
-    known = bootstrap(gap, draws, seed)
-    clear = known.low > 0 or known.high < 0  # else the ratio has no bound
     arms = {}
     for name, completions in found.items():
         gain = rates[name] - rates["base"]
@@ -126,7 +131,7 @@ def summarise(
         arms[name] = Arm(
             accuracy=bootstrap(rates[name], draws, seed),
             gain=bootstrap(gain, draws, seed),
-            recovered=bootstrap(gain, draws, seed, per=gap) if clear and name not in ("base", "other") else None,
+            recovered=None if name in ("base", "other") else share_of_gap(gain, gap, draws, seed),
             behind_gated=bootstrap(rates["gated"] - rates[name], draws, seed) if control else None,
             taken=sum(len(c.taken) for c in completions) / tokens,
             changed=sum(len(c.changed) for c in completions) / tokens,
@@ -135,13 +140,13 @@ def summarise(
     return arms
 
 
-def _random_positions(gated: Sequence[Intervened], seed: int) -> dict[Key, set[int]]:
-    """For each sample as many positions as were taken in its gated completion, anywhere in a text of that length."""
+def _random_positions(gated: Sequence[Intervened], base: Sequence[Intervened], seed: int) -> dict[Key, set[int]]:
+    """For each sample as many positions as were taken in its gated completion, anywhere in the base's."""
     found = {}
-    for c in gated:
+    for c, plain in zip(gated, base, strict=True):
         draw = np.random.Generator(np.random.Philox(stream_key(seed + POSITIONS, *c.key)))
-        places = draw.choice(len(c.rollout.completion_ids), len(c.taken), replace=False)
-        found[c.key] = {int(t) for t in places}
+        length = len(plain.rollout.completion_ids)
+        found[c.key] = {int(t) for t in draw.choice(length, min(length, len(c.taken)), replace=False)}
     return found
 
 
@@ -152,10 +157,12 @@ class _Experiment:
         self.pair, self.out, self.gate, self.tau = pair, out, gate, tau
         self.problems, self.sampling, self.seed = run.problems("evaluate"), run.config.evaluate, run.config.seed + 1
         prompts = [run.renderer(p.question) for p in self.problems]
-        check_length(pair.base, max(map(len, prompts)), self.sampling.max_new_tokens)
+        for lm in (pair.base, pair.other):
+            check_length(lm, max(map(len, prompts)), self.sampling.max_new_tokens)
         self.units = cut_units(self.problems, prompts, self.sampling, batched=True)
         self.params = SamplingParams(self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
         self.origin: dict[str, Any] = {
+            "rmx": rmx_kernels.__version__,
             "prompt": run.renderer.fingerprint,
             "model": run.config.model.model_dump(),
             "weights": run.weights,
@@ -195,21 +202,25 @@ class _Experiment:
         decoders = []
         if name != "other":
             decoders.append(Decoder(pair.base, unit.prompts, len(unit.samples), pair.as_base))
-        if name != "base":
+        if name != "base" and not (name == "random tokens" and self.tau is not None):  # which need no other model
             decoders.append(Decoder(pair.other, unit.prompts, len(unit.samples)))
+        stops = pair.base.eos_ids | pair.other.eos_ids
         taken: list[list[int]] = [[] for _ in range(count)]
         changed: list[list[int]] = [[] for _ in range(count)]
         places = [planned.get(key, set()) for key in unit.keys]
+        owed = [0] * count  # random positions that have come and were not taken yet
 
         def pick(step: int, rows: list[int]) -> Picked:
             drawn = [sample_tokens(d.lm, d.hidden, uniforms[rows, step], self.params) for d in decoders]
-            if len(decoders) == 1:
-                return drawn[0]
-            (tokens, logprobs), (proposed, _) = drawn
+            (tokens, logprobs), (proposed, _) = drawn[0], drawn[-1]
+            if name in ("base", "other"):
+                return tokens, logprobs
             stats = linear_entropy_topk(decoders[0].hidden, k=TOP, **pair.base.head)
             assert stats.topk_ids is not None
             if name == "random positions":
-                opened = torch.tensor([step in places[row] for row in rows], device=tokens.device)
+                for row in rows:
+                    owed[row] += step in places[row]
+                opened = torch.tensor([owed[row] > 0 for row in rows], device=tokens.device)
             elif self.tau is not None:
                 opened = stats.entropy > self.tau
             else:
@@ -223,12 +234,13 @@ class _Experiment:
             for row, took, differs in zip(rows, take.tolist(), (proposed != tokens).tolist(), strict=True):
                 if took:
                     taken[row].append(step)
+                    owed[row] -= 1
                     if differs:
                         changed[row].append(step)
             return torch.where(take, proposed, tokens), logprobs
 
-        completions = decode(decoders, pick, count, self.sampling.max_new_tokens)
-        rollouts = unit_rollouts(pair.base, unit, [c._replace(logprobs=None) for c in completions])
+        completions = decode(decoders, pick, count, self.sampling.max_new_tokens, stops)
+        rollouts = unit_rollouts(pair.base, unit, [c._replace(logprobs=None) for c in completions], stops)
         return [
             # a finished row may stay in the batch for a while
             Intervened(r, *([t for t in own if t < len(r.completion_ids)] for own in steps))
@@ -267,7 +279,9 @@ def verdict(result: Intervention) -> str:
     gated = result.arms["gated"]
     if gated.recovered is None:
         return f"The gap between the two models, {result.gap}, is not clear: nothing can be said of a share of it."
-    words = [f"{gated.taken:.1%} of the tokens, taken from the other model, recover {_percent(gated.recovered)}."]
+    words = [
+        f"{gated.taken:.1%} of the tokens, taken from the other model, recover {_percent(gated.recovered)} of the gap."
+    ]
     for name, arm in result.arms.items():
         behind = arm.behind_gated
         if behind is not None:

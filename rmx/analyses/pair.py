@@ -11,7 +11,7 @@ from rmx.artefacts import fingerprint
 from rmx.config import ModelConfig, ScoreConfig
 from rmx.errors import RmxError
 from rmx.lora import Adapter
-from rmx.model import CausalLM
+from rmx.model import CausalLM, ModelError
 from rmx.progress import progress
 from rmx.records import Rollout, Scores
 from rmx.score import Keep, ScoreStore
@@ -38,27 +38,33 @@ class Pair:
 
 
 @contextmanager
-def paired(base: CausalLM, other: Path | str) -> Iterator[Pair]:
+def paired(base: CausalLM, other: Path | str, settings: ModelConfig, prompt: str) -> Iterator[Pair]:
     """``base`` and ``other``, which is a directory with an adapter of ``base``, or the name of a model.
 
+    Args:
+        settings: of the base; the other model is loaded by them too. prompt: the fingerprint of the prompts in use.
+
     Raises:
-        AnalysisError: the tokenizers differ. AdapterError: the adapter is of another model. ModelError: no such model.
+        AnalysisError: there is no such model, or its tokenizer differs. AdapterError: the adapter does not fit the
+            base's layers, or learned from other prompts.
     """
     path = Path(other).expanduser()
-    if (path / "adapter_config.json").is_file():
+    if (path / lora.CONFIG).is_file():
         adapter = lora.load_adapter(base.model, path)
         try:
-            weights = (path / "adapter_model.safetensors").read_bytes()
-            yield Pair(base, base, fingerprint(weights), adapter)
+            lora.check_prompt(path, prompt)
+            yield Pair(base, base, lora.adapter_mark(path), adapter)
         finally:
             lora.detach(base.model, adapter)
         return
-    dtype = str(base.weight.dtype).removeprefix("torch.")
-    settings = ModelConfig(name=str(other), dtype=dtype, device=base.device.type, packing=base.packing)  # type: ignore[arg-type]
-    second = model.load(settings)
+    theirs = settings.model_copy(update={"name": str(other), "gguf_file": None, "revision": None})
+    try:
+        second = model.load(theirs)
+    except ModelError as fault:
+        raise AnalysisError(f"{other}: neither a directory with an adapter nor a model: {fault}") from fault
     if second.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise AnalysisError(f"{other}: has another tokenizer than the base: its token ids mean other text")
-    yield Pair(base, second, f"{other} {model.fingerprint(settings)}", None)
+    yield Pair(base, second, f"{other} {model.fingerprint(theirs)}", None)
 
 
 def score_text(
@@ -87,5 +93,5 @@ def score_text(
     store = ScoreStore(path, rollouts, used.shard_tokens, origin)
     store.discard_others()
     with progress(name, len(rollouts), "rollouts") as update:
-        store.fill(lm, used, Keep(), on_done=lambda n: update(n, ""))
+        store.fill(lm, used, Keep(), on_done=lambda n, _: update(n, ""))
     return store.scores()

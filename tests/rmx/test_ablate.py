@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_pipeline import changed, command, write_yaml
 
-from rmx.analyses.ablate import OWN, TRAINED, Ablation, ablate, variants
+from rmx.analyses.ablate import OWN, TRAINED, Ablation, Outcome, ablate, table, variants
 from rmx.analyses.pair import AnalysisError
 from rmx.config import Config
 from rmx.lora import load_adapter
 from rmx.pipeline import Run
+from rmx.records import Interval
 from rmx.rundir import RunError
 
 
@@ -147,6 +149,26 @@ def test_what_cannot_be_done_is_refused(tiny_config: Config, tmp_path: Path) -> 
         ablate(run, tmp_path, budget=1.2)
     with pytest.raises(AnalysisError, match="at least one seed, got 0"):
         ablate(run, tmp_path, seeds=0)
+
+
+def test_a_run_that_is_a_control_itself_or_was_imported(run: Run, tmp_path: Path) -> None:
+    for name in ("quantile", "budget"):
+        assert variants(0.2, 0.5)[name].changes["select"]["gate"] == "entropy"
+    stages = json.loads(run.path("stages.json").read_text())
+    stages["select"]["imported"] = "elsewhere"
+    run.path("stages.json").write_text(json.dumps(stages))
+    with pytest.raises(AnalysisError, match="the training set was imported"):
+        ablate(run, tmp_path)
+
+
+def test_the_table_fits_a_terminal() -> None:
+    interval = Interval(-0.123, -0.234, -0.012)
+    outcome = Outcome({}, 1.0, 8, 0.0137, interval, interval, "budget", interval, [0.1])
+    names = dict.fromkeys(variants(0.2, 0.5), outcome)
+    console = Console(width=80, record=True)
+    console.print(table(Ablation(200, 3, interval, 0.2, 0.5, [0], names, "")))
+    text = console.export_text()
+    assert "…" not in text and text.count("-0.123 [-0.234, -0.012] budget") == len(names)
 
 
 def test_the_command_writes_table_json_and_picture(run: Run, tmp_path: Path) -> None:

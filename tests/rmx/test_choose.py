@@ -1,6 +1,7 @@
 """The best of several candidates: which steps, which one, from which problems, and after a kill."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from test_pipeline import changed
 
 from rmx.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
 from rmx.config import Config
+from rmx.metrics import EvaluationError
 from rmx.pipeline import Run
 from rmx.records import Interval, Problem, Rollout, Verdict
 from rmx.rundir import STAGES, RunError
@@ -110,3 +112,12 @@ def test_an_adapter_that_is_not_chosen_yet_is_not_merged(config: Config, tmp_pat
         run.execute(stage)
     with pytest.raises(RunError, match="stage 'choose' is not done"):
         run.merged(tmp_path / "merged")
+
+
+def test_an_absent_candidate_is_named(config: Config) -> None:
+    run = Run(config)
+    run.run()
+    step = saved_steps(run.dir)[1]
+    shutil.rmtree(candidate_path(run.dir, step))
+    with pytest.raises(EvaluationError, match=f"the candidate of step {step} is not in .*run `rmx train` with --again"):
+        run.execute("choose", again=True)

@@ -29,8 +29,13 @@ def rollouts(count: int = 12) -> list[Rollout]:
 
 def compare_models(base: CausalLM, other: Path | str, texts: list[Rollout], out: Path) -> Comparison:
     scores = score_text(base, "base", "base", texts, out / "base", ScoreConfig())
-    with paired(base, other) as pair:
-        return join(pair, scores, texts, out, ScoreConfig())
+    dtype = str(base.weight.dtype).removeprefix("torch.")
+    settings = {"name": "base", "dtype": dtype, "device": "cpu"}
+    config = Config.model_validate(
+        {"run_dir": "", "model": settings, "problems": {"sources": [{"task": "gcd"}]}, "evaluate": {"bootstrap": 500}}
+    )
+    with paired(base, other, config.model, "prompt") as pair:
+        return join(pair, scores, texts, out, config)
 
 
 @pytest.fixture
@@ -91,6 +96,8 @@ def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, 
         compare_models(tiny, adapter_path, [], tmp_path)
     with pytest.raises(AnalysisError, match="token id 99: the rollouts are of another model"):
         compare_models(tiny, adapter_path, [Rollout("p", 0, [1], [99], "stop", "")], tmp_path)
+    with pytest.raises(AnalysisError, match=r"nowhere/at/all: neither a directory with an adapter nor a model"):
+        compare_models(tiny, tmp_path / "nowhere/at/all", rollouts(), tmp_path)
     deeper = save_tiny_model(tmp_path / "deeper", num_hidden_layers=3)
     vocabulary = deeper / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text().replace('"sum"', '"SUM"'))

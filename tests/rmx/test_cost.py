@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from test_pipeline import changed
 
 from rmx.config import Config, CostConfig
 from rmx.cost import GIB, StageCost, metered, stage_costs, table, total
 from rmx.pipeline import Run
 from rmx.rundir import STAGES
+from rmx.score import ScoreStore
 
 
 def test_a_run_counts_what_it_reads_and_samples(tiny_config: Config) -> None:
@@ -43,11 +45,32 @@ def test_every_start_counts_also_one_that_failed(tmp_path: Path) -> None:
         fails()
     with metered("train", log) as meter:
         meter.read, meter.generated = 7, 2
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["finished"] for line in lines] == [False, True]
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    assert [line[0]["finished"] for line in lines] == [False, True]
+    log.write_text(log.read_text() + '[{"stage": "tr')  # torn by a full disk
     (row,) = stage_costs(log, ["score", "train"], CostConfig())
     assert (row.tokens_read, row.tokens_generated, row.price) == (12, 2, None)
     assert stage_costs(tmp_path / "none.jsonl", ["train"], CostConfig()) == []
+
+
+def test_what_an_interrupted_scoring_read_is_counted_once(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(changed(tiny_config, score={"shard_tokens": 300}))
+    for stage in list(STAGES)[:3]:
+        run.execute(stage)
+    write, made = ScoreStore._write, []
+
+    def stops(self: ScoreStore, number: int, found: object) -> None:
+        made.append(number)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        write(self, number, found)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ScoreStore, "_write", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run.execute("score")
+    run.execute("score")
+    (row,) = stage_costs(run.path("costs.jsonl"), ["score"], CostConfig())
+    assert len(made) > 4 and row.tokens_read == sum(len(r.ids) for r in run.to_score())
 
 
 def test_the_peak_is_that_of_the_body(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_the_command_writes_table_json_and_picture(tiny_config: Config, tmp_path
     run, config = Run(tiny_config), write_yaml(tiny_config, tmp_path / "run.yaml")
     early = command("coverage", config)
     assert (early.returncode, early.stdout) == (1, "")
-    assert "has no rollouts: run `rmx rollouts` first" in early.stderr
+    assert "run `rmx problems` first" in early.stderr
     for stage in ("problems", "rollouts"):
         run.execute(stage)
     early = command("coverage", config)  # the gate is a budget, which select will turn into tau

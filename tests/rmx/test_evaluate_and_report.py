@@ -9,7 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from rmx import report
-from rmx.evaluate import EvaluationError, bootstrap, compare
+from rmx.evaluate import compare
+from rmx.metrics import EvaluationError, bootstrap
 from rmx.records import Accuracy, Evaluation, Interval, Problem, Rollout, Verdict
 from rmx.train import StepMetrics
 

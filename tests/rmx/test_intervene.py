@@ -6,18 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_compare import adapter_path  # noqa: F401  a fixture
 from test_pipeline import changed, command, write_yaml
 
 from rmx import lora
 from rmx.analyses import intervene as module
-from rmx.analyses.intervene import ARMS, Gate, Intervened, intervene, summarise
+from rmx.analyses.intervene import ARMS, Arm, Gate, Intervened, Intervention, intervene, summarise, table
 from rmx.analyses.pair import TOP, AnalysisError, paired
 from rmx.config import Config
 from rmx.engines import stream_key
 from rmx.model import CausalLM
 from rmx.pipeline import Run
-from rmx.records import Rollout
+from rmx.records import Interval, Rollout
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def naive(run: Run, adapter: lora.Adapter, key: tuple[str, int], prompt: list[in
     lm, temperature = run.lm, run.config.evaluate.temperature
     u, dice = stream(1, key, 6), stream(1 + module.TOKENS, key, 6)
     ids: list[int] = []
-    taken, changed_ = [], []
+    taken, changed_, owed = [], [], 0
 
     def draw(logits: torch.Tensor, u: float) -> int:
         if temperature == 0:
@@ -56,12 +57,14 @@ def naive(run: Run, adapter: lora.Adapter, key: tuple[str, int], prompt: list[in
         logp = base.log_softmax(-1)
         opened = float(-(logp.exp() * logp).sum()) > tau if tau is not None else int(other.argmax()) != top[0]
         if arm == "random positions":
-            opened = step in planned
+            owed += step in planned
+            opened = owed > 0
         proposed = top[int(dice[step] * TOP)] if arm == "random tokens" else theirs
         if arm == "other":
             token = theirs
         elif arm != "base" and opened and proposed in top:
             taken.append(step)
+            owed -= 1
             changed_ += [step] if proposed != token else []
             token = proposed
         ids.append(token)
@@ -80,19 +83,22 @@ def test_every_arm_is_that_of_a_naive_decoding(
     temperature: float,
 ) -> None:
     run = Run(changed(run.config, evaluate={"temperature": temperature}))
-    with paired(run.lm, adapter_path) as pair, torch.no_grad():
+    with paired(run.lm, adapter_path, run.config.model, "") as pair, torch.no_grad():
         result = intervene(run, pair, run.path("intervene"), gate, tau)
         assert pair.adapter is not None
         experiment = module._Experiment(run, pair, run.path("intervene"), gate, tau)
         found = {}
         for name in ARMS:
-            planned = module._random_positions(found["gated"], 0) if name == "random positions" else {}
+            random = name == "random positions"
+            planned = module._random_positions(found["gated"], found["base"], 0) if random else {}
             found[name] = experiment.arm(name, planned)  # from the journals
             for c in found[name]:
                 mine = naive(run, pair.adapter, c.key, c.rollout.prompt_ids, name, tau, planned.get(c.key, set()))
                 assert (c.rollout.completion_ids, c.taken, c.changed) == mine
-    for c in found["gated"]:  # as many random positions as taken ones
-        assert len(module._random_positions([c], 0)[c.key]) == len(c.taken)
+    for c, plain in zip(found["gated"], found["base"], strict=True):  # as many random positions as taken ones
+        places = module._random_positions([c], [plain], 0)[c.key]
+        assert len(places) == min(len(c.taken), len(plain.rollout.completion_ids))
+        assert max(places, default=0) < len(plain.rollout.completion_ids)
     for name in ("gated", "random tokens", "random positions"):
         assert any(c.changed for c in found[name])
     assert result.problems == 20 and list(result.arms) == list(ARMS)
@@ -103,7 +109,7 @@ def test_every_arm_is_that_of_a_naive_decoding(
 
 def test_base_and_other_are_what_the_evaluation_samples(run: Run) -> None:
     run.run()
-    with paired(run.lm, run.path("adapter")) as pair:
+    with paired(run.lm, run.path("adapter"), run.config.model, run.renderer.fingerprint) as pair:
         intervene(run, pair, run.path("intervene"))
     for arm, side in (("base", "base"), ("other", "tuned")):
         lines = run.path(f"intervene/{arm}.jsonl").read_text().splitlines()[1:]
@@ -116,7 +122,7 @@ def test_base_and_other_are_what_the_evaluation_samples(run: Run) -> None:
 
 
 def test_a_killed_start_goes_on_at_its_unit(run: Run, adapter_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    with paired(run.lm, adapter_path) as pair:
+    with paired(run.lm, adapter_path, run.config.model, "") as pair:
         whole = intervene(run, pair, run.path("whole"))
         decode, made = module.decode, [0]
 
@@ -136,13 +142,21 @@ def test_a_killed_start_goes_on_at_its_unit(run: Run, adapter_path: Path, monkey
         assert made[0] == 1 + len(ARMS) * units + 3 * units  # base and other are the same
 
 
-def test_another_model_may_choose_too(run: Run, tmp_path: Path) -> None:
+def test_another_model_may_choose_too_and_its_eos_ends_a_completion(run: Run, tmp_path: Path) -> None:
     from conftest import save_tiny_model
 
     other = save_tiny_model(tmp_path / "other", initializer_range=0.6)
-    with paired(run.lm, str(other)) as pair:
+    generation = other / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "eos_token_id": 7}))
+    with paired(run.lm, str(other), run.config.model, "") as pair:
+        assert (pair.base.eos_ids, pair.other.eos_ids) == ({2}, {7})
         result = intervene(run, pair, run.path("intervene"))
+        found = module._Experiment(run, pair, run.path("intervene"), "disagreement", None).arm("gated", {})
     assert result.arms["gated"].changed > 0
+    ended = [c.rollout for c in found if c.rollout.finish_reason == "stop"]
+    assert {r.completion_ids[-1] for r in ended} == {2, 7}
+    for c in found:
+        assert not {2, 7} & set(c.rollout.completion_ids[:-1])
 
 
 def test_shares_of_a_gap_by_hand() -> None:
@@ -165,8 +179,17 @@ def test_shares_of_a_gap_by_hand() -> None:
     assert summarise(dict.fromkeys(rates, one), unclear, 200, 0)["gated"].recovered is None
 
 
+def test_the_table_fits_a_terminal() -> None:
+    interval = Interval(-1.234, -2.345, -0.123)
+    arm = Arm(interval, interval, interval, interval, 0.519, 0.125, 28.4)
+    result = Intervention("entropy", 2.55, 200, 3, interval, dict.fromkeys(ARMS, arm), "")
+    console = Console(width=80, record=True)
+    console.print(table(result))
+    assert "…" not in (text := console.export_text()) and text.count("51.9%/12.5%") == 3
+
+
 def test_what_cannot_be_done_is_refused(run: Run, adapter_path: Path, tiny: CausalLM) -> None:  # noqa: F811
-    with paired(run.lm, adapter_path) as pair:
+    with paired(run.lm, adapter_path, run.config.model, "") as pair:
         with pytest.raises(AnalysisError, match=r"expected tau \(nats\) for the entropy gate .* got None"):
             intervene(run, pair, run.path("intervene"), "entropy")
         with pytest.raises(AnalysisError, match=r"for no other, got 1\.0"):
@@ -176,8 +199,14 @@ def test_what_cannot_be_done_is_refused(run: Run, adapter_path: Path, tiny: Caus
 def test_the_command_writes_table_json_and_picture(run: Run, tmp_path: Path) -> None:
     path = write_yaml(run.config, tmp_path / "run.yaml")
     early = command("intervene", path)
-    assert early.returncode == 1 and "stage 'train' is not done: run `rmx train` first" in early.stderr
+    assert early.returncode == 1 and "stage 'rollouts' is not done: run `rmx rollouts` first" in early.stderr
     run.run()
+    for settings, words in (
+        ("prompt.suffix=x", "prompt.suffix was '', is now 'x'"),
+        ("select={tau: 2.0}", "select.tau was None, is now 2.0"),
+    ):
+        stale = command("intervene", path, "--gate", "entropy", "--set", settings)
+        assert stale.returncode == 1 and words in stale.stderr
     for more in ((), ("--gate", "entropy")):
         done = command("intervene", path, *more)
         assert done.returncode == 0, done.stderr

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmx.metrics import EvaluationError, accuracy, has_box, majority, pass_at_k, pass_rates
-from rmx.records import Accuracy, Problem, Rollout, Verdict
+from rmx.metrics import EvaluationError, accuracy, bootstrap, has_box, majority, pass_at_k, pass_rates, share_of_gap
+from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
 
 PROBLEMS = [Problem(f"p{i}", "q", "1") for i in range(6)]
 
@@ -156,3 +156,42 @@ def test_a_record_survives_json() -> None:
     result = measured({"p0": ["1", "2", "1"], "p1": ["1", "timeout", None]})
     text = json.dumps(dataclasses.asdict(result))
     assert pydantic.TypeAdapter(Accuracy).validate_json(text) == result
+
+
+def test_a_share_of_a_gap_has_an_interval_where_the_gap_has_a_sign() -> None:
+    random = np.random.default_rng(0)
+    gap = random.choice([0.0, 1 / 3, 2 / 3, 1.0, -1 / 3], 200)
+    gain = 0.6 * gap + random.normal(0, 0.1, 200)
+    share, plain = share_of_gap(gain, gap, 4000, 0), bootstrap(gain, 4000, 0, per=gap)
+    assert share is not None
+    for end in ("mean", "low", "high"):  # far from zero it is the interval of the ratio
+        assert getattr(share, end) == pytest.approx(getattr(plain, end), abs=2e-3)
+    flipped = share_of_gap(gain, -gap, 4000, 0)
+    assert (
+        flipped is not None and flipped.low == pytest.approx(-share.high) and flipped.high == pytest.approx(-share.low)
+    )
+    assert share_of_gap(gap, gap, 4000, 0) == Interval(1.0, pytest.approx(1.0), pytest.approx(1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_share_of_a_barely_clear_gap_stays_a_number(seed: int) -> None:
+    """Where some resamples of the gap are zero or negative, the ratio's own quantiles are NaN or wrong."""
+    random = np.random.default_rng(seed)
+    gap = random.choice([-1.0, 0.0, 0.0, 0.0, 1.0, 1.0], 40)
+    gain = gap * random.choice([0.0, 1.0], 40)
+    share, known = share_of_gap(gain, gap, 1000, 0), bootstrap(gap, 1000, 0)
+    assert (share is None) == (known.low <= 0 <= known.high)
+    if share is not None:
+        assert np.isfinite([share.low, share.high]).all() and share.low <= share.mean <= share.high
+
+
+def test_the_interval_of_a_share_covers_it() -> None:
+    """Of 200 samples of problems with a true share of one half, about 95 % of the intervals hold it."""
+    random, hits, seen = np.random.default_rng(1), 0, 0
+    for seed in range(200):
+        gap = random.choice([-1.0, 0.0, 0.0, 1.0, 1.0], 150)
+        gain = np.where(random.random(150) < 0.5, gap, 0.0)
+        if (share := share_of_gap(gain, gap, 400, seed)) is not None:
+            seen += 1
+            hits += share.low <= 0.5 <= share.high
+    assert seen > 150 and 0.89 < hits / seen < 0.99
