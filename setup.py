@@ -56,7 +56,9 @@ class BuildNative(build_ext):
 
 class AnyPython3(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        """Of the platform with the library in it; of any platform without."""
+        library = self.get_finalized_command("build_ext").get_ext_fullpath("rmx_kernels.librmx_cpu")
+        return "py3", "none", super().get_tag()[2] if Path(library).exists() else "any"
 
 
 setup(

@@ -295,6 +295,17 @@ def demo(
         _run(config, [f"seed={seed}", f"run_dir={json.dumps(run_dir or f'runs/demo-{seed}')}", *(set_ or [])])
 
 
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+    no_rates: Annotated[bool, typer.Option("--no-rates", help="measure nothing")] = False,
+) -> None:
+    """What this machine is, what every operator runs on and how fast, and known traps."""
+    from rmx_kernels import doctor
+
+    print(doctor.report(as_json=as_json, rates=not no_rates))
+
+
 @app.command("backends")
 def backends_command() -> None:
     """Which kernel implementations run here, and why the others do not."""

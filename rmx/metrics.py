@@ -87,7 +87,7 @@ def bootstrap(values: np.ndarray, draws: int, seed: int, per: np.ndarray | None 
 def share_of_gap(gain: np.ndarray, gap: np.ndarray, draws: int, seed: int) -> Interval | None:
     r"""sum(gain) / sum(gap), paired over problems, and its 95 % interval by inversion of the bootstrap test:
 
-    .. math:: \{ r : 0 \text{ lies in the central 95 % of the resamples of } \sum gain - r \sum gap \}
+    .. math:: \{ r : 0 \text{ lies in the central 95 \% of the resamples of } \sum gain - r \sum gap \}
 
     Resamples of the ratio itself have no bound where that of the gap may be zero. None where the interval of the gap
     holds zero: then no share is excluded.

@@ -4,6 +4,7 @@ Every operator takes ``impl=None`` (best available), ``"reference"``, ``"cpu"`` 
 :func:`backends` says which of them run here and why the others do not.
 """
 
+from rmx_kernels.causal_lm import CausalLMHead, head_of, token_logprobs
 from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
 from rmx_kernels.entropy_topk.api import entropy_topk
 from rmx_kernels.gated_contrastive_loss.api import gated_contrastive_loss
@@ -16,6 +17,7 @@ from rmx_kernels.version import __version__
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "CausalLMHead",
     "ContrastiveLoss",
     "LogprobKL",
     "VocabStats",
@@ -23,7 +25,9 @@ __all__ = [
     "backends",
     "entropy_topk",
     "gated_contrastive_loss",
+    "head_of",
     "linear_entropy_topk",
     "linear_gated_contrastive_loss",
     "linear_logprob_kl",
+    "token_logprobs",
 ]

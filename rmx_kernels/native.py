@@ -81,7 +81,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     if not LIBRARY.exists():
         return (
             None,
-            "the native kernels were not built: install a C++17 compiler (g++ or clang++), then install rmx again",
+            "the native kernels were not built: install a C++17 compiler (g++ or clang++), then install rmx again "
+            "(pip install --no-cache-dir --force-reinstall --no-deps)",
         )
     try:
         library = ctypes.CDLL(str(LIBRARY))

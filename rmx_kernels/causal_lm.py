@@ -1,0 +1,369 @@
+"""token_logprobs: statistics of the next token of any causal LM of transformers, without its logits.
+
+Nothing of transformers or PEFT is imported: a model is known by its methods (get_output_embeddings, base_model or
+get_decoder, config), an adapter by those of its layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmx_kernels import checks
+from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
+from rmx_kernels.lora import LoRA
+from rmx_kernels.results import VocabStats
+
+# The names under which the configurations of transformers describe what happens to logits.
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Spark
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
+
+CHECKED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()  # heads that were seen to be right
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    k: int = 0,
+    temperature: float = 1.0,
+    logits_to_keep: int | None = None,
+    check: bool = True,
+    impl: str | None = None,
+    **kwargs: Any,
+) -> VocabStats:
+    r"""Log-prob of each next token, entropy and top-k by a causal LM whose logits are never made.
+
+    .. math::
+        \mathrm{logprob}_{b,p} = \log p(x_{b,p+1} \mid x_{b,0..p}), \quad
+        p(\cdot \mid x_{b,0..p}) = \mathrm{softmax}(\mathrm{logits}_{b,p} / \mathrm{temperature})
+
+    Position p predicts token p + 1, so L tokens have L - 1 results. logits are what ``model(input_ids,
+    attention_mask, **kwargs)`` would return: with the scale, softcap, bias and adapters of its head, as :func:`head_of`
+    says, and with the positions that the model gives its tokens. (Most models count them from the left edge, padding
+    included: with padding on the left pass ``position_ids``, as to the model itself.)
+
+    Args:
+        model: a causal LM of transformers, plain, as a PeftModel, compiled, or in DistributedDataParallel.
+        input_ids: [B, L], int64 or int32.
+        attention_mask: [B, L], 1 at tokens and 0 at padding on either side; None for no padding. Where token p or p + 1
+            is padding, every result is 0 and has no gradient. On a GPU a mask costs one synchronisation.
+        k: how many of the most probable tokens to return, 0 <= k <= V.
+        temperature: divides the logits, > 0.
+        logits_to_keep: only the last so many predicted tokens, 1 to L - 1 (the length of a completion, say; not one
+            more, as transformers counts); None for all.
+        check: as in :func:`head_of`.
+        impl: None (best available), "reference", "cpu" or "triton".
+        kwargs: further inputs of the model (position_ids, pixel_values, ...).
+
+    Returns:
+        :class:`VocabStats` with rows [B, L - 1] or [B, logits_to_keep], float32 (float64 for float64 models), in nats;
+        topk_logprobs and topk_ids [B, rows, K]. All but topk_ids is differentiable, entropy too, with respect to
+        everything that the model trains: body, head and adapters. Under ``torch.no_grad`` nothing is kept.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name, or a model whose head this does not reproduce.
+        BackendUnavailable: ``impl`` cannot run here.
+
+    Source: per-token log-probs of GRPO, arXiv 2402.03300, section 4.1; entropy gate of arXiv 2605.06241, section 3.
+
+    >>> stats = token_logprobs(model, input_ids, attention_mask, k=8)  # doctest: +SKIP
+    >>> ratio = (stats.logprob - old_logprob).exp()  # doctest: +SKIP
+    """
+    _check_inputs(input_ids, attention_mask, logits_to_keep, kwargs)
+    head = head_of(model, check)
+    operator = head.kwargs(temperature)
+    L = input_ids.shape[1]
+    rows = slice(0 if logits_to_keep is None else L - 1 - logits_to_keep, L - 1)
+    hidden = head.hidden(input_ids, attention_mask, **kwargs)[:, rows]
+    target = input_ids[:, 1:][:, rows]
+    if attention_mask is None:
+        return linear_entropy_topk(hidden, target=target, k=k, impl=impl, **operator)
+    tokens = attention_mask != 0
+    live = (tokens[:, :-1] & tokens[:, 1:])[:, rows]
+    # What is computed from padding can be NaN, which 0 times a gradient would keep, so those rows are left out.
+    stats = linear_entropy_topk(hidden[live], target=target[live], k=k, impl=impl, **operator)
+    return VocabStats._make(None if x is None else _placed(x, live) for x in stats)
+
+
+def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
+    r"""The final hidden states of a causal LM and its head, in the form that every linear operator takes.
+
+    .. math:: \mathrm{logits} = \mathrm{cap}(\mathrm{scale} \, (h (W + \sum_j s_j B_j A_j)^\top + b))
+
+    with cap(u) = softcap * tanh(u / softcap), or u without a softcap.
+
+    Args:
+        model: a causal LM of transformers, plain, as a PeftModel, compiled, or in DistributedDataParallel.
+        check: run the model on 8 tokens, in evaluation mode, the first time that a head is met, and compare its
+            logits with those of the formula. False skips this, not the refusal of what is seen to be unsupported.
+
+    Returns:
+        :class:`CausalLMHead`.
+
+    Raises:
+        TypeError: model is no module. ValueError: no causal LM; a head that is no plain linear layer, is quantised or
+        sharded; an adapter on it other than LoRA, or LoRA with a variant (DoRA), a bias, or dropout in training mode;
+        prompt learning or activated LoRA; logits that differ from the model's own.
+
+    Source: the heads of transformers 5.23 (Gemma 2, Cohere, Granite, ...) and the layers of PEFT 0.21.
+
+    >>> head = head_of(model)  # doctest: +SKIP
+    >>> hidden = head.hidden(input_ids, attention_mask)  # doctest: +SKIP
+    >>> linear_entropy_topk(hidden, **head.kwargs(), k=8)  # doctest: +SKIP
+    """
+    head = CausalLMHead(model)
+    linear, pairs = head.linear()
+    seen = CHECKED.setdefault(head.causal_lm, set())
+    key = (id(linear), *(id(A) for A, _, _ in pairs), head.scale, head.softcap)
+    if check and key not in seen:
+        _check_logits(head)
+        seen.add(key)
+    return head
+
+
+@dataclass(frozen=True)
+class CausalLMHead:
+    """Made by :func:`head_of`; reads the model at every call, so it may be kept while adapters train and switch."""
+
+    model: nn.Module
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Final hidden states [B, L, H], after the last norm, in the dtype of the head; inputs as the model takes them.
+
+        Raises:
+            ValueError: ``adapter_names``, which acts in the forward of a PeftModel, or a module in
+                DistributedDataParallel whose gradients would not be averaged, since its own forward does not run.
+        """
+        if "adapter_names" in kwargs:
+            raise ValueError("adapter_names: expected one set of adapters for the batch, got names for each sequence")
+        if torch.is_grad_enabled() and getattr(self.model, "require_backward_grad_sync", False):
+            raise ValueError(
+                "model: expected the module inside DistributedDataParallel, since gradients are recorded and its "
+                "forward, which averages them, does not run, got the wrapper; wrap a module whose forward makes this "
+                "call, or score under torch.no_grad()"
+            )
+        kwargs.setdefault("use_cache", False)
+        hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        weight = self.linear()[0].weight
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"model: expected final hidden states of {weight.shape[1]} columns, as the output head has, "
+                f"got shape {tuple(hidden.shape)} from {type(self.decoder).__name__}"
+            )
+        return hidden.to(weight.dtype)
+
+    def kwargs(self, temperature: float = 1.0) -> dict[str, Any]:
+        """weight [V, H], bias [V] or None, lora or None, softcap and temperature: arguments of every linear operator.
+
+        The scale of the logits is in softcap and temperature. Several LoRA pairs are one of their ranks' sum, in the
+        dtype of the head. The operators with a base give ``lora`` to the student alone: make base_hidden under
+        ``model.disable_adapter()``. A head that is trained itself (modules_to_save) serves the base as well.
+        """
+        checks.scaling(temperature, None)
+        linear, pairs = self.linear()
+        # cap_c(s u) / T = cap_(c / s)(u) / (T / s), which rounds nothing, as scaled hidden states would
+        return {
+            "weight": linear.weight,
+            "bias": linear.bias,
+            "lora": _one_pair(pairs, linear.weight.dtype),
+            "softcap": None if self.softcap is None else self.softcap / self.scale,
+            "temperature": temperature / self.scale,
+        }
+
+    @property
+    def outer(self) -> Any:
+        """The model out of DistributedDataParallel and torch.compile, with PEFT's wrapper around it if there is one."""
+        model = self.model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
+            model = inner
+        return model
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal LM of transformers itself."""
+        model = self.outer
+        for config in getattr(model, "peft_config", {}).values():
+            if getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None):
+                raise ValueError(
+                    f"model: expected adapters in the layers of the model, got {config.peft_type}, which acts in the "
+                    f"forward of {type(model).__name__} on the inputs"
+                )
+        if hasattr(model, "get_base_model"):
+            model = CausalLMHead(model.get_base_model()).outer
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+            raise ValueError(f"model: expected a causal LM of transformers, got {type(model).__name__}")
+        return model
+
+    @property
+    def decoder(self) -> Any:
+        """The part of the model that ends in final hidden states, with the encoders of images if it has some."""
+        model = self.causal_lm
+        decoder = getattr(model, "base_model", model)
+        if decoder is model:
+            decoder = model.get_decoder()
+        if decoder is model:
+            raise ValueError(f"model: expected a causal LM around a decoder, got {type(model).__name__}")
+        return decoder
+
+    @property
+    def scale(self) -> float:
+        """What the logits are multiplied by."""
+        config, scale = self._config, 1.0
+        for name in MULTIPLIERS:
+            scale *= _number(config, name, 1.0)
+        for name in DIVISORS:
+            scale /= _number(config, name, 1.0)
+        return scale
+
+    @property
+    def softcap(self) -> float | None:
+        caps = [cap for name in SOFTCAPS if (cap := _number(self._config, name, None)) is not None]
+        return caps[0] if caps else None
+
+    @property
+    def _config(self) -> Any:
+        config = self.causal_lm.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def linear(self) -> tuple[Any, list[LoRA]]:
+        """The linear layer under all adapters of the head, and the LoRA pairs that are active on it."""
+        head = self.causal_lm.get_output_embeddings()
+        pairs: list[LoRA] = []
+        while True:
+            active = [] if getattr(head, "disable_adapters", False) else list(getattr(head, "active_adapters", ()))
+            copies = getattr(head, "modules_to_save", None)
+            if isinstance(copies, nn.ModuleDict):
+                head = copies[active[0]] if active and active[0] in copies else head.original_module  # one at a time
+            elif hasattr(head, "base_layer") and hasattr(head, "active_adapters"):  # a layer of PEFT
+                if head.merged and head.disable_adapters:
+                    head.unmerge()  # as its forward would
+                pairs += [] if head.merged else _active_pairs(head, active)
+                head = head.base_layer
+            else:
+                break
+        if getattr(type(head), "forward", None) is not nn.Linear.forward:
+            raise ValueError(f"model: expected torch.nn.Linear as its output head, got {type(head).__name__}")
+        weight = head.weight
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in checks.FLOATS or weight.dim() != 2:
+            raise ValueError(
+                f"model: expected an output head with a whole floating-point weight [V, H], got "
+                f"{type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
+            )
+        return head, pairs
+
+
+def _check_inputs(input_ids: object, attention_mask: object, logits_to_keep: object, kwargs: dict[str, Any]) -> None:
+    checks.is_tensor("input_ids", input_ids)
+    assert isinstance(input_ids, Tensor)
+    if input_ids.dtype not in checks.INTEGERS:
+        raise TypeError(f"input_ids: expected int64 or int32 token ids, got {input_ids.dtype}")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("past_key_values: expected whole sequences and no cache, got one")
+    if attention_mask is not None:
+        checks.is_tensor("attention_mask", attention_mask)
+        assert isinstance(attention_mask, Tensor)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+    if logits_to_keep is None:
+        return
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int):
+        raise TypeError(f"logits_to_keep: expected an int or None, got {type(logits_to_keep).__name__}")
+    if not 1 <= logits_to_keep < input_ids.shape[1]:
+        raise ValueError(
+            f"logits_to_keep: expected 1 <= logits_to_keep <= L - 1 = {input_ids.shape[1] - 1}, got {logits_to_keep}"
+        )
+
+
+def _placed(values: Tensor, live: Tensor) -> Tensor:
+    """The rows [n, ...] where live [B, rows] is True, and 0 elsewhere."""
+    return values.new_zeros(*live.shape, *values.shape[1:]).index_put((live,), values)
+
+
+def _number(config: Any, name: str, default: float | None) -> Any:
+    value = getattr(config, name, None)
+    if value is None:
+        return default
+    if not value > 0:
+        raise ValueError(f"model: expected config.{name} above 0, got {value}")
+    return float(value)
+
+
+def _active_pairs(layer: Any, active: list[str]) -> list[LoRA]:
+    """Of PEFT's layer around the output head."""
+    if active and not (type(layer).__name__ == "Linear" and isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)):
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        raise ValueError(f"model: expected LoRA on its output head, or no adapter, got {kind}")
+    pairs = []
+    for name in active:
+        if name not in layer.lora_A:
+            continue
+        A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if name in getattr(layer, "lora_variant", {}):
+            variant = type(layer.lora_variant[name]).__name__
+            raise ValueError(f"model: expected plain LoRA on its output head, got {variant} in adapter {name!r}")
+        if B.bias is not None:
+            raise ValueError(f"model: expected LoRA without a bias on its output head, got one in adapter {name!r}")
+        if dropout.training and getattr(dropout, "p", 0) > 0:
+            raise ValueError(
+                f"model: expected LoRA without dropout on its output head, got p = {dropout.p} in adapter {name!r}, "
+                "which is in training mode"
+            )
+        pairs.append((A.weight, B.weight, float(layer.scaling[name])))
+    return pairs
+
+
+def _one_pair(pairs: list[LoRA], dtype: torch.dtype) -> LoRA | None:
+    """PEFT keeps adapters in float32, whatever the model; the operators multiply in one dtype."""
+    pairs = [(A.to(dtype), B.to(dtype), scale) for A, B, scale in pairs]
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    return torch.cat([scale * A for A, _, scale in pairs]), torch.cat([B for _, B, _ in pairs], dim=1), 1.0
+
+
+@torch.no_grad()
+def _check_logits(head: CausalLMHead) -> None:
+    """An unknown transform (a scale, a cap, an extra norm) would make every number wrong: compare once."""
+    modes = [(module, module.training) for module in head.outer.modules()]
+    try:
+        head.outer.eval()  # dropout would make two runs differ
+        given = head.kwargs()
+        weight, lora = given["weight"], given["lora"]
+        ids = torch.arange(1, 9, device=weight.device).unsqueeze(0) % weight.shape[0]
+        theirs = head.outer(input_ids=ids, use_cache=False)[0]
+        hidden = head.hidden(ids)
+        ours = F.linear(hidden, weight, given["bias"])
+        if lora is not None:
+            ours = ours + lora[2] * F.linear(F.linear(hidden, lora[0]), lora[1])
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    eps = max(torch.finfo(x.dtype).eps for x in (ours, theirs))  # that of autocast, where it is on
+    ours, theirs = ours.float() * head.scale, theirs.float()
+    if head.softcap is not None:
+        ours = head.softcap * torch.tanh(ours / head.softcap)
+    name = type(head.causal_lm).__name__
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"model: expected logits of shape {tuple(ours.shape)} from {name}, as its hidden states and output head "
+            f"give, got {tuple(theirs.shape)}"
+        )
+    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+    if not error <= max(1e-3, 4 * eps):  # eager rounds to eps / 2, once or twice
+        raise ValueError(
+            f"model: expected the logits of {name} to be its hidden states times its output head, with the scale and "
+            f"softcap of its configuration, got logits that differ by {error:.1%}; it transforms them in another way"
+        )
