@@ -271,7 +271,7 @@ def table(result: Intervention) -> Table:
 
 
 def _percent(interval: Interval) -> str:
-    return f"{interval.mean:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+    return f"{interval.mean:z.0%} [{interval.low:z.0%}, {interval.high:z.0%}]"
 
 
 def verdict(result: Intervention) -> str:
@@ -301,7 +301,7 @@ def plot(result: Intervention, path: Path) -> None:
         a = arm.accuracy
         axes.bar(x, a.mean, 0.7, color=colours.get(name, "#c9c9c9"))
         axes.errorbar([x], [a.mean], [[a.mean - a.low], [a.high - a.mean]], color="black", capsize=4, linewidth=1)
-        share = "" if arm.recovered is None else f"\n{arm.recovered.mean:.0%} of the gap"
+        share = "" if arm.recovered is None else f"\n{arm.recovered.mean:z.0%} of the gap"
         axes.annotate(f"{a.mean:.3f}{share}", (x, a.high), (0, 4), textcoords="offset points", ha="center", fontsize=9)
     axes.set_xticks(range(len(names)), names)
     gate = "where the two disagree" if result.tau is None else f"where base entropy > {result.tau:.2f} nats"
