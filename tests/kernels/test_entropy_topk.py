@@ -150,7 +150,7 @@ def test_confident_targets_keep_their_gradient(device: str, impl: str, dtype: to
     cases.check(OPERATOR, {"logits": logits, "target": target, "k": 2}, impl)
 
 
-@pytest.mark.parametrize("columns", [5, 8192])
+@pytest.mark.parametrize("columns", [5, pytest.param(8192, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min])
 def test_masked_entries_have_probability_zero(device: str, impl: str, columns: int, mask: float) -> None:
     """Scattered, and whole tiles of them before, between and after the others."""

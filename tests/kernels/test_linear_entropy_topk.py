@@ -110,7 +110,7 @@ def test_common_offset(device: str, impl: str, dtype: torch.dtype, offset: float
     cases.check(OPERATOR, arguments, impl)
 
 
-@pytest.mark.parametrize("columns", [5, 8192])
+@pytest.mark.parametrize("columns", [5, pytest.param(8192, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("where", ["first", "middle", "last", "scattered"])
 @pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.bfloat16).min])
 def test_masked_tokens_have_probability_zero(device: str, impl: str, columns: int, where: str, mask: float) -> None:
