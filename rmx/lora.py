@@ -24,7 +24,7 @@ from rmx.config import LoraConfig
 from rmx.errors import RmxError
 from rmx.forward import decoder_layers
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read one tensor, in this order
 
@@ -204,9 +204,8 @@ def check_prompt(path: Path, prompt: str) -> None:
     Raises:
         AdapterError: it did.
     """
-    with safetensors.safe_open(path / WEIGHTS, "pt") as file:
-        known = (file.metadata() or {}).get("prompt")
-    if known not in (None, prompt):
+    notes = path / NOTES
+    if notes.exists() and json.loads(notes.read_text(encoding="utf-8")).get("prompt", prompt) != prompt:
         raise AdapterError(
             f"{path}: was trained with other prompts than this model and style give now (prompt.template fixes a chat "
             "template that writes today's date)"
@@ -217,7 +216,8 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory ``path``, whole or not at all.
 
     Args:
-        notes: kept in the metadata of the safetensors file, as the prompt's fingerprint.
+        notes: kept beside them in ``rmx.json``, as the prompt's fingerprint: PEFT knows no such keys, and the order of
+            safetensors' own metadata differs from one process to the next.
 
     Raises:
         AdapterError: the adapter changes nothing, or holds values that are not finite.
@@ -246,7 +246,9 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     with replacing(path) as aside:
         aside.mkdir()
         (aside / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt", **notes})
+        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        if notes:
+            (aside / NOTES).write_text(json.dumps(notes) + "\n", encoding="utf-8")
 
 
 def layer_numbers(adapter: Adapter) -> list[int]:

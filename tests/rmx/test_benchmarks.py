@@ -163,7 +163,7 @@ def test_an_adapter_is_compared_with_its_base(
     run = Run(tiny_config)
     with pytest.raises(AdapterError, match="belongs to another model"):
         run_benchmarks(run, [str(digits)], adapter=save_adapter(other_model(tmp_path), tmp_path / "foreign"))
-    with pytest.raises(BenchmarkError, match="was trained with other prompts"):
+    with pytest.raises(AdapterError, match="was trained with other prompts"):
         run_benchmarks(run, [str(digits)], adapter=save_adapter(tiny_path, tmp_path / "chatty", prompt="another"))
     assert sampled == ["digits.base", "digits.tuned"]
 
@@ -174,7 +174,7 @@ def other_model(tmp_path: Path) -> Path:
 
 def test_the_runs_own_adapter(tiny_config: Config, digits: Path) -> None:
     run = Run(tiny_config)
-    with pytest.raises(RunError, match="stage 'train' is not done"):
+    with pytest.raises(RunError, match=r"stage 'problems' is not done: run `rmx problems` first, or name an adapter"):
         run_benchmarks(run, [str(digits)], tuned=True)
     run.run()
     (result,) = run_benchmarks(run, [str(digits)], tuned=True)

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import safetensors
 from test_pipeline import changed
 
 from rmx.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
@@ -60,8 +59,7 @@ def test_the_best_candidate_becomes_the_adapter(config: Config, monkeypatch: pyt
     assert [c["pass_at_1"]["mean"] for c in choice["candidates"]] == [float(step == steps[1]) for step in steps]
     weights = "adapter_model.safetensors"
     assert run.path(f"adapter/{weights}").read_bytes() == (candidate_path(run.dir, steps[1]) / weights).read_bytes()
-    with safetensors.safe_open(run.path(f"adapter/{weights}"), "pt") as file:
-        assert file.metadata()["prompt"] == run.meta()["prompt"]
+    assert json.loads(run.path("adapter/rmx.json").read_text()) == {"prompt": run.meta()["prompt"]}
     assert not run.path("choosing").exists()
 
 

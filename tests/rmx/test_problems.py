@@ -87,7 +87,7 @@ def test_sources_of_one_task_or_file_name_do_not_collide(tmp_path: Path) -> None
     [
         ('{"question": "q", "answer"', "not a JSON value"),
         ('["q", 1]', "expected a JSON object, got list"),
-        ('{"question": "q"}', "answer: expected text or a number, got None"),
+        ('{"question": "q"}', "no field 'answer'; there are 'question'"),
         ('{"question": "", "answer": 1}', "question: expected text or a number, got ''"),
         ('{"question": "q", "answer": true}', "answer: expected text or a number, got True"),
     ],

@@ -102,7 +102,7 @@ def test_shards_round_trip_and_only_the_absent_and_the_torn_are_made_again(
     first = store(tmp_path)
     assert [list(members) for members in first.shards] == [[0, 1], [2]]
     heard: list[int] = []
-    assert first.fill(tiny, settings, KEEP, heard.append) == 2
+    assert first.fill(tiny, settings, KEEP, lambda done, _: heard.append(done)) == 2
     assert heard == [0, 2, 3]
     expected = score_rollouts(tiny, ROLLOUTS[:2], top_k=2, token_budget=8, keep=KEEP)
     expected += score_rollouts(tiny, ROLLOUTS[2:], top_k=2, token_budget=8, keep=KEEP)

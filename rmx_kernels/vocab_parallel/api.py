@@ -1,0 +1,238 @@
+"""vocab_parallel_entropy_topk and vocab_parallel_gated_contrastive_loss: what every rank calls."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rmx_kernels import checks, dispatch
+from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
+from rmx_kernels.linear_gated_contrastive_loss.api import linear_gated_contrastive_loss
+from rmx_kernels.lora import LoRA, split
+from rmx_kernels.results import ContrastiveLoss, VocabStats, named
+from rmx_kernels.tiles import compute_dtype, flat
+from rmx_kernels.vocab_parallel.agreement import (
+    MAX_VOCAB,
+    Claim,
+    agree,
+    gradient_of,
+    membership,
+    shard_start,
+    targets_of,
+)
+from rmx_kernels.vocab_parallel.functions import Divergence, Statistics
+from rmx_kernels.vocab_parallel.shard import Shard, Student
+
+
+def vocab_parallel_entropy_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    start: int,
+    group: dist.ProcessGroup | None = None,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    k: int = 0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str | None = None,
+    check: bool = True,
+) -> VocabStats:
+    r"""What :func:`linear_entropy_topk` returns, from a head whose rows are spread over the ranks of a group.
+
+    .. math::
+        \mathrm{lse} = \log \sum_r e^{\mathrm{lse}_r}, \quad \pi_r = e^{\mathrm{lse}_r - \mathrm{lse}}, \quad
+        H = \sum_r \pi_r (H_r - \log \pi_r), \quad \log p(y) = \log p_r(y) + \log \pi_r
+
+    Every rank of the group calls it, with its own rows of the head and with the same values of all else: hidden states
+    are replicated, as in Megatron's vocabulary-parallel cross-entropy, and so are the results. Upstream gradients have
+    to be the same on every rank as well: each computes the same loss from the results, and none its share of it.
+
+    Args:
+        hidden: final hidden states [..., H], the same on every rank, bfloat16, float16, float32 or float64.
+            Differentiable: its gradient is that of the whole vocabulary, on every rank.
+        weight: this rank's rows [V_r, H] of the output head, ids start to start + V_r - 1. Ranks hold rows in their
+            order, without gap or overlap; as many as they like, but at least one. Differentiable, as is bias.
+        target: token ids [...] in [0, V), int64 or int32, the same on every rank; None for no ``logprob``.
+        start: id of the first of this rank's rows.
+        group: the process group; None for the default one. Works with gloo and NCCL.
+        bias: this rank's [V_r], or None on all. A part whose bias is -inf throughout has no mass; where its logits of a
+            row are all -inf for another reason, that row is NaN.
+        lora: (A [r, H], B [V_r, r], scale): A and the scale the same on every rank, B this rank's rows. The gradient
+            of A is that of the whole vocabulary, on every rank.
+        k: 0 <= k <= V. Ties go to the lower id. The log-probs of equal logits on two ranks differ by roundings, so
+            tokens of two ranks whose log-probs are within 4 roundings of each other are ties.
+        temperature, softcap, impl: as in :func:`entropy_topk`, the same on every rank (impl may differ).
+        check: compare shapes and arguments over ranks first, so that a difference is an error on every rank. It waits
+            for the device. Without, a difference is a hang or a wrong result, and the log-prob of a target that no
+            rank holds is -inf.
+
+    Returns:
+        :class:`VocabStats` of float32 (float64 for float64 inputs), in nats, equal on every rank and up to rounding to
+        those of one process. In a group of one it is :func:`linear_entropy_topk`.
+
+    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 160 where it checks; backward a sum over
+    ranks of 4 N H bytes (8 N H), and of 4 N r more with lora, of what requires a gradient. The statistics are merged in
+    rank order; the order of that sum is the backend's.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
+        torch.distributed is not initialised. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, section 3); the rest by the chain rules.
+    """
+    world = membership(group)
+
+    def claim() -> Claim:
+        found = _check_head(hidden, weight, start, bias, lora, temperature, softcap)
+        checks.top_k(k, MAX_VOCAB)
+        if target is not None:
+            checks.targets(target, hidden.shape[:-1], MAX_VOCAB, hidden.device)
+        dispatch.load("linear_entropy_topk", impl, hidden.device, hidden.dtype)
+        return found | {"operator": 0, "k": k} | (targets_of(target) if check else {})
+
+    agree(claim, group) if check else claim()
+    if world == 1:
+        scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+        return linear_entropy_topk(hidden, weight, target, bias=bias, lora=lora, k=k, impl=impl, **scaling)
+    module = dispatch.load("linear_entropy_topk", impl, hidden.device, hidden.dtype)
+    shard = Shard(group, start, float(temperature), softcap, module.__name__.endswith("reference"))
+    student = _student(hidden, weight, bias, lora)
+    ids = None if target is None else target.reshape(-1).long()
+    lse, entropy, logprob, values, topk_ids = Statistics.apply(shard, *student, ids, k)
+    lead = hidden.shape[:-1]
+    rows = (x.view(lead) for x in (lse, entropy, logprob))
+    return named((*rows, values.view(*lead, k), topk_ids.view(*lead, k)), target, k)
+
+
+def vocab_parallel_gated_contrastive_loss(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    start: int,
+    group: dist.ProcessGroup | None = None,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str | None = None,
+    check: bool = True,
+) -> ContrastiveLoss:
+    r"""What :func:`linear_gated_contrastive_loss` returns, from a head whose rows are spread over the ranks of a group.
+
+    .. math::
+        \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}),
+        \quad \mathrm{KL}(p_b \,\|\, p_s) = \sum_r \pi_r \mathrm{KL}_r + \mathrm{KL}(\pi \,\|\, \rho)
+
+    with :math:`\mathrm{KL}_r` between the distributions within the rows of rank r, and :math:`\pi_r, \rho_r` the mass
+    that base and student give to them. No term is negative, and equal hidden states give exactly 0.
+
+    Every rank of the group calls it with its own rows of the head and the same values of all else, and differentiates
+    the same loss: :func:`vocab_parallel_entropy_topk` says which. d hidden is that of the whole vocabulary, on every
+    rank; d weight, d bias and d B are of this rank's rows.
+
+    Args:
+        hidden, base_hidden: of student and frozen base, [..., H], the same on every rank; hidden is differentiable.
+        weight, bias, lora, start, group, temperature, softcap, impl, check: as in
+            :func:`vocab_parallel_entropy_topk`. The base has no lora; weight's gradient is the student's alone.
+        target: token ids [...] of the whole vocabulary; not read in rows whose two weights are zero.
+        ce_weight, kl_weight: [...] floating point, constants, the same on every rank.
+
+    Returns:
+        :class:`ContrastiveLoss`, as :func:`gated_contrastive_loss`, the same on every rank. In a group of one it is
+        :func:`linear_gated_contrastive_loss`. No gradient comes with the value, since what the others hold is not known
+        yet: a row with ce_weight costs 3 products with the part, one with kl_weight 5, one with both 8.
+
+    Of n rows with ce_weight and m with kl_weight, each rank sends 16 n + 24 m bytes forward (twice that in float64),
+    and 160 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
+        torch.distributed is not initialised. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: loss of arXiv 2605.06241, section 3.
+    """
+    world = membership(group)
+
+    def claim() -> Claim:
+        found = _check_head(hidden, weight, start, bias, lora, temperature, softcap)
+        checks.like("base_hidden", base_hidden, "hidden", hidden)
+        checks.frozen("base_hidden", base_hidden, "the base distribution is a constant")
+        rows = hidden.shape[:-1]
+        checks.row_weights("ce_weight", ce_weight, rows, hidden.device)
+        checks.row_weights("kl_weight", kl_weight, rows, hidden.device)
+        used = (ce_weight != 0) | (kl_weight != 0)
+        checks.targets(target, rows, MAX_VOCAB, hidden.device, used=used)
+        for op in ("linear_entropy_topk", "linear_logprob_kl"):
+            dispatch.load(op, impl, hidden.device, hidden.dtype)
+        found |= {"operator": 1, "k": 0}
+        if check:
+            live = {f"rows with {n}_weight": int((w != 0).sum()) for n, w in (("ce", ce_weight), ("kl", kl_weight))}
+            found |= targets_of(target, used) | live
+        return found
+
+    agree(claim, group) if check else claim()
+    scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+    if world == 1:
+        weights = ce_weight, kl_weight
+        return linear_gated_contrastive_loss(
+            hidden, base_hidden, weight, target, *weights, bias=bias, lora=lora, impl=impl, **scaling
+        )
+    module = dispatch.load("linear_logprob_kl", impl, hidden.device, hidden.dtype)
+    shard = Shard(group, start, float(temperature), softcap, module.__name__.endswith("reference"))
+    student = _student(hidden, weight, bias, lora)
+    base, ids = base_hidden.detach().reshape(student.hidden.shape), target.reshape(-1).long()
+    ce, kl_w = (w.detach().reshape(-1).to(compute_dtype(hidden.dtype)) for w in (ce_weight, kl_weight))
+    decisions, anchors = ce.nonzero().squeeze(1), kl_w.nonzero().squeeze(1)
+    _, _, logprob, _, _ = Statistics.apply(shard, *_rows(student, decisions), ids[decisions], 0)
+    anchor_logprob, kl = Divergence.apply(shard, *_rows(student, anchors), base[anchors], ids[anchors])
+    loss = (kl_w[anchors].double() * kl.double()).sum() - (ce[decisions].double() * logprob.double()).sum()
+    row_logprob, row_kl = (torch.full_like(ce, float("nan")) for _ in range(2))
+    row_logprob[anchors], row_kl[anchors] = anchor_logprob, kl.detach()
+    row_logprob[decisions] = logprob.detach()
+    return ContrastiveLoss(loss.to(ce.dtype), row_logprob.view(target.shape), row_kl.view(target.shape))
+
+
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    start: int,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    temperature: float,
+    softcap: float | None,
+) -> Claim:
+    checks.floating("hidden", hidden, 1)
+    checks.head(hidden, weight, bias)
+    shard_start(start, weight.shape[0])
+    checks.lora(hidden, weight, lora)
+    checks.scaling(temperature, softcap)
+    claim = {
+        "hidden.dtype": checks.FLOATS.index(hidden.dtype),
+        "hidden rows": hidden.shape[:-1].numel(),
+        "hidden.shape[-1]": hidden.shape[-1],
+        "bias given": bias is not None,
+        "temperature": temperature,
+        "softcap": softcap or 0,  # none: 0 is not taken
+        "start": start,
+        "rows of weight": weight.shape[0],
+    }
+    if lora is not None:
+        claim |= {"lora rank": lora[0].shape[0], "lora scale": lora[2]} | gradient_of("lora A", lora[0])
+    return claim | gradient_of("hidden", hidden)
+
+
+def _student(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None) -> Student:
+    lora_hidden, lora_weight = split(hidden, lora)
+    return Student(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat(lora_hidden), lora_weight)
+
+
+def _rows(student: Student, index: Tensor) -> Student:
+    lora_hidden = None if student.lora_hidden is None else student.lora_hidden[index]
+    return student._replace(hidden=student.hidden[index], lora_hidden=lora_hidden)

@@ -1,0 +1,493 @@
+"""The vocabulary-parallel operators on two and on three gloo processes, against the plain ones in this process.
+
+A spawn of processes takes seconds, so each group runs all its calls once, in ``calls``, and keeps what came of them;
+the tests compare.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import cases
+import oracles
+import pytest
+import torch
+import torch.distributed as dist
+from cases import SCALED, Arguments, randint, randn
+from torch import Tensor
+
+from rmx_kernels import backends, entropy_topk
+from rmx_kernels.registration import INTERPRETED
+from rmx_kernels.vocab_parallel import merge, vocab_parallel_entropy_topk, vocab_parallel_gated_contrastive_loss
+
+SHARDS = {2: (0, 9, 23), 3: (0, 4, 15, 23)}  # unequal, and one of fewer rows than k
+LONG = {2: (0, 1100, 2600), 3: (0, 1024, 1025, 2600)}  # blocks of 1024 columns, and a shard of one row
+# Interpreted, the Triton kernels take minutes: they get a few of the cases, on two processes, and only they do.
+IMPLS = ["triton"] if INTERPRETED else [b.name for b in backends().values() if b.available and "cpu" in b.devices]
+natively = pytest.mark.skipif(INTERPRETED, reason="minutes under Triton's interpreter")
+DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float32, torch.float64]
+STATS, LOSS = "linear_entropy_topk", "linear_gated_contrastive_loss"
+PARALLEL: dict[str, Callable[..., Any]] = {
+    STATS: vocab_parallel_entropy_topk,
+    LOSS: vocab_parallel_gated_contrastive_loss,
+}
+INF = math.inf
+
+
+def arguments_of(
+    op: str, variant: str, dtype: torch.dtype, bounds: tuple[int, ...]
+) -> tuple[Arguments, dict[str, Any]]:
+    """(arguments of the whole head, scaling) of a variant; targets are of every rank."""
+    V = bounds[-1]
+    made = cases.make(op, (2, 6), V, 7, dtype)
+    made["target"][0] = torch.arange(6) * (V - 1) // 5
+    if op == STATS:
+        made["k"] = 6
+    if variant == "scaled":
+        return made, SCALED
+    if variant == "temperature":
+        return made, {"temperature": 0.3}
+    if variant == "lora":
+        return cases.with_lora(made), {}
+    if variant == "no bias":
+        del made["bias"]
+    if variant == "ties":  # the head repeats itself, and so do the logits
+        made["hidden"], made["weight"] = (made[n].mul(2).round() / 2 for n in ("hidden", "weight"))  # exact products
+        made["weight"] = made["weight"][torch.arange(V) % 3]
+        made["bias"].zero_()
+        return made, {"temperature": 0.7}
+    if variant == "masked":  # more of the vocabulary than k leaves, so that the top-k holds some of it
+        made["bias"][bounds[1] : bounds[2]] = -INF
+        made["bias"][: bounds[1] - 3] = -INF
+        made["bias"][bounds[-2] :][2:] = -INF
+        made["target"].fill_(bounds[1] - 1)
+    if variant == "one position" and op == LOSS:
+        made["ce_weight"].zero_()
+        made["kl_weight"].zero_()
+        made["ce_weight"][1, 2] = 1.0
+    return made, {}
+
+
+VARIANTS = ["lora", "masked"]
+if not INTERPRETED:
+    VARIANTS += ["plain", "scaled", "temperature", "no bias", "ties", "one position", "long"]
+CASES = [(op, variant, dtype, impl) for op in PARALLEL for variant in VARIANTS for dtype in DTYPES for impl in IMPLS]
+
+
+def shard(arguments: Arguments, first: int, last: int) -> Arguments:
+    """The arguments of the rank that holds rows [first, last) of the head."""
+    own = arguments | {n: arguments[n][first:last] for n in ("weight", "bias") if n in arguments}
+    if "lora" in arguments:
+        A, B, scale = arguments["lora"]
+        own["lora"] = A, B[first:last], scale
+    return own | {"start": first}
+
+
+def forward_backward(function: Callable[..., Any], op: str, arguments: Arguments, **options: Any) -> list[Tensor]:
+    """All results, then the gradients of hidden, weight, bias, A and B, where they are."""
+    fresh, inputs = cases.leaves(op, arguments)
+    result = function(**fresh, **options)
+    outputs = cases.differentiable(result)
+    gradients = torch.autograd.grad(outputs, inputs, cases.cotangents(outputs))
+    return [value.detach() for value in result if value is not None] + list(gradients)
+
+
+# What the processes run.
+
+
+def calls(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    found = {}
+    for case in CASES:
+        op, variant, dtype, impl = case
+        bounds = (LONG if variant == "long" else SHARDS)[world]
+        arguments, scaling = arguments_of(op, variant, dtype, bounds)
+        own = shard(arguments, bounds[rank], bounds[rank + 1])
+        found[case] = forward_backward(PARALLEL[op], op, own, impl=impl, **scaling)
+    if not INTERPRETED:
+        found |= {name: call(rank, world) for name, call in SINGLE.items()}
+        found["errors"] = {name: refusal(partial(call, rank, world)) for name, (call, _, _) in ERRORS.items()}
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def own_case(rank: int, world: int, op: str = STATS, variant: str = "plain", **changes: Any) -> Arguments:
+    bounds = SHARDS[world]
+    arguments = arguments_of(op, variant, torch.float32, bounds)[0] | changes
+    return shard(arguments, bounds[rank], bounds[rank + 1])
+
+
+def alone(rank: int, world: int) -> list[list[Tensor]]:
+    """In a group of one: what the plain operator gives, for the test to hold it to its bits."""
+    groups = [dist.new_group([r]) for r in range(world)]
+    both = []
+    for op in PARALLEL:
+        arguments = arguments_of(op, "lora", torch.float32, SHARDS[world])[0]
+        whole = arguments | {"start": 0, "group": groups[rank]}
+        both += [forward_backward(PARALLEL[op], op, whole), cases.forward_backward(op, arguments)]
+    return both
+
+
+def unchecked(rank: int, world: int) -> list[list[Tensor]]:
+    own = [own_case(rank, world, op) for op in PARALLEL]
+    return [
+        forward_backward(PARALLEL[op], op, x, check=check)
+        for op, x in zip(PARALLEL, own, strict=True)
+        for check in (True, False)
+    ]
+
+
+def frozen_head(rank: int, world: int) -> list[Tensor]:
+    """d hidden alone, twice from one graph, then d weight alone."""
+    gradients = []
+    for op in PARALLEL:
+        own = own_case(rank, world, op)
+        hidden = own["hidden"].clone().requires_grad_()
+        first = PARALLEL[op](**own | {"hidden": hidden})[0].sum()
+        gradients += torch.autograd.grad(first, hidden, retain_graph=True)
+        gradients += torch.autograd.grad(first, hidden)
+        weight = own["weight"].clone().requires_grad_()
+        gradients += torch.autograd.grad(PARALLEL[op](**own | {"weight": weight})[0].sum(), weight)
+    return gradients
+
+
+def nothing(rank: int, world: int) -> list[Tensor]:
+    """No rows, no targets, no k; and rows of which none has a weight."""
+    own = own_case(rank, world)
+    empty = own | {"hidden": own["hidden"][:, :0].clone().requires_grad_(), "target": None, "k": 0}
+    stats = vocab_parallel_entropy_topk(**empty)
+    loss = own_case(rank, world, LOSS, "one position")
+    hidden = loss["hidden"].clone().requires_grad_()
+    loss["ce_weight"].zero_()
+    result = vocab_parallel_gated_contrastive_loss(**loss | {"hidden": hidden})
+    (gradient,) = torch.autograd.grad(result.loss, hidden)
+    (none,) = torch.autograd.grad(stats.lse.sum(), empty["hidden"])
+    return [stats.lse, none, result.loss.detach(), result.logprob, result.kl, gradient]
+
+
+def offset(rank: int, world: int) -> list[Tensor]:
+    bounds = SHARDS[world]
+    own = shard(offset_arguments(bounds[-1]), bounds[rank], bounds[rank + 1])
+    return forward_backward(vocab_parallel_entropy_topk, STATS, own)
+
+
+def offset_arguments(V: int) -> Arguments:
+    """Logits of +10000 that are exact in float32, with whatever shape the products have."""
+    made = cases.make(STATS, (5,), V, 4)
+    made["hidden"], made["weight"] = ((x * 2).round() / 2 for x in (made["hidden"], made["weight"]))
+    return made | {"bias": torch.full((V,), 1e4), "k": 4}
+
+
+def nan_row(rank: int, world: int) -> list[Tensor]:
+    own = own_case(rank, world)
+    own["hidden"][0, 1, 3] = math.nan
+    return [x for x in vocab_parallel_entropy_topk(**own) if x.is_floating_point()]
+
+
+def equal_states(rank: int, world: int) -> list[Tensor]:
+    own = own_case(rank, world, LOSS)
+    own |= {"hidden": own["base_hidden"].clone().requires_grad_(), "ce_weight": torch.zeros(2, 6)}
+    result = vocab_parallel_gated_contrastive_loss(**own)
+    return [result.kl, *torch.autograd.grad(result.loss, own["hidden"])]
+
+
+def near_states(rank: int, world: int) -> list[Tensor]:
+    bounds = LONG[world]
+    arguments = near_arguments(bounds[-1])
+    return [vocab_parallel_gated_contrastive_loss(**shard(arguments, bounds[rank], bounds[rank + 1])).kl]
+
+
+def near_arguments(V: int) -> Arguments:
+    base = randn(20, 12)
+    rest = {"target": randint(V, 20), "ce_weight": torch.zeros(20), "kl_weight": torch.ones(20)}
+    return {"hidden": base + 3e-4 * randn(20, 12, seed=1), "base_hidden": base, "weight": randn(V, 12, seed=2)} | rest
+
+
+SINGLE: dict[str, Callable[[int, int], Any]] = {
+    "alone": alone,
+    "unchecked": unchecked,
+    "frozen head": frozen_head,
+    "nothing": nothing,
+    "offset": offset,
+    "nan row": nan_row,
+    "equal states": equal_states,
+    "near states": near_states,
+}
+
+
+def stats_with(rank: int, world: int, on_rank_1: Arguments, **on_all: Any) -> None:
+    own = own_case(rank, world) | on_all
+    vocab_parallel_entropy_topk(**own | (on_rank_1 if rank == 1 else {}))
+
+
+def loss_with(rank: int, world: int, on_rank_1: Arguments, **on_all: Any) -> None:
+    own = own_case(rank, world, LOSS) | on_all
+    vocab_parallel_gated_contrastive_loss(**own | (on_rank_1 if rank == 1 else {}))
+
+
+def other_dtype(rank: int, world: int) -> None:
+    own = own_case(rank, world)
+    names = ("hidden", "weight", "bias") if rank == 1 else ()
+    vocab_parallel_entropy_topk(**own | {name: own[name].double() for name in names})
+
+
+def other_width(rank: int, world: int) -> None:
+    own = own_case(rank, world)
+    names = ("hidden", "weight") if rank == 1 else ()
+    vocab_parallel_entropy_topk(**own | {name: own[name][..., :5] for name in names})
+
+
+def other_operator(rank: int, world: int) -> None:
+    (loss_with if rank == 1 else stats_with)(rank, world, {})
+
+
+def not_a_member(rank: int, world: int) -> None:
+    groups = [dist.new_group([r]) for r in range(world)]
+    vocab_parallel_entropy_topk(**own_case(rank, world), group=groups[(rank + 1) % world])
+
+
+def two_rows(rank: int, world: int) -> Arguments:
+    return {"hidden": randn(2, 7), "target": randint(5, 2)}
+
+
+OWN = "ValueError: rank 1: {}: expected"
+# name -> (the call, what rank 1 says, what the others say)
+ERRORS: dict[str, tuple[Callable[[int, int], None], str, str]] = {
+    "k": (partial(stats_with, on_rank_1={"k": 2}), "k: expected the same", r"k: .*6 on rank 0, 2 on rank 1"),
+    "rows": (
+        partial(stats_with, on_rank_1=two_rows(1, 2)),
+        "hidden rows: expected the same",
+        "12 on rank 0, 2 on rank 1",
+    ),
+    "H": (other_width, r"hidden.shape\[-1\]: expected the same", "7 on rank 0, 5 on rank 1"),
+    "dtype": (other_dtype, "hidden.dtype: expected the same", "torch.float32 on rank 0, torch.float64 on rank 1"),
+    "temperature": (partial(stats_with, on_rank_1={"temperature": 0.5}), "temperature: ", "1 on rank 0, 0.5 on rank 1"),
+    "softcap": (partial(stats_with, on_rank_1={"softcap": 2.0}), "softcap: ", "0 on rank 0, 2 on rank 1"),
+    "bias": (partial(stats_with, on_rank_1={"bias": None}), "bias given: ", "1 on rank 0, 0 on rank 1"),
+    "overlap": (partial(stats_with, on_rank_1={"start": 3}), r"start: .* got \[0, ", r"start: .*\[3, \d+\) on rank 1"),
+    "gap": (partial(stats_with, on_rank_1={"start": 10}), r"start: .* got \[0, ", r"start: .*\[10, \d+\) on rank 1"),
+    "start": (partial(stats_with, on_rank_1={"start": -1}), "start: expected the id", OWN.format("start")),
+    "start type": (
+        partial(stats_with, on_rank_1={"start": 1.0}),
+        "start: expected an int, got float",
+        OWN.format("start"),
+    ),
+    "own": (
+        partial(stats_with, on_rank_1={"weight": None}),
+        "TypeError: weight: expected a torch.Tensor",
+        OWN.format("weight"),
+    ),
+    "own k": (partial(stats_with, on_rank_1={"k": -1}), "k: expected 0 <= k", OWN.format("k")),
+    "k > V": (partial(stats_with, on_rank_1={}, k=24), "k: expected 0 <= k <= V = 23, got 24", "V = 23, got 24"),
+    "target": (
+        partial(stats_with, on_rank_1={}, target=torch.full((2, 6), 23)),
+        r"target: expected ids in \[0, 23\), got 23",
+        r"got 23",
+    ),
+    "other target": (
+        partial(stats_with, on_rank_1={"target": torch.ones(2, 6, dtype=torch.int64)}),
+        "lowest target: expected the same",
+        "lowest target: ",
+    ),
+    "no target": (partial(stats_with, on_rank_1={"target": None}), "target given: ", "1 on rank 0, 0 on rank 1"),
+    "gradient": (
+        partial(stats_with, on_rank_1={"hidden": randn(2, 6, 7, seed=1).requires_grad_()}),
+        "hidden.requires_grad: ",
+        "0 on rank 0, 1 on rank 1",
+    ),
+    "lora": (
+        partial(stats_with, on_rank_1={"lora": (randn(3, 7), randn(14, 3), 1.0)}, weight=randn(14, 7), bias=None),
+        "lora rank: ",
+        "0 on rank 0, 3 on rank 1",
+    ),
+    "ce_weight": (
+        partial(loss_with, on_rank_1={"ce_weight": torch.ones(2, 6)}),
+        "rows with ce_weight: ",
+        "10 on rank 0, 12 on rank 1",
+    ),
+    "impl": (partial(loss_with, on_rank_1={"impl": "cuda"}), "impl: expected None or one of", OWN.format("impl")),
+    "operator": (other_operator, "operator: expected the same", "0 on rank 0, 1 on rank 1"),
+    "member": (not_a_member, "group: expected a group that this process is a member of", "group: expected"),
+}
+
+
+# The tests.
+
+
+@pytest.fixture(scope="module", params=[2] if INTERPRETED else SHARDS)
+def world(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(world: int, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each rank of a group of ``world`` found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(calls, (world, str(folder)), nprocs=world)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=["-".join(map(str, case)).replace("torch.", "") for case in CASES])
+def test_values_and_gradients(ranks: list[dict[Any, Any]], world: int, case: tuple[str, str, torch.dtype, str]) -> None:
+    """Ranks agree to the bit; a result or gradient is off the truth at most twice as far as the plain operator's."""
+    op, variant, dtype, impl = case
+    arguments, scaling = arguments_of(op, variant, dtype, (LONG if variant == "long" else SHARDS)[world])
+    single = cases.forward_backward(op, arguments, impl=impl, **scaling)
+    found = [rank[case] for rank in ranks]
+    names = ["lse", "entropy", "logprob", "topk_logprobs", "topk_ids"] if op == STATS else ["loss", "logprob", "kl"]
+    names += [
+        "hidden",
+        "weight",
+        *(["bias"] if "bias" in arguments else []),
+        *(["A", "B"] if "lora" in arguments else []),
+    ]
+    whole = {
+        n: torch.cat(x) if n in ("weight", "bias", "B") else x[0]
+        for n, x in zip(names, zip(*found, strict=True), strict=True)
+    }
+    for name, *own in zip(names, *found, strict=True):
+        if name not in ("weight", "bias", "B"):
+            assert all(torch.equal(cases.integers(x), cases.integers(own[0])) for x in own), name
+    expected = dict(zip(names, single, strict=True))
+    ids = expected.get("topk_ids")
+    if ids is not None:
+        assert torch.equal(whole.pop("topk_ids"), ids)
+    exact = cases.full_logits(op, arguments, ids, torch.float64, **scaling)
+    exact_names = [n for n in names if n != "topk_ids" and (op == STATS or n not in ("logprob", "kl"))]
+    truth = dict(zip(exact_names, exact, strict=True))
+    for name, got in whole.items():
+        oracle = truth[name].detach() if name in truth else expected[name].double()
+        assert torch.equal(got.isfinite(), expected[name].isfinite()), name
+        where = got.isfinite()
+        oracles.assert_as_good_as_eager(
+            got[where], expected[name][where], oracle[where], size=oracle[where].abs() + 1, what=name, input_dtype=dtype
+        )
+        assert torch.equal(got[~where].nan_to_num(), expected[name][~where].nan_to_num()), name
+
+
+@natively
+def test_a_group_of_one_is_the_plain_operator(ranks: list[dict[Any, Any]]) -> None:
+    for found in ranks:
+        for got, plain in zip(*[iter(found["alone"])] * 2, strict=True):
+            cases.assert_same_bits(got, plain)
+
+
+@natively
+def test_without_the_check_and_again_the_same_bits(ranks: list[dict[Any, Any]]) -> None:
+    for found in ranks:
+        for checked, unchecked in zip(*[iter(found["unchecked"])] * 2, strict=True):
+            cases.assert_same_bits(checked, unchecked)
+
+
+@natively
+def test_gradients_of_what_asks_for_one(ranks: list[dict[Any, Any]], world: int) -> None:
+    for i, op in enumerate(PARALLEL):
+        arguments, _ = arguments_of(op, "plain", torch.float32, SHARDS[world])
+        fresh, (hidden, weight, _) = cases.leaves(op, arguments)
+        d_hidden, d_weight = torch.autograd.grad(cases.call(op, fresh)[0].sum(), [hidden, weight])
+        for found in ranks:
+            first, again, _ = found["frozen head"][3 * i : 3 * i + 3]
+            assert torch.equal(first, again)
+            torch.testing.assert_close(first, d_hidden, rtol=1e-5, atol=1e-5)
+        got = torch.cat([found["frozen head"][3 * i + 2] for found in ranks])
+        torch.testing.assert_close(got, d_weight, rtol=1e-5, atol=1e-5)
+
+
+@natively
+def test_no_rows_and_rows_without_weight(ranks: list[dict[Any, Any]]) -> None:
+    for found in ranks:
+        lse, none, loss, logprob, kl, gradient = found["nothing"]
+        assert lse.shape == (2, 0) and none.shape == (2, 0, 7) and loss == 0
+        assert logprob.isnan().all() and kl.isnan().all() and not gradient.any()
+
+
+@natively
+def test_a_common_offset_costs_no_accuracy(ranks: list[dict[Any, Any]], world: int) -> None:
+    arguments = offset_arguments(SHARDS[world][-1])
+    single = cases.forward_backward(STATS, arguments)
+    for got, expected in zip(ranks[0]["offset"][:6], single[:6], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@natively
+def test_a_nan_stays_in_its_row(ranks: list[dict[Any, Any]]) -> None:
+    for value in ranks[0]["nan row"]:
+        bad = value.isnan().reshape(12, -1)
+        assert bad[1].all() and bad.sum() == bad.shape[1]
+
+
+@natively
+def test_equal_states_have_no_divergence(ranks: list[dict[Any, Any]], world: int) -> None:
+    anchored = arguments_of(LOSS, "plain", torch.float32, SHARDS[world])[0]["kl_weight"] != 0
+    for found in ranks:
+        kl, gradient = found["equal states"]
+        assert (kl[anchored] == 0).all() and kl[~anchored].isnan().all() and not gradient.any()
+
+
+@natively
+def test_a_small_divergence_keeps_its_relative_accuracy(ranks: list[dict[Any, Any]], world: int) -> None:
+    arguments = near_arguments(LONG[world][-1])
+    logits, base = (arguments[n].double() @ arguments["weight"].double().T for n in ("hidden", "base_hidden"))
+    exact = oracles.logprob_kl(logits, base, arguments["target"])[1]
+    (kl,) = ranks[0]["near states"]
+    assert exact.mean() < 1e-5
+    assert ((kl - exact) / exact).abs().max() <= 3e-6 / 1e-3
+
+
+@natively
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_difference_is_an_error_on_every_rank(ranks: list[dict[Any, Any]], world: int, name: str) -> None:
+    if name == "lora" and world != 2:
+        pytest.skip("written for the shards of two")
+    _, at_1, elsewhere = ERRORS[name]
+    for rank, found in enumerate(ranks):
+        pattern = at_1 if rank == 1 else elsewhere
+        assert re.search(pattern, found["errors"][name]), (rank, found["errors"][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_top_k_of_parts_is_that_of_the_whole(seed: int, dtype: torch.dtype) -> None:
+    """Of coarse logits, full of ties and of -inf, at any cut of the vocabulary and any size of its parts."""
+    V, k, world = 40, 1 + 2 * seed, 2 + seed % 3
+    logits = (randn(50, V, seed=seed) * (1 + seed % 4)).round() / 3
+    logits[randn(50, V, seed=seed + 1) > 1] = -INF
+    logits[:, : V // 8] = 0.0  # finite ones in the first part, and in the last
+    logits[:, -1] = 0.0
+    logits = logits.to(dtype)
+    cuts = [0, *sorted(1 + int(c) for c in randint(V - 2, world - 1, seed=seed)), V]
+    cuts = sorted(set(cuts))
+    parts = [entropy_topk(logits[:, a:b], k=min(k, b - a), temperature=0.7) for a, b in pairwise(cuts)]
+    whole = entropy_topk(logits, k=k, temperature=0.7)
+    live = torch.stack([part.lse for part in parts]).isfinite().all(0)  # others have a part of nothing but -inf
+    pad = torch.nn.functional.pad
+    lse, log_d = (torch.stack(x) for x in zip(*((p.lse, -p.topk_logprobs[:, 0]) for p in parts), strict=True))
+    values = torch.stack([pad(p.topk_logprobs, (0, k - p.topk_logprobs.shape[1]), value=-INF) for p in parts])
+    ids = [pad(p.topk_ids + a, (0, k - p.topk_ids.shape[1]), value=V) for p, a in zip(parts, cuts, strict=False)]
+    shares = merge.shares(lse - log_d, log_d)
+    got, got_ids = merge.top_k(shares, values, torch.stack(ids), k, V)
+    assert live.sum() > 10
+    assert torch.equal(got_ids[live], whole.topk_ids[live])
+    torch.testing.assert_close(got[live].to(whole.lse.dtype), whole.topk_logprobs[live], rtol=2e-6, atol=2e-6)
+
+
+def test_outside_of_torch_distributed() -> None:
+    with pytest.raises(RuntimeError, match=r"group: expected an initialised torch\.distributed"):
+        vocab_parallel_entropy_topk(randn(1, 2), randn(3, 2), start=0)
