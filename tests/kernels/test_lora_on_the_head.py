@@ -1,6 +1,7 @@
 """The LoRA pair on the head of the linear operators: z = cap(hidden (W + scale B A)^T + b) / temperature."""
 
 import math
+import os
 from itertools import combinations
 from typing import Any
 
@@ -224,7 +225,9 @@ def test_rows_do_not_depend_on_their_number_or_place(
         pytest.skip("leaves the order of its sums to the libraries, with or without lora")
     arguments = make(op, (107,), 5003, 64, dtype, device, r=r)
     whole = of_rows(op, arguments, impl)
-    for rows in [slice(0, n) for n in (1, 2, 3, 5, 7, 16, 33, 64, 100)] + [slice(n, n + 7) for n in (1, 6, 50, 100)]:
+    slow = os.environ.get("TRITON_INTERPRET") == "1"  # and no library multiplies there
+    counts, starts = ((1, 33), (6,)) if slow else ((1, 2, 3, 5, 7, 16, 33, 64, 100), (1, 6, 50, 100))
+    for rows in [slice(0, n) for n in counts] + [slice(n, n + 7) for n in starts]:
         part = of_rows(op, {n: v[rows] if n in PER_ROW else v for n, v in arguments.items()}, impl)
         assert_same_bits(part, [value[rows] for value in whole])
 

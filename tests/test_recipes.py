@@ -1,0 +1,245 @@
+"""The recipes, each trained or run on a tiny random model: their numbers against those of full logits."""
+
+import copy
+import math
+import runpy
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import distillation
+import eval_entropy
+import peft
+import pytest
+import reasonmaxxer_trainer
+import torch
+import trl
+import trl_grpo
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from rmx.model import pad
+
+# By its path, since there is a conftest of the kernels, too.
+save_tiny_model = runpy.run_path(str(Path(__file__).parent / "rmx" / "conftest.py"))["save_tiny_model"]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32
+LENGTHS = (9, 6, 4, 9)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError(f"a recipe reached for the network: {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("recipes") / "tiny")
+
+
+def load(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def batch(left: bool = False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 21, (n,), generator=generator).tolist() for n in LENGTHS]
+    return pad(rows, torch.device("cpu"), left)
+
+
+def with_lora(model: Any, **config: Any) -> Any:
+    """LoRA pairs that move the logits: PEFT starts at B = 0."""
+    torch.manual_seed(2)
+    config = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | config
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config))
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+@contextmanager
+def no_logits(model: Any) -> Iterator[None]:
+    """The head itself never runs, but for the 8 tokens by which it is checked."""
+
+    def few(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert inputs[0].shape[:-1].numel() <= 8, "logits were made"
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(few)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# ---- ReasonMaxxer in a Trainer -----------------------------------------------------------------------------------
+
+
+def test_reasonmaxxer_loss(path: Path, tmp_path: Path) -> None:
+    """Value and gradient, sequence by sequence from full logits, with LoRA on the head as well."""
+    model = with_lora(load(path), target_modules=["q_proj", "lm_head"])
+    ids, mask = batch()
+    rollouts = [
+        {"input_ids": ids[i, :n].tolist(), "prompt_length": 2 + i, "advantage": a}
+        for i, (n, a) in enumerate(zip(LENGTHS[:2], (1.5, -0.5), strict=True))
+    ]
+    inputs = reasonmaxxer_trainer.collate(rollouts)
+    assert inputs["attention_mask"].equal(mask[:2])
+    settings = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = reasonmaxxer_trainer.ReasonMaxxerTrainer(model, settings, tau=1.6, anchor=0.2)
+    with no_logits(model):
+        loss = trainer.compute_loss(model, inputs)
+
+    expected, gated = torch.zeros(()), []
+    for rollout in rollouts:
+        one, start = torch.tensor([rollout["input_ids"]]), rollout["prompt_length"] - 1
+        with torch.no_grad(), model.disable_adapter():
+            base = model(one).logits[0, start:-1].log_softmax(-1)
+        student, target = model(one).logits[0, start:-1].log_softmax(-1), one[0, start + 1 :]
+        gate = -(base.exp() * base).sum(-1) > 1.6
+        gated += gate.tolist()
+        ce = -student.gather(1, target[:, None])[:, 0]
+        kl = (base.exp() * (base - student)).sum(-1)
+        expected = expected + rollout["advantage"] * (ce * gate).sum() / max(1, gate.sum()) / 2
+        expected = expected + 0.2 * (kl * ~gate).sum() / max(1, (~gate).sum()) / 2
+    assert True in gated and False in gated
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected), **CLOSE)
+
+
+def test_advantages() -> None:
+    got = reasonmaxxer_trainer.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]))
+    torch.testing.assert_close(got, torch.tensor([[3**0.5, *3 * [-(3**-0.5)]], [0, 0, 0, 0]]))
+
+
+def test_reasonmaxxer_trains(path: Path) -> None:
+    trainer = reasonmaxxer_trainer.main(["--model", str(path), "--steps", "2"])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    assert any(p.any() for n, p in trainer.model.named_parameters() if "lora_B" in n)  # which started at zero
+
+
+# ---- GRPO of TRL -------------------------------------------------------------------------------------------------
+
+
+def test_grpo_numbers_are_those_of_trl(path: Path, tmp_path: Path) -> None:
+    """On one trainer: log-probs, entropies, the gradient of both, and the loss of a whole batch."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    settings = {"bf16": False, "use_cpu": True, "temperature": 0.7}
+    trainer = trl_grpo.make_trainer(load(path), tokenizer, str(tmp_path), 2, **settings)
+    model = trainer.model
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.3)
+    ids, mask = batch()
+    ids, mask = torch.cat([batch(left=True)[0], ids], 1), torch.cat([batch(left=True)[1], mask], 1)
+    keep = max(LENGTHS)
+    for size in (None, 3):
+        call = {"logits_to_keep": keep, "batch_size": size, "compute_entropy": True}
+        theirs = trl.GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, ids, mask, **call)
+        with no_logits(model):
+            ours = trainer._get_per_token_logps_and_entropies(model, ids, mask, **call)
+        assert ours[0].shape == ours[1].shape == (len(LENGTHS), keep) and ours[2] is None
+        torch.testing.assert_close(ours[:2], theirs[:2], **CLOSE)
+        weights = torch.randn(2, *ours[0].shape)
+        own, other = (gradients(model, (weights * torch.stack(x[:2])).sum()) for x in (ours, theirs))
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+    inputs = {
+        "prompt_ids": ids[:, :keep],
+        "prompt_mask": mask[:, :keep],
+        "completion_ids": ids[:, keep:],
+        "completion_mask": mask[:, keep:],
+        "advantages": torch.tensor([1.0, -1, 0.5, -0.5]),
+        "ref_per_token_logps": ours[0].detach() - 0.1,
+        "num_items_in_batch": torch.tensor(sum(LENGTHS)),
+    }
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(model, dict(inputs))
+    method = trl.GRPOTrainer._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = method.__get__(trainer)
+    torch.testing.assert_close(loss, trainer._compute_loss(model, dict(inputs)), **CLOSE)
+
+
+def test_grpo_trains(path: Path) -> None:
+    trainer = trl_grpo.main(["--model", str(path), "--steps", "2"])
+    logs = [entry for entry in trainer.state.log_history if "entropy" in entry]
+    assert len(logs) == 2 and all(0 < entry["entropy"] < math.log(21) + 0.01 for entry in logs)
+    assert any(p.any() for n, p in trainer.model.named_parameters() if "lora_B" in n)
+
+
+def test_grpo_refuses_images(path: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    trainer = trl_grpo.make_trainer(load(path), tokenizer, str(tmp_path), 1, use_cpu=True)
+    with pytest.raises(ValueError, match="expected a text model"):
+        trainer._get_per_token_logps_and_entropies(trainer.model, *batch(), 3, pixel_values=torch.zeros(1))
+
+
+# ---- distillation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", ["pruned", "LoRA, on the head too", "another width, LoRA on the head", "trained"])
+def test_distillation_loss(path: Path, tmp_path: Path, student: str) -> None:
+    teacher, (ids, mask) = load(path).requires_grad_(False), batch()
+    if student == "pruned":
+        model, _ = distillation.pruned(teacher, 1)
+        assert model.lm_head.weight is teacher.lm_head.weight and not model.lm_head.weight.requires_grad
+    elif student.startswith("LoRA"):
+        model = copy.deepcopy(teacher, {id(teacher.lm_head.weight): teacher.lm_head.weight})
+        model = with_lora(model, target_modules=["q_proj", "lm_head"])
+    else:
+        model = load(save_tiny_model(tmp_path / "small", hidden_size=16))
+        if "LoRA" in student:
+            model = with_lora(model, target_modules=["q_proj", "lm_head"])
+    with no_logits(model), no_logits(teacher):
+        loss = distillation.distillation_loss(model, teacher, ids, mask, temperature=2.0)
+    own, other = ((m(ids, attention_mask=mask).logits[:, :-1] / 2).log_softmax(-1) for m in (model, teacher))
+    live = (mask[:, 1:] * mask[:, :-1]).bool()
+    expected = nn.functional.kl_div(own, other, reduction="none", log_target=True).sum(-1)[live].mean()
+    assert loss > 0.01
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected), **CLOSE)
+
+
+def test_distillation_refuses_other_heads(path: Path, tmp_path: Path) -> None:
+    teacher, (ids, mask) = load(path), batch()
+    with pytest.raises(ValueError, match=r"^student: expected 21 tokens"):
+        distillation.distillation_loss(load(save_tiny_model(tmp_path / "v", vocab_size=30)), teacher, ids, mask)
+    with pytest.raises(ValueError, match=r"^teacher: expected no adapter on its output head"):
+        distillation.distillation_loss(load(path), with_lora(teacher, target_modules=["lm_head"]), ids, mask)
+
+
+def test_distillation_trains(path: Path) -> None:
+    losses = distillation.main(["--model", str(path), "--steps", "2"])
+    assert 0 < losses[1] < losses[0]
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+
+def test_evaluation(path: Path) -> None:
+    """Two batches of their own lengths; the mean is over tokens, and padding counts nowhere."""
+    model, (ids, mask) = load(path), batch()
+    with no_logits(model):
+        got = eval_entropy.evaluate(model, [(ids[:3], mask[:3]), (ids[3:], mask[3:])], k=3)
+    logps = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    live, target = mask[:, 1:] == 1, ids[:, 1:, None]
+    hits = (logps.topk(3).indices == target)[live].float()
+    expected = {
+        "tokens": sum(LENGTHS) - len(LENGTHS),
+        "perplexity": (-logps.gather(-1, target)[..., 0][live].mean()).exp().item(),
+        "entropy": -(logps.exp() * logps).sum(-1)[live].mean().item(),
+        "top1": hits[:, 0].mean().item(),
+        "top3": hits.sum(-1).mean().item(),
+    }
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_runs(path: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("sum of 1 and 2 is 3\nQuestion: 4\n\nAnswer: 5\n")
+    got = eval_entropy.main(["--model", str(path), "--steps", "2", "--text", str(text)])
+    assert got["tokens"] == 8 and 1 < got["perplexity"] < 1e9
