@@ -9,27 +9,25 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 import rmx_kernels
 from rmx import evaluate, lora, metrics
-from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, read_records, remove, replacing, write_json
+from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, remove, write_json
 from rmx.config import EvaluateConfig
 from rmx.errors import RmxError
 from rmx.pipeline import Run
-from rmx.problems import generate, read_jsonl
+from rmx.problems import folded, generate, read_jsonl
 from rmx.progress import console
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
-from rmx.report import plot_bars
+from rmx.report import new_figure, plot_bars, save_png
 
 GYM = "gym:"
 GYM_COUNT = 200  # questions of a reasoning-gym task, where no limit is given
@@ -224,36 +222,27 @@ def run_benchmarks(
             raise BenchmarkError(f"{count} benchmarks are called {name!r}: their files would be the same")
     trained = home.problems("train") if tuned else None
     run = Run(home.config.model_copy(update={"run_dir": str(out or home.path("benchmarks"))}))
-    with run.locked(), _wearing(run, home.path("adapter") if tuned else adapter) as worn:
+    path = home.path("adapter") if tuned else adapter
+    with ExitStack() as stack:
+        stack.enter_context(run.locked())
+        worn = None
+        if path is not None:
+            wearing = stack.enter_context(lora.worn(run.lm.model, path, run.renderer.fingerprint))
+            worn = wearing, lora.adapter_mark(path)
         results = [_evaluate(run, benchmark, samples, worn, trained) for benchmark in found]
     plot(results, run.path("benchmarks.png"))
     console.print(f"benchmark: written to {run.dir}", markup=False, soft_wrap=True)
     return results
 
 
-@dataclass(frozen=True)
-class _Worn:
-    adapter: lora.Adapter
-    mark: str  # tells one adapter from the next
-
-
-@contextmanager
-def _wearing(run: Run, path: Path | None) -> Iterator[_Worn | None]:
-    """The run's model wears the adapter inside."""
-    if path is None:
-        yield None
-        return
-    adapter = lora.load_adapter(run.lm.model, path)
-    try:
-        lora.check_prompt(path, run.renderer.fingerprint)
-        yield _Worn(adapter, lora.adapter_mark(path))
-    finally:
-        lora.detach(run.lm.model, adapter)
-
-
 def _evaluate(
-    run: Run, benchmark: Benchmark, samples: int | None, worn: _Worn | None, trained: Sequence[Problem] | None
+    run: Run,
+    benchmark: Benchmark,
+    samples: int | None,
+    worn: tuple[lora.Adapter, str] | None,
+    trained: Sequence[Problem] | None,
 ) -> Result:
+    """``worn``: the adapter on the model and its mark; ``trained``: the problems that it learned from, where known."""
     name, problems, config = benchmark.name, benchmark.problems, run.config
     sampling = config.evaluate.model_copy(update={"samples": samples or benchmark.samples or config.evaluate.samples})
     origin = {
@@ -265,12 +254,12 @@ def _evaluate(
         "sampling": sampling.model_dump(exclude={"bootstrap"}),
         "seed": config.seed,
     }
-    mark = None if worn is None else worn.mark
-    known = None if trained is None else sorted({" ".join(p.question.split()) for p in trained})
+    mark = None if worn is None else worn[1]
+    known = None if trained is None else {folded(p) for p in trained}
     settings = {
         **origin,
         "adapter": mark,
-        "trained": known and fingerprint(json.dumps(known).encode()),
+        "trained": None if known is None else fingerprint(json.dumps(sorted(known)).encode()),
         "bootstrap": sampling.bootstrap,
         "timeout_s": config.verify.timeout_s,
     }
@@ -282,11 +271,11 @@ def _evaluate(
         base = _sampled(run, f"{name}.base", problems, sampling, origin)
         result = Result(name, settings, metrics.accuracy(problems, *base, draws=sampling.bootstrap, seed=config.seed))
     else:
-        with worn.adapter.off():
+        with worn[0].off():
             base = _sampled(run, f"{name}.base", problems, sampling, origin)
         own = _sampled(run, f"{name}.tuned", problems, sampling, {**origin, "adapter": mark})
         both = evaluate.compare(problems, base, own, draws=sampling.bootstrap, seed=config.seed)
-        seen = None if known is None else sum(" ".join(p.question.split()) in known for p in problems)
+        seen = None if known is None else sum(folded(p) in known for p in problems)
         if seen:
             said = f"{name}: {seen} of {len(problems)} questions are among the run's training problems"
             console.print(said, markup=False, soft_wrap=True)
@@ -297,12 +286,7 @@ def _evaluate(
 
 def _sampled(run: Run, name: str, problems: list[Problem], sampling: EvaluateConfig, origin: dict[str, Any]) -> Samples:
     """Rollouts and verdicts of the model as it is; the rollouts of an earlier start are taken up."""
-    path, found = run.path(f"{name}.jsonl"), None
-    if path.exists():
-        meta, old = read_records(path, Rollout)
-        found = old if meta == origin else None
-    if found is None:
-        found = run.generate(name, problems, sampling, run.config.seed, origin)
+    found = run.generated(name, problems, sampling, run.config.seed, origin)
     remove(run.path(f"{name}.journal.jsonl"))
     return found, run.judge(name, problems, found)
 
@@ -343,8 +327,7 @@ def table(results: Sequence[Result]) -> Table:
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """PNG: pass@1 of each benchmark, base beside tuned, with 95 % intervals."""
-    figure = Figure(figsize=(max(5.0, 2 + 1.5 * len(results)), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.0, 2 + 1.5 * len(results)), 4.4)
     axes = figure.subplots()
     names = [f"{r.name}\n{r.base.problems} x {r.base.samples}" for r in results]
     sides = {"base": [r.base.pass_at_1 for r in results]}
@@ -352,5 +335,4 @@ def plot(results: Sequence[Result], path: Path) -> None:
         sides["tuned"] = tuned
     plot_bars(axes, names, sides)
     axes.set(title="pass@1 [95 % interval]", xlabel="problems x samples")
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)

@@ -70,11 +70,8 @@ def choose(run: "Run") -> Choice:
     candidates, judged = [], 0
     for step in steps:
         path = candidate_path(run.dir, step)
-        adapter = lora.load_adapter(run.lm.model, path)
-        try:
+        with lora.worn(run.lm.model, path):
             _, verdicts = run.sampled(f"choosing/step-{step:05d}", problems, 2, path)
-        finally:
-            lora.detach(run.lm.model, adapter)
         rates = np.array(list(pass_rates(problems, verdicts).values()))
         if not len(rates):
             raise EvaluationError(

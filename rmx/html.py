@@ -21,6 +21,7 @@ from rmx.artefacts import replacing
 from rmx.charts import curves, histogram, percent, tick_labels, tick_values
 from rmx.config import Config
 from rmx.records import Evaluation, Interval, Problem, Rollout, Scores, TrainingSequence, Verdict
+from rmx.select import gated_share
 from rmx.train import StepMetrics
 
 PROBLEMS = 3  # whose rollouts are shown
@@ -109,7 +110,7 @@ def write_html(path: Path, page: Page, decode: Decode) -> None:
         gate=histogram(page.entropies, page.tau),
         gain=_signed(page.evaluation.gain.mean),
         bounds=_bounds(page.evaluation.gain),
-        share=percent(_gated_share(page.training_set)),
+        share=percent(gated_share(page.training_set)),
         top=top,
         rule=RULE,
         shown=SHOWN,
@@ -156,7 +157,7 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         "Prompt": f"style {page.style}{' (auto)' if c.prompt.style == 'auto' else ''}, fingerprint {page.prompt}",
         "Rollouts": f"{c.problems.train_count} problems, {sampling}, at most {c.rollouts.max_new_tokens:,} tokens",
         "Training set": f"{problems} problems of mixed outcome, {len(page.training_set)} rollouts, {tokens:,} tokens",
-        "Gate": f"{_gate(page)}; {percent(_gated_share(page.training_set))} of the training set's tokens are gated",
+        "Gate": f"{_gate(page)}; {percent(gated_share(page.training_set))} of the training set's tokens are gated",
         "Adapter": f"LoRA r = {c.lora.r}, alpha = {c.lora.alpha:g} on {targets}",
         "Training": f"{train} rollouts, anchor weight {c.train.anchor_weight:g}",
         "Evaluation": f"{result.problems} held-out problems, {result.samples} samples each",
@@ -167,11 +168,6 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         end = f"{last:%H:%M}" if last.date() == first.date() else f"{last:%Y-%m-%d %H:%M}"
         facts["Date"] = f"{first:%Y-%m-%d %H:%M} to {end}"
     return list({**facts, **page.notes}.items())
-
-
-def _gated_share(training_set: Sequence[TrainingSequence]) -> float:
-    tokens = sum(len(s.completion_ids) for s in training_set)
-    return sum(len(s.decision_tokens) for s in training_set) / max(tokens, 1)
 
 
 def _gate(page: Page) -> str:

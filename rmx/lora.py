@@ -198,6 +198,18 @@ def adapter_mark(path: Path) -> str:
     return fingerprint(b"".join((path / name).read_bytes() for name in (CONFIG, WEIGHTS)))
 
 
+@contextmanager
+def worn(model: PreTrainedModel, path: Path, prompt: str | None = None) -> Iterator[Adapter]:
+    """Inside, ``model`` wears the adapter in ``path``; ``prompt``: see :func:`check_prompt`, None: any."""
+    adapter = load_adapter(model, path)
+    try:
+        if prompt is not None:
+            check_prompt(path, prompt)
+        yield adapter
+    finally:
+        detach(model, adapter)
+
+
 def check_prompt(path: Path, prompt: str) -> None:
     """Refuse an adapter that says that it learned from other prompts than those with this fingerprint.
 

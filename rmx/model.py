@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
@@ -37,6 +39,11 @@ class CausalLM:
     scale: float
     eos_ids: frozenset[int]
     packing: bool = True  # whether sequences run end to end, or padded
+
+    @property
+    def vocabulary(self) -> str:
+        """Fingerprint of the tokenizer's tokens and ids."""
+        return fingerprint_of(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
 
     @property
     def device(self) -> torch.device:

@@ -314,14 +314,11 @@ class Run(RunDirectory):
     def _evaluate(self) -> dict[str, Any]:
         problems = self.problems("evaluate")
         self._check_prompt()
-        adapter = lora.load_adapter(self.lm.model, self.path("adapter"))
-        try:
+        with lora.worn(self.lm.model, self.path("adapter")) as adapter:
             # The same seed for both sides: common random numbers make the paired difference sharper.
             with adapter.off():
                 base = self.sampled("evaluation.base", problems, 1, None)
             tuned = self.sampled("evaluation.tuned", problems, 1, self.path("adapter"))
-        finally:
-            lora.detach(self.lm.model, adapter)
         result = evaluate.compare(problems, base, tuned, draws=self.config.evaluate.bootstrap, seed=self.config.seed)
         write_json(self.path("evaluation.json"), {**self.meta(), **dataclasses.asdict(result)})
         return {
@@ -338,7 +335,6 @@ class Run(RunDirectory):
         Args:
             seed: of the sampling, added to the run's. adapter: what the model now wears, if anything.
         """
-        path = self.path(f"{name}.jsonl")
         sampling = self.config.evaluate
         origin = {
             "model": self.config.model.model_dump(),
@@ -348,12 +344,19 @@ class Run(RunDirectory):
         }
         meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed + seed, **origin)
         title = name.rpartition("/")[2].removeprefix("evaluation.")
+        found = self.generated(name, problems, sampling, self.config.seed + seed, meta)
+        return found, self.judge(title, problems, found)
+
+    def generated(
+        self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
+    ) -> list[Rollout]:
+        """Those of ``name``.jsonl if it was made with this ``meta``, else :meth:`generate` makes them."""
+        path = self.path(f"{name}.jsonl")
         if path.exists():
             old, found = read_records(path, Rollout)
             if old == meta:
-                return found, self.judge(title, problems, found)
-        found = self.generate(name, problems, sampling, self.config.seed + seed, meta)
-        return found, self.judge(title, problems, found)
+                return found
+        return self.generate(name, problems, sampling, seed, meta)
 
     def _notes(self) -> dict[str, str]:
         """What the configuration does not tell."""

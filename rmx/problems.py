@@ -73,10 +73,15 @@ def _take_turns(pools: Sequence[Sequence[Problem]], count: int) -> list[Problem]
     return turns[:count]
 
 
+def folded(problem: Problem) -> str:
+    """What tells one question from another: its text with white space folded."""
+    return " ".join(problem.question.split())
+
+
 def _unique(problems: Iterable[Problem], seen: set[str]) -> list[Problem]:
     fresh = []
     for problem in problems:
-        key = " ".join(problem.question.split())
+        key = folded(problem)
         if key not in seen:
             seen.add(key)
             fresh.append(problem)

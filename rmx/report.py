@@ -61,29 +61,37 @@ def verdict(result: Evaluation) -> str:
     return f"No clear difference: the 95 % interval of the gain, {gain}, holds zero."
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no screen."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
 def plot(path: Path, entropy: np.ndarray, tau: float, history: Sequence[StepMetrics], result: Evaluation) -> None:
     """PNG of three panels: base entropy with the gate, training curves, accuracy.
 
     Args:
         entropy: base entropies of all rollout tokens, nats. tau: the gate, nats.
     """
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(15, 4.6)
     gate, curves, bars = figure.subplots(1, 3)
     _plot_gate(gate, entropy, tau)
     _plot_training(curves, history)
     _plot_accuracy(bars, result)
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def plot_gate(path: Path, entropy: np.ndarray, tau: float) -> None:
     """PNG of the first panel alone."""
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4.2)
     _plot_gate(figure.subplots(), entropy, tau)
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def _plot_gate(axes: Axes, entropy: np.ndarray, tau: float) -> None:

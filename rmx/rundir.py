@@ -14,7 +14,7 @@ import pydantic
 import rmx_kernels
 from rmx import loss, model, score, select, train
 from rmx.analyses.pair import score_text
-from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, read_meta, read_records
+from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records
 from rmx.config import Config
 from rmx.errors import RmxError
 from rmx.problems import fingerprints
@@ -107,6 +107,11 @@ class RunDirectory:
     def weights(self) -> str | None:
         return model.fingerprint(self.config.model)
 
+    @property
+    def model_mark(self) -> str:
+        """Tells the model from another one: by its local weights, else by its name and revision."""
+        return self.weights or f"{self.config.model.name}@{self.config.model.revision}"
+
     def is_done(self, stage: str) -> bool:
         """Whether the stage is finished, with these settings, and its artefact is there.
 
@@ -185,13 +190,11 @@ class RunDirectory:
 
     def score_origin(self, keep: score.Keep) -> dict[str, Any]:
         """All that scores and base states depend on, beside the rollouts."""
-        settings = self.config.model
-        vocabulary = json.dumps(self.lm.tokenizer.get_vocab(), sort_keys=True)
         return {
-            "weights": self.weights or f"{settings.name}@{settings.revision}",
-            "tokenizer": fingerprint(vocabulary.encode()),
+            "weights": self.model_mark,
+            "tokenizer": self.lm.vocabulary,
             "dtype": str(self.lm.weight.dtype).removeprefix("torch."),
-            "packing": settings.packing,
+            "packing": self.config.model.packing,
             "score": {key: getattr(self.config.score, key) for key in ("top_k", "token_budget")},
             "keep": dataclasses.asdict(keep),
             "prompt": self.meta()["prompt"],
@@ -223,9 +226,9 @@ class RunDirectory:
 
     def base_scores(self) -> list[Scores]:
         """The base model's scores of every rollout, for the analyses; the score stage may look at fewer."""
-        settings = self.config.model
-        mark = self.weights or f"{settings.name}@{settings.revision}"
-        return score_text(self.lm, "base", mark, self.rollouts(), self.path("base_scores"), self.config.score)
+        return score_text(
+            self.lm, "base", self.model_mark, self.rollouts(), self.path("base_scores"), self.config.score
+        )
 
     def training_set(self) -> list[TrainingSequence]:
         return self._records("training_set.jsonl", TrainingSequence)

@@ -78,6 +78,12 @@ class Gate:
     quantiles: dict[float, float]  # of all scored tokens: share -> nats
 
 
+def gated_share(sequences: Sequence[TrainingSequence]) -> float:
+    """Of the completion tokens of a training set, the decision tokens."""
+    tokens = sum(len(s.completion_ids) for s in sequences)
+    return sum(len(s.decision_tokens) for s in sequences) / max(tokens, 1)
+
+
 def describe_gate(sequences: Sequence[TrainingSequence], scored: np.ndarray, tau: float) -> Gate:
     """What ``rmx select`` keeps and shows, so that tau can be judged."""
     counts, edges = np.histogram(scored, BINS, (0, max(float(scored.max()), tau, 1e-6)))

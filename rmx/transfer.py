@@ -27,9 +27,9 @@ from rmx.interchange import (
     verdict,
 )
 from rmx.pipeline import Run
-from rmx.problems import build_problems
+from rmx.problems import build_problems, folded
 from rmx.progress import console
-from rmx.records import Problem, Rollout
+from rmx.records import Rollout
 from rmx.rundir import STAGES, RunDirectory, RunError
 
 
@@ -114,15 +114,15 @@ def import_run(run: Run, source: Path, *, any_prompt: bool = False) -> None:
 
 def _import_problems(run: Run, source: Path) -> dict[str, Any]:
     train = import_records(source / RECORDS)
-    trained = {_folded(p) for p in train}
+    trained = {folded(p) for p in train}
     if (source / HELD_OUT).exists():
         held_out = import_records(source / HELD_OUT, "evaluate")
         for i, problem in enumerate(held_out):
-            if _folded(problem) in trained:
+            if folded(problem) in trained:
                 raise ArtefactError(f"{source / HELD_OUT}: records[{i}]: problem_text: stands in {RECORDS} too")
     else:
         built = build_problems(run.config.problems, run.config.seed)
-        held_out = [p for p in built if p.split == "evaluate" and _folded(p) not in trained]
+        held_out = [p for p in built if p.split == "evaluate" and folded(p) not in trained]
         if not held_out:
             raise ArtefactError(
                 f"{source}: no problem to evaluate on: without {HELD_OUT} they come from the configuration's problems, "
@@ -130,9 +130,9 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
             )
     choose = []
     if run.config.problems.choose_count:
-        taken = trained | {_folded(p) for p in held_out}
+        taken = trained | {folded(p) for p in held_out}
         choose = [p for p in build_problems(run.config.problems, run.config.seed) if p.split == "choose"]
-        choose = [p for p in choose if _folded(p) not in taken]
+        choose = [p for p in choose if folded(p) not in taken]
         if not choose:
             raise ArtefactError(
                 f"{source}: no problem to choose a candidate on: they come from the configuration's problems, all of "
@@ -141,10 +141,6 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
     write_records(run.path("problems.jsonl"), train + choose + held_out, {"seed": run.config.seed})
     found = {"train": len(train), "choose": len(choose), "evaluate": len(held_out)}
     return {split: count for split, count in found.items() if count}
-
-
-def _folded(problem: Problem) -> str:
-    return " ".join(problem.question.split())
 
 
 def _import_rollouts(run: Run, source: Path, training: TrainingSet | None, any_prompt: bool) -> dict[str, Any]:

@@ -13,20 +13,19 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from rmx.analyses.pair import AnalysisError
-from rmx.artefacts import replacing, write_json
+from rmx.artefacts import write_json
 from rmx.config import Config
 from rmx.metrics import bootstrap, pass_rates
 from rmx.pipeline import Run
 from rmx.progress import console
 from rmx.records import Interval
-from rmx.report import BASE, GATE, TUNED
+from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rundir import OUTPUTS, STAGES
+from rmx.select import gated_share
 
 OWN = "own"  # the run's settings as they are
 SHARED = ("problems", "rollouts", "verify", "score")
@@ -133,7 +132,7 @@ def ablate(
         size = _size(runs[0])
         outcomes[name] = Outcome(
             changes=variant.changes,
-            gated=_gated(runs[0]),
+            gated=gated_share(runs[0].training_set()),
             parameters=size,
             share=size / (total + size),
             accuracy=bootstrap(mean, draws, seed),
@@ -177,9 +176,7 @@ def _training(run: Run, out: Path, name: str, variant: Variant, seed: int) -> Ru
 def _share(run: Run, made: Run) -> None:
     """Let ``made`` read the stages before selection from ``run``; its own stages count only if those are the same."""
     made.dir.mkdir(parents=True, exist_ok=True)
-    names = [OUTPUTS[stage].split("/")[0] for stage in SHARED]
-    names += [name for name in ("evaluation.base.jsonl",) if run.path(name).exists()]
-    for name in names:
+    for name in [*(OUTPUTS[stage].split("/")[0] for stage in SHARED), "evaluation.base.jsonl"]:
         link, target = made.path(name), os.path.relpath(run.path(name).resolve(), made.dir.resolve())
         if not link.is_symlink() or os.readlink(link) != target:
             link.unlink(missing_ok=True)
@@ -193,11 +190,6 @@ def _share(run: Run, made: Run) -> None:
 def _rates(run: Run, side: str) -> dict[str, float]:
     problems = run.problems("evaluate")
     return pass_rates(problems, run.evaluated(side)[1])
-
-
-def _gated(run: Run) -> float:
-    sequences = run.training_set()
-    return sum(len(s.decision_tokens) for s in sequences) / sum(len(s.completion_ids) for s in sequences)
 
 
 def _size(run: Run) -> int:
@@ -235,8 +227,7 @@ def _short(interval: Interval) -> str:
 
 def plot(result: Ablation, path: Path) -> None:
     """PNG: gain of every variant with its interval, and the single trainings as dots."""
-    figure = Figure(figsize=(9, 0.55 * len(result.outcomes) + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 0.55 * len(result.outcomes) + 1.6)
     axes = figure.subplots()
     names = list(result.outcomes)
     for y, name in enumerate(names):
@@ -254,5 +245,4 @@ def plot(result: Ablation, path: Path) -> None:
     axes.set_yticks(range(len(names)), labels)
     axes.invert_yaxis()
     axes.set(title="The same training with one thing changed", xlabel="gain in held-out pass@1 over the base")
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)

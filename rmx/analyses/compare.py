@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from rmx.analyses.pair import TOP, Pair, score_text
-from rmx.artefacts import replacing, write_json
+from rmx.artefacts import write_json
 from rmx.config import Config
 from rmx.metrics import bootstrap
 from rmx.model import CausalLM
 from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
-from rmx.report import BASE, GATE, TUNED
+from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 
 KINDS = ("unshifted", "reranked", "shifted")
 BINS = 10  # of the position in the completion
@@ -143,8 +141,7 @@ def table(result: Comparison) -> Table:
 
 def plot(result: Comparison, path: Path) -> None:
     """PNG of three panels: share changed by base entropy, by position in the completion, and ranks."""
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(15, 4.4)
     by_entropy, by_position, ranks = figure.subplots(1, 3)
     edges = [f"{low:g}" for low, _, _ in result.changed_by_entropy]
     labels = [f"{a}-{b}" for a, b in zip(edges, [*edges[1:], "inf"], strict=True)]
@@ -165,5 +162,4 @@ def plot(result: Comparison, path: Path) -> None:
     ranks.set(title="Rank in the base of the other's token", xlabel="rank", ylabel="changed tokens")
     for axes in (by_entropy, by_position, ranks):
         axes.set_ylim(0, max(1e-9, axes.get_ylim()[1] * 1.08))
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)

@@ -17,16 +17,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from rmx.analyses.pair import AnalysisError
-from rmx.artefacts import replacing, write_json
+from rmx.artefacts import write_json
 from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
-from rmx.report import BASE, GATE, TUNED
+from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rundir import RunDirectory, RunError
 
 KEYS = ("context", "candidates", "token")
@@ -330,8 +328,7 @@ def table(result: Coverage) -> Table:
 
 def plot(result: Coverage, path: Path) -> None:
     """PNG of a panel for each key: points covered (top) and distinct keys covered (bottom) by number of rollouts."""
-    figure = Figure(figsize=(15, 8.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(15, 8.4)
     grid = figure.subplots(2, len(KEYS), sharex=True, sharey=True, squeeze=False)
     for column, key in enumerate(KEYS):
         for row, field in enumerate(("points", "keys")):
@@ -344,8 +341,7 @@ def plot(result: Coverage, path: Path) -> None:
     grid[0, 0].set_xticks(sizes, [str(size) for size in sizes])
     grid[0, 0].minorticks_off()
     grid[0, -1].legend(title=f"bands: 95 % of {result.draws} draws", frameon=False, loc="lower right")
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def _plot_shares(axes: Axes, result: Coverage, key: str, field: str) -> None:

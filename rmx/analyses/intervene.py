@@ -21,20 +21,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 import rmx_kernels
 from rmx.analyses.pair import TOP, AnalysisError, Pair
-from rmx.artefacts import Journal, fingerprint, replacing, write_json
+from rmx.artefacts import Journal, fingerprint, write_json
 from rmx.engines import Decoder, Picked, Unit, decode, stream_key, unit_uniforms
 from rmx.metrics import bootstrap, pass_rates, share_of_gap
 from rmx.pipeline import Run
 from rmx.progress import console, progress
 from rmx.records import Interval, Rollout
-from rmx.report import BASE, GATE, TUNED
+from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rollouts import check_length, cut_units, unit_rollouts
 from rmx.sampling import SamplingParams, sample_tokens
 from rmx_kernels import linear_entropy_topk
@@ -292,8 +290,7 @@ def verdict(result: Intervention) -> str:
 
 def plot(result: Intervention, path: Path) -> None:
     """PNG: pass@1 of every arm with its interval, and the share of the gap."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.4)
     axes = figure.subplots()
     colours = {"base": BASE, "other": TUNED, "gated": GATE}
     names = [f"{name}\n{arm.taken:.1%} taken" if arm.taken else name for name, arm in result.arms.items()]
@@ -307,5 +304,4 @@ def plot(result: Intervention, path: Path) -> None:
     gate = "where the two disagree" if result.tau is None else f"where base entropy > {result.tau:.2f} nats"
     axes.set(title=f"The other model's tokens {gate}", ylabel="held-out pass@1")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_png(figure, path)

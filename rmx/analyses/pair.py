@@ -1,13 +1,11 @@
 """A base model beside another one of the same tokenizer, and what each says of given text."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from rmx import lora, model
-from rmx.artefacts import fingerprint
 from rmx.config import ModelConfig, ScoreConfig
 from rmx.errors import RmxError
 from rmx.lora import Adapter
@@ -50,12 +48,8 @@ def paired(base: CausalLM, other: Path | str, settings: ModelConfig, prompt: str
     """
     path = Path(other).expanduser()
     if (path / lora.CONFIG).is_file():
-        adapter = lora.load_adapter(base.model, path)
-        try:
-            lora.check_prompt(path, prompt)
+        with lora.worn(base.model, path, prompt) as adapter:
             yield Pair(base, base, lora.adapter_mark(path), adapter)
-        finally:
-            lora.detach(base.model, adapter)
         return
     theirs = settings.model_copy(update={"name": str(other), "gguf_file": None, "revision": None})
     try:
@@ -82,10 +76,9 @@ def score_text(
     if (highest := max(max(r.ids) for r in rollouts)) >= lm.weight.shape[0]:
         raise AnalysisError(f"token id {highest}: the rollouts are of another model")
     used = settings.model_copy(update={"top_k": max(TOP, settings.top_k)})
-    vocabulary = json.dumps(lm.tokenizer.get_vocab(), sort_keys=True)
     origin = {
         "model": mark,
-        "tokenizer": fingerprint(vocabulary.encode()),
+        "tokenizer": lm.vocabulary,
         "dtype": str(lm.weight.dtype),
         "score": {key: getattr(used, key) for key in ("top_k", "token_budget")},
         "packing": lm.packing,
