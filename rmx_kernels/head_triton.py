@@ -1,9 +1,8 @@
 """Products of rows with the output head on a GPU, for the Triton kernels: the vendor's GEMM on whole rows of logits.
 
-As many rows as fit into ``logit_bytes`` are multiplied at once; the row kernels then work on them, and a gradient
-replaces the logits and is multiplied back. Nothing is computed twice, and the sum over the vocabulary of a row's
-gradient is one product, rounded once. Rows are filled up to one of two sizes, whatever their number, since libraries
-choose their kernel, and with it the order of summation, by the size.
+As many rows as fit into ``configs.scratch_bytes`` are multiplied at once; the row kernels then work on them, and a
+gradient is multiplied back. Nothing is computed twice, and the sum over the vocabulary of a row's gradient is one
+product, rounded once. The rows of a product are filled up to a multiple of 128, so that few sizes occur.
 """
 
 from collections.abc import Iterator
@@ -51,28 +50,29 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, lora_weight: Tensor | None, models: int) -> None:
         self.weight, self.bias, self.lora_weight = weight, bias, lora_weight
         self.V, self.H = weight.shape
-        self.narrow = weight.dtype == torch.float16  # no range for gradients, few digits for logits above 1024
-        self.logit_dtype = torch.float32 if self.narrow else weight.dtype
-        size = models * self.logit_dtype.itemsize + (weight.element_size() if self.narrow else 0)
-        fit = configs.config(weight.device).logit_bytes // (self.V * size)
+        self.logit_dtype = configs.logits_dtype(weight.dtype)
+        self.narrow = weight.dtype == torch.float16  # whose gradients are divided by the rows' sizes
+        self.apart = self.logit_dtype != weight.dtype  # a gradient has no place where the logits were
+        size = models * self.logit_dtype.itemsize + (weight.element_size() if self.apart else 0)
+        fit = configs.scratch_bytes(weight.device) // (self.V * size)
         self.chunk = max(1, fit // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
 
-    def filled(self, n: int) -> int:
-        """Rows of the product in which n of them are computed."""
-        return configs.ROW_MULTIPLE if n <= configs.ROW_MULTIPLE else self.chunk
-
     def buffer(self, rows: int, columns: int) -> Tensor:
-        """Of a tile of logits."""
-        return self.weight.new_empty(rows, columns, dtype=self.logit_dtype)
+        """Room for a tile of logits, whose rows begin at multiples of 64 bytes at least."""
+        return self.weight.new_empty(rows, -(-columns // 32) * 32, dtype=self.logit_dtype)[:, :columns]
 
     def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """Where the gradient of a tile of logits goes: in their place, or in float16 beside them."""
-        return self.weight.new_empty(logits.shape) if self.narrow else logits
+        """Where the gradient of a tile of logits goes: in their place, or beside them where the dtypes differ."""
+        if not self.apart:
+            return logits
+        rows, columns = logits.shape
+        return self.weight.new_empty(rows, -(-columns // 32) * 32)[:, :columns]
 
-    def take(self, x: Tensor, rows: Index, filled: int) -> Tensor:
-        """The rows x[rows], followed by zeros."""
+    def take(self, x: Tensor, rows: Index) -> Tensor:
+        """The rows x[rows], followed by zeros up to a multiple of ROW_MULTIPLE; without a copy where none is needed."""
         taken = x[rows]
-        return torch.cat([taken, taken.new_zeros(filled - taken.shape[0], x.shape[1])])
+        missing = multiple(taken.shape[0]) - taken.shape[0]
+        return torch.nn.functional.pad(taken, (0, 0, 0, missing)) if missing else taken
 
     def logits(self, x: Tensor, lora_hidden: Tensor | None, buffer: Tensor, cols: slice | None = None) -> Tensor:
         """x [rows, H] @ W[cols].T + bias[cols] (+ lora_hidden @ B[cols].T), [rows, columns], in the buffer."""
@@ -83,13 +83,17 @@ class Head:
             product(lora_hidden.to(z.dtype), self.lora_weight[cols].T.to(z.dtype), z, z)
         return z
 
-    def back(self, dz: Tensor, weight: Tensor, size: Tensor | None) -> Tensor:
-        """dz [rows, V] @ W or B; the first rows times ``size`` [n], where dz was divided by it."""
-        if size is None:
+    def back(self, dz: Tensor, weight: Tensor, size: Tensor | None, out: Tensor) -> None:
+        """out [n, H or r]: the first n rows of dz [rows, V] @ W or B; times ``size`` [n] where dz was divided by it."""
+        n = out.shape[0]
+        if size is not None:
+            out.copy_(product_fp32(dz, weight)[:n] * size[:, None])
+        elif n == dz.shape[0] and out.dtype == dz.dtype:
+            product(dz, weight, out)
+        else:
             total = dz.new_empty(dz.shape[0], weight.shape[1])
             product(dz, weight, total)
-            return total
-        return product_fp32(dz, weight)[: size.shape[0]] * size[:, None]
+            out.copy_(total[:n])
 
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for the gradient of a trained head."""

@@ -1,13 +1,13 @@
 """Triton kernels: one read of the logits for all statistics. Also serve linear_entropy_topk, on whole rows of logits.
 
-``fold`` takes a segment of a row a program and keeps m, d, T and the maximum of every few columns. ``finish`` merges
-the segments of a row; any of the k most probable tokens lies in one of the k segments with the largest maxima (ties to
-the left), and there in one of the k chunks with the largest, so it reads only those again. Neither knows how many rows
-there are, so a row's bits depend on the row alone.
+``fold`` walks along a part of a row and keeps m, d and T by lane, and the largest logit of every chunk: the ``U`` steps
+of one lane. ``finish`` merges the parts of a row and finds the top-k. It takes a bound that at least k lanes reach,
+reads the chunks that reach it again, and ranks their logits from the bound on. Where those are too many (rows of equal
+logits), it walks along the whole row once for each distinct value instead. Neither kernel knows how many rows there
+are, so a row's bits depend on the row alone; neither knows V or k at compile time.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -19,115 +19,251 @@ from rmx_kernels.entropy_topk.ops import run as run
 from rmx_kernels.entropy_topk.reference import exact_topk
 from rmx_kernels.tiles import VocabTiles, chunks
 from rmx_kernels.vec_triton import (
-    MAX_K,
+    LN2,
+    LOG2E,
+    LOWEST,
     NO_KEY,
+    NO_POWER,
     Rows,
-    bounded,
+    appended,
+    capped,
+    columns_of,
+    decay,
     exact_log,
     index_of,
     key_of,
+    lane_max,
+    lane_sum,
     launch,
-    merged,
+    offsets,
+    order_of,
     place,
     power_of_2,
-    scaled,
+    read,
+    read_part,
+    read_row,
     scaling,
-    shifted_exp,
-    unscaled,
+    uncapped,
     value_of,
+    widened,
+    write_row,
 )
 
 SORT_BYTES = 64 << 20  # of rows in float32, where the top-k is found by sorting them
+MAX_K = 128  # of the top-k by ``finish``; above it the rows are sorted
+ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much more for each 16
+BLOCK = 512  # columns that ``finish`` reads at a time where it walks along a row
+# Parts of a row, and groups of chunks in a part, are padded to so many: vocabularies below 160,000 share a compilation.
+LEAST_SEGMENTS, LEAST_GROUPS = 4, 8
 
 
 @triton.jit
+def fold_step(z, m, d, T, c):
+    """(m, d, T) of lanes [L] with a step z [L, J, R] added: d = sum e, T = sum e u, e = 2^u, u = (z - m) c."""
+    new = tl.maximum(m, lane_max(z))
+    step = decay(m, new, c)
+    w = tl.exp2(step)
+    u = (z - new[:, None, None]) * c
+    e = tl.exp2(u)
+    T = w * T + (w * step) * d + lane_sum(e * tl.maximum(u, NO_POWER))
+    return new, w * d + lane_sum(e), T
+
+
+@triton.jit(do_not_specialize=["V", "S", "C", "STEPS"])
 def fold(
     x, inner, outer_stride, stride,  # [N, V]
     m, d, T,  # [N, S]
-    peaks,  # [N, C], the maximum of each chunk, or None
-    V, S, C, per_temperature, softcap,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    peaks,  # [N, C], the largest logit of each chunk, or None
+    lanes,  # [N, S * L], that of each lane, or None
+    V, S, C, STEPS, c, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
-    chunk = segment * (COLUMNS // CHUNK) + tl.arange(0, COLUMNS // CHUNK)
-    column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    inside = column < V
-    z = scaled(tl.load(x + start + column, mask=inside, other=0.0), inside, per_temperature, softcap)
+    TILE: tl.constexpr = R * L * J
+    at = offsets(L, J)
+    lane = tl.arange(0, L)
+    first = segment * STEPS
+    whole = tl.minimum(first + STEPS, V // TILE)
+    lm = tl.full([L], LOWEST, tl.float32)
+    ld = tl.zeros([L], tl.float32)
+    lT = tl.zeros([L], tl.float32)
+    peak = tl.full([L], float("-inf"), tl.float32)
+    top = tl.full([L], float("-inf"), tl.float32)
+    for step in tl.range(first, whole, num_stages=STAGES):
+        raw = widened(read(x + start + step * TILE, at, R, L, J))
+        lm, ld, lT = fold_step(capped(raw, softcap), lm, ld, lT, c)
+        if peaks is not None:
+            peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
+            last = step % U == U - 1
+            tl.store(peaks + row * C + step // U * L + lane, peak.to(peaks.dtype.element_ty), mask=last)
+            top = tl.maximum(top, peak)
+            peak = tl.where(last, float("-inf"), peak)
+    if (whole < first + STEPS) & (whole * TILE < V):
+        left = V - whole * TILE
+        raw = widened(read_part(x + start + whole * TILE, at, left, float("-inf"), R, L, J))
+        z = capped(raw, softcap)
+        if softcap is not None:
+            z = tl.where(columns_of(at, R, L, J) < left, z, float("-inf"))
+        lm, ld, lT = fold_step(z, lm, ld, lT, c)
+        whole += 1
+        peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
+        top = tl.maximum(top, peak)
     if peaks is not None:
-        tl.store(peaks + row * C + chunk, tl.max(z, 1), mask=chunk < C)
-    block_m, u, e = shifted_exp(z)
+        if whole % U != 0:
+            tl.store(peaks + row * C + whole // U * L + lane, peak.to(peaks.dtype.element_ty), mask=whole > first)
+        tl.store(lanes + (row * S + segment) * L + lane, top)
+    M = tl.max(lm)
+    fall = decay(lm, M, c)
+    w = tl.exp2(fall)
     part = row * S + segment
-    tl.store(m + part, block_m)
-    tl.store(d + part, tl.sum(e))
-    tl.store(T + part, tl.sum(e * bounded(u)))
+    tl.store(m + part, M)
+    tl.store(d + part, tl.sum(w * ld))
+    tl.store(T + part, tl.sum(w * lT + (w * fall) * ld))
 
 
 @triton.jit
+def merged(m, d, part, known, c):
+    """(M, weights w, d w log2 w, D) of the parts of a row; M is NaN where the row has no distribution."""
+    segment_m = tl.load(m + part, mask=known, other=LOWEST)
+    segment_d = tl.load(d + part, mask=known, other=0.0)
+    M = tl.max(segment_m)
+    fall = decay(segment_m, M, c)
+    w = tl.exp2(fall)
+    D = tl.sum(w * segment_d)
+    return tl.where((D > 0) & (tl.abs(D) < float("inf")), M, float("nan")), w, (w * fall) * segment_d, D
+
+
+@triton.jit(do_not_specialize=["V", "S", "C", "STEPS", "K", "room"])
 def finish(
     x, inner, outer_stride, stride,  # [N, V]
     target,  # [N] or None
     m, d, T,  # [N, S]
-    peaks,  # [N, C] or None
-    row_m, row_log_d, lse, entropy, logprob,  # [N]; logprob where there is a target
+    peaks, lanes,  # [N, C], [N, S * L], or None
+    lists, keys,  # [N, 3, room] int32: lanes, chunks and columns that are looked at again; int64 [N, room]; or None
+    row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
-    V, S, C, K, per_temperature, softcap,
-    SEGMENTS: tl.constexpr, WIDEST: tl.constexpr,  # of a row, and of them read again
-    CHUNKS: tl.constexpr, CHOSEN: tl.constexpr,  # of a segment, and of all read again
-    CHUNK: tl.constexpr, KEPT: tl.constexpr,
+    V, S, C, STEPS, K, room, c, per_temperature, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, U: tl.constexpr,
+    SEGMENTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
     segment = tl.arange(0, SEGMENTS)
     part, known = row * S + segment, segment < S
-    segment_m = tl.load(m + part, mask=known, other=float("-inf"))
-    segment_d = tl.load(d + part, mask=known, other=0.0)
-    M, weight, step, D = merged(segment_m, segment_d)
-    # weight * step stays finite where step * d does not (finfo.min as a mask)
-    moved = tl.sum(weight * tl.load(T + part, mask=known, other=0.0) + (weight * step) * segment_d)
+    M, w, fallen, D = merged(m, d, part, known, c)
+    moved_T = tl.sum(w * tl.load(T + part, mask=known, other=0.0) + fallen)
     exact = exact_log(D)
-    log_d = exact.to(tl.float32)
-    H = exact - moved.to(tl.float64) / D.to(tl.float64) + (M - M)
+    log_d = tl.where(M == M, exact.to(tl.float32), float("nan"))
+    H = (exact - (moved_T * LN2).to(tl.float64) / D.to(tl.float64)).to(tl.float32)
     tl.store(row_m + row, M)
     tl.store(row_log_d + row, log_d)
-    tl.store(lse + row, M + log_d)
-    tl.store(entropy + row, tl.where(H < 0, 0.0, H).to(tl.float32))
+    tl.store(lse + row, M * per_temperature + log_d)
+    tl.store(entropy + row, tl.where(H < 0, 0.0, H) + (log_d - log_d))
     if target is not None:
         at = tl.load(target + row)
         valid = (at >= 0) & (at < V)
-        z = scaled(tl.load(x + start + at, mask=valid, other=0.0), valid, per_temperature, softcap)
-        tl.store(logprob + row, tl.where(valid, (z - M) - log_d, float("nan")))
+        z = capped(tl.load(x + start + at, mask=valid, other=0.0), softcap)
+        tl.store(logprob + row, tl.where(valid, (z - M) * per_temperature - log_d, float("nan")))
     if peaks is not None:
-        best = tl.topk(tl.where(known, key_of(segment_m, segment), NO_KEY), WIDEST)
-        chunk = index_of(best)[:, None] * CHUNKS + tl.arange(0, CHUNKS)[None, :]
-        inside = (best != NO_KEY)[:, None] & (chunk < C)
-        peak = tl.load(peaks + row * C + chunk, mask=inside, other=0.0)
-        keys = tl.reshape(tl.where(inside, key_of(peak, chunk), NO_KEY), [WIDEST * CHUNKS])
-        best = tl.topk(keys, CHOSEN)
-        column = index_of(best)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        inside = (best != NO_KEY)[:, None] & (column < V)
-        z = scaled(tl.load(x + start + column, mask=inside, other=0.0), inside, per_temperature, softcap)
-        keys = tl.reshape(tl.where(inside, key_of(z, column), NO_KEY), [CHOSEN * CHUNK])
-        best = tl.topk(keys, KEPT)
-        k = tl.arange(0, KEPT)
-        tl.store(values + row * K + k, (value_of(best) - M) - log_d, mask=k < K)
-        tl.store(ids + row * K + k, index_of(best).to(tl.int64), mask=k < K)
+        # low: as large as at least K lanes reach, and not many more
+        slot = tl.arange(0, SEGMENTS * L)
+        there = slot < S * L
+        order = order_of(tl.load(lanes + row * (S * L) + slot, mask=there, other=float("-inf")))
+        low = tl.min(tl.where(there, order, 0x7FFFFFFF))
+        high = tl.max(tl.where(there, order, -0x80000000))
+        reached = S * L
+        while (low < high) & (reached > K + K // 4 + 2):
+            middle = (low | high) - ((low ^ high) >> 1)  # the upper of the two in the middle
+            count = tl.sum((there & (order >= middle)).to(tl.int32))
+            enough = count >= K
+            low = tl.where(enough, middle, low)
+            reached = tl.where(enough, count, reached)
+            high = tl.where(enough, high, middle - 1)
+        few = lists + row * (3 * room)
+        n = appended(few, 0, room, slot, there & (order >= low))
+        tl.debug_barrier()
+        chunks = 0
+        for begin in range(0, tl.minimum(n, room), 16):
+            entry = begin + tl.arange(0, 16)[:, None]
+            lane = tl.load(few + entry, mask=entry < n, other=0)
+            group = tl.arange(0, GROUPS)[None, :]
+            chunk = (lane // L * (STEPS // U) + group) * L + lane % L
+            inside = (entry < n) & (group < STEPS // U) & (chunk < C)
+            peak = widened(tl.load(peaks + row * C + chunk, mask=inside, other=float("-inf")))
+            take = tl.reshape(inside & (order_of(peak) >= low), [16 * GROUPS])
+            chunks = appended(few + room, chunks, room, tl.reshape(chunk, [16 * GROUPS]), take)
+        tl.debug_barrier()
+        logits = 0
+        for begin in range(0, tl.minimum(chunks, room), 8):
+            entry = begin + tl.arange(0, 8)[:, None]
+            chunk = tl.load(few + room + entry, mask=entry < chunks, other=0)
+            q = tl.arange(0, R * J * U)[None, :]
+            column = (chunk // L * U + q // (R * J)) * (R * L * J) + q // J % R * (L * J) + chunk % L * J + q % J
+            inside = (entry < chunks) & (column < V)
+            raw = widened(tl.load(x + start + column, mask=inside, other=float("-inf")))
+            take = tl.reshape(inside & (order_of(raw) >= low), [8 * R * J * U])
+            logits = appended(few + 2 * room, logits, room, tl.reshape(column, [8 * R * J * U]), take)
+        tl.debug_barrier()
+        if (n <= room) & (chunks <= room) & (logits <= room) & (logits >= K):
+            for begin in range(0, logits, 32):
+                entry = begin + tl.arange(0, 32)
+                column = tl.load(few + 2 * room + entry, mask=entry < logits, other=0)
+                raw = widened(tl.load(x + start + column, mask=entry < logits, other=0.0))
+                tl.store(keys + row * room + entry, key_of(order_of(raw), column), mask=entry < logits)
+            tl.debug_barrier()
+            for begin in range(0, logits, 32):
+                entry = begin + tl.arange(0, 32)
+                key = tl.load(keys + row * room + entry, mask=entry < logits, other=NO_KEY)
+                rank = tl.zeros([32], tl.int32)
+                for other in range(logits):
+                    rank += (tl.load(keys + row * room + other) > key).to(tl.int32)
+                kept = (entry < logits) & (rank < K)
+                logprobs = (capped(value_of(key), softcap) - M) * per_temperature - log_d
+                tl.store(values + row * K + rank, logprobs, mask=kept)
+                tl.store(ids + row * K + rank, index_of(key).to(tl.int64), mask=kept)
+        else:
+            written = 0
+            below = row * 0 + 0x80000000  # above every order
+            while written < K:
+                best = tl.full([BLOCK], -0x80000000, tl.int32)
+                for begin in range(0, V, BLOCK):
+                    column = begin + tl.arange(0, BLOCK)
+                    own = order_of(widened(tl.load(x + start + column, mask=column < V, other=0.0)))
+                    best = tl.where((column < V) & (own < below), tl.maximum(best, own), best)
+                value = tl.max(best)
+                for begin in range(0, V, BLOCK):
+                    if written < K:
+                        column = begin + tl.arange(0, BLOCK)
+                        raw = widened(tl.load(x + start + column, mask=column < V, other=0.0))
+                        take = (column < V) & (order_of(raw) == value)
+                        rank = written + tl.cumsum(take.to(tl.int32), 0) - 1
+                        kept = take & (rank < K)
+                        logprobs = (capped(raw, softcap) - M) * per_temperature - log_d
+                        tl.store(values + row * K + rank, logprobs, mask=kept)
+                        tl.store(ids + row * K + rank, column.to(tl.int64), mask=kept)
+                        written += tl.sum(take.to(tl.int32))
+                below = value.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "columns", "S", "K"])
 def gradient(
     x, inner, outer_stride, stride,  # [N, columns], the columns from ``first`` on
     dx, dx_stride,  # [N, columns]; may be x
     target, topk_ids,  # [N], [N, K]
     m, log_d, entropy,  # [N]
     g_lse, g_entropy, g_logprob, g_topk,  # [N], [N, K]; each may be None
-    first, columns, S, K, per_temperature, softcap,
-    COLUMNS: tl.constexpr,
+    first, columns, S, K, c, per_temperature, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
-    at = segment * COLUMNS + tl.arange(0, COLUMNS)
-    inside, column = at < columns, first + at
-    z = scaled(tl.load(x + start + at, mask=inside, other=0.0), inside, per_temperature, softcap)
-    log_p = (z - tl.load(m + row)) - tl.load(log_d + row)
-    p = tl.exp(log_p)
+    begin = segment * (R * L * J)
+    at = begin + offsets(L, J)
+    column = columns_of(at, R, L, J)
+    whole = begin + R * L * J <= columns
+    raw = read_row(x + start, at, columns, whole, R, L, J)
+    z = capped(raw, softcap)
+    row_log_d = tl.load(log_d + row)
+    u = (z - tl.load(m + row)) * c
+    p = tl.exp2(u - row_log_d * LOG2E)
     along_p = 0.0
     if g_lse is not None:
         along_p += tl.load(g_lse + row)
@@ -136,18 +272,22 @@ def gradient(
     if g_topk is not None:
         for j in range(K):
             along_p -= tl.load(g_topk + row * K + j)
-    if g_entropy is not None:
-        dz = p * (along_p - tl.load(g_entropy + row) * (bounded(log_p) + tl.load(entropy + row)))
+    if g_entropy is not None:  # p (along_p - g (log p + H)), log p = u ln 2 - log d
+        g = tl.load(g_entropy + row)
+        along_p -= g * (tl.load(entropy + row) - row_log_d)
+        dz = p * (along_p - (g * LN2) * tl.maximum(u, NO_POWER))
     else:
         dz = p * along_p
     if g_logprob is not None:
-        dz += tl.where(column == tl.load(target + row), tl.load(g_logprob + row), 0.0)
+        chosen = tl.load(target + row) - first
+        if (chosen >= begin) & (chosen < begin + R * L * J):
+            dz += tl.where(column == chosen, tl.load(g_logprob + row), 0.0)
     if g_topk is not None:
         for j in range(K):
-            chosen = tl.load(topk_ids + row * K + j)
-            dz += tl.where(column == chosen, tl.load(g_topk + row * K + j), 0.0)
-    dz = unscaled(dz, z, per_temperature, softcap)
-    tl.store(dx + row * dx_stride + at, dz.to(dx.dtype.element_ty), mask=inside)
+            chosen = tl.load(topk_ids + row * K + j) - first
+            if (chosen >= begin) & (chosen < begin + R * L * J):
+                dz += tl.where(column == chosen, tl.load(g_topk + row * K + j), 0.0)
+    write_row(dx + row * dx_stride, at, columns, whole, uncapped(dz, z, per_temperature, softcap), R, L, J)
 
 
 def _sorted_topk(x: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -163,48 +303,72 @@ class Statistics:
     """Room for the results of N rows, and their computation from whole rows of logits."""
 
     def __init__(self, like: Tensor, N: int, k: int, target: Tensor | None) -> None:
-        self.k, self.target = k, target
-        self.m, self.log_d, self.lse, self.entropy = (like.new_empty(N, dtype=torch.float32) for _ in range(4))
+        self.N, self.k, self.target = N, k, target
+        self.m = torch.empty(N, dtype=torch.float32, device=like.device)  # before the temperature
+        self.log_d, self.lse, self.entropy = (torch.empty_like(self.m) for _ in range(3))
         self.logprob = self.m.new_empty(0 if target is None else N)
-        self.values, self.ids = self.m.new_empty(N, k), like.new_empty(N, k, dtype=torch.int64)
+        self.values = self.m.new_empty(N, k)
+        self.ids = torch.empty(N, k, dtype=torch.int64, device=like.device)
 
     def compute(self, x: Rows, rows: slice, temperature: float, softcap: float | None) -> None:
         """The results of ``rows`` from their logits, the first rows of x."""
-        n, V, device = rows.stop - rows.start, x.columns, self.m.device
+        n, V, device, itemsize = rows.stop - rows.start, x.columns, self.m.device, x.x.element_size()
         setting = configs.config(device)
-        columns, in_registers = setting.statistics.columns, 0 < self.k <= MAX_K
-        chunk = min(columns, configs.chunk_columns(V, self.k))
-        S, C = -(-V // columns), -(-V // chunk)
-        m, d, T = (self.m.new_empty(n, S) for _ in range(3))
-        peaks = self.m.new_empty(n, C) if in_registers else None
-        scale = scaling(temperature, softcap)
+        sweep, shape = setting.statistics, setting.statistics.shape(itemsize)
+        U = max(1, setting.chunk // (shape["R"] * shape["J"]))
+        S, steps = sweep.division(V, itemsize, U)
+        in_kernel = 0 < self.k <= MAX_K
+        C = -(-V // (sweep.columns(itemsize) * U)) * sweep.lanes
+        c, per_temperature, softcap = scaling(temperature, softcap)
+        m, d, T = torch.empty(3, n, S, dtype=torch.float32, device=device)
+        peaks = lanes = lists = keys = None
+        room = ROOM * (1 + self.k // 16)
+        if in_kernel:
+            peaks = x.x.new_empty(n, C)
+            lanes = m.new_empty(n, S * sweep.lanes)
+            lists = torch.empty(n, 3, room, dtype=torch.int32, device=device)
+            keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
-            *(fold, n * S, device, *x.arguments, m, d, T, peaks, V, S, C, *scale),
-            warps=setting.statistics.warps,
-            COLUMNS=columns,
-            CHUNK=chunk,
+            *(fold, n * S, device, *x.arguments, m, d, T, peaks, lanes, V, S, C, steps, c, softcap),
+            warps=sweep.warps,
+            U=U,
+            STAGES=sweep.stages,
+            **shape,
         )
-        segments = power_of_2(max(2, S))  # tl.topk takes no single one
-        sizes: dict[str, Any] = dict.fromkeys(("WIDEST", "CHUNKS", "CHUNK", "CHOSEN", "KEPT"), 1)
-        warps, values, ids = setting.finish_warps, None, None
-        if in_registers:
-            chunks, kept = columns // chunk, power_of_2(max(2, self.k))
-            widest = min(kept, segments)
-            chosen = min(kept, widest * chunks)
-            sizes = {"WIDEST": widest, "CHUNKS": chunks, "CHUNK": chunk, "CHOSEN": chosen, "KEPT": kept}
-            warps *= 2 if max(widest * chunks, chosen * chunk) > 2048 else 1
-            values, ids = self.values[rows], self.ids[rows]
-        target, logprob = (None, None) if self.target is None else (self.target[rows], self.logprob[rows])
+        of_rows = [self.target, self.m, self.log_d, self.lse, self.entropy, self.logprob, self.values, self.ids]
+        if n != self.N:
+            of_rows = [None if part is None else part[rows] for part in of_rows]
+        target, row_m, row_log_d, lse, entropy, logprob, values, ids = of_rows
         launch(
-            *(finish, n, device, *x.arguments, target, m, d, T, peaks, self.m[rows], self.log_d[rows], self.lse[rows]),
-            *(self.entropy[rows], logprob, values, ids, V, S, C, self.k, *scale),
-            warps=warps,
-            SEGMENTS=segments,
-            **sizes,
+            *(finish, n, device, *x.arguments, target, m, d, T, peaks, lanes, lists, keys),
+            *(
+                row_m,
+                row_log_d,
+                lse,
+                entropy,
+                logprob,
+                values,
+                ids,
+                V,
+                S,
+                C,
+                steps,
+                self.k,
+                room,
+                c,
+                per_temperature,
+                softcap,
+            ),
+            warps=setting.finish_warps,
+            U=U,
+            SEGMENTS=max(LEAST_SEGMENTS, power_of_2(S)),
+            GROUPS=max(LEAST_GROUPS, power_of_2(steps // U)),
+            BLOCK=BLOCK,
+            **shape,
         )
         if self.k > MAX_K:
             z, self.ids[rows] = _sorted_topk(x.x.reshape(-1, V)[:n], self.k, temperature, softcap)
-            self.values[rows] = (z - self.m[rows, None]) - self.log_d[rows, None]
+            self.values[rows] = (z - self.m[rows, None] * per_temperature) - self.log_d[rows, None]
 
     def results(self, lead: torch.Size) -> tuple[Tensor, ...]:
         """(lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d), each [B...] or [B..., k]."""
@@ -253,13 +417,13 @@ class StatisticsGradient:
         """dx of the logits x, columns from ``first`` on, for some of the rows; in place if both are the same."""
         target, *others = (None if part is None else part[rows] for part in self.per_row)
         g_topk = None if self.g_topk is None else self.g_topk[rows]
-        sweep = configs.config(dx.device).statistics_gradient
-        S, n = -(-x.columns // sweep.columns), rows.stop - rows.start
+        sweep, itemsize = configs.config(dx.device).statistics_gradient, x.x.element_size()
+        S, n = -(-x.columns // sweep.columns(itemsize)), rows.stop - rows.start
         launch(
             *(gradient, n * S, dx.device, *x.arguments, dx, dx.stride(0), target, self.topk_ids[rows], *others, g_topk),
             *(first, x.columns, S, self.k, *scaling(temperature, softcap)),
             warps=sweep.warps,
-            COLUMNS=sweep.columns,
+            **sweep.shape(itemsize),
         )
 
 

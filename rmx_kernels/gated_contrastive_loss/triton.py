@@ -1,10 +1,18 @@
 """Triton kernels: one read of student and base for all values, one more with the gradient's write. Also serve the
 linear losses, on whole rows of logits.
 
-``fold`` takes a segment of a row a program: its m and d for student and base, and the KL of the two distributions
-restricted to the segment, in registers. By the chain rule the KL of the row is sum pi_g KL_g + KL(pi || rho), where pi
-and rho are the masses that base and student give to segment g: ``finish`` adds it up. No term is negative, and equal
-rows give exactly 0, from a single read.
+``fold`` walks along a part of a row of both models and keeps by lane, beside m and d of each, the KL in the form
+
+    delta = log p_s - log p_b - kappa,   A = sum p_b (e^delta - 1),   Q = sum p_b (e^delta - 1 - delta)
+
+with p_b not yet divided by its sum. No term of Q is negative, and equal rows give exactly 0, from a single read. kappa
+may be any constant; it follows the part that holds most of the base's mass, so that Q is never much larger than the KL.
+``finish`` merges the parts:
+
+    KL = Q / d_b - (mu - log(1 + mu)),   mu = A / d_b,   log(1 + mu) = lse_s - lse_b - kappa
+
+Where that last equation does not hold (an entry of -inf, a sum out of float32's range) or little is left of Q, it walks
+along the row a second time, with the norms known. So masked rows cost twice the others and are as exact.
 """
 
 import torch
@@ -16,18 +24,33 @@ from rmx_kernels import configs
 from rmx_kernels.gated_contrastive_loss.ops import run as run
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
 from rmx_kernels.vec_triton import (
+    LOG2E,
+    LOWEST,
+    NEAR,
     Rows,
+    capped,
+    columns_of,
+    decay,
     exact_log,
+    excess,
     kl_terms,
+    lane_max,
+    lane_sum,
     launch,
-    merged,
+    moved,
+    offsets,
     place,
     power_of_2,
-    scaled,
+    read,
+    read_part,
+    read_row,
     scaling,
-    shifted_exp,
-    unscaled,
+    uncapped,
+    write_row,
 )
+
+PARTS = 7  # m and d of student and base, kappa, A and Q
+LEAST_SEGMENTS = 4  # parts of a row are padded to so many, so that vocabularies below 160,000 share one compilation
 
 
 @triton.jit
@@ -40,87 +63,209 @@ def row_weights(ce_weight, kl_weight, row):
 
 
 @triton.jit
+def student_step(z, m, d, c):
+    """(m, d) of lanes [L] with a step z [L, J, R] added."""
+    new = tl.maximum(m, lane_max(z))
+    w = tl.exp2(decay(m, new, c))
+    return new, w * d + lane_sum(tl.exp2((z - new[:, None, None]) * c))
+
+
+@triton.jit
+def join(part_mass, part_kappa, part_A, part_Q, mass, kappa, A, Q):
+    """(kappa, A, Q) of two parts of the base's mass, at the kappa of the larger one."""
+    larger = part_mass > mass
+    shift = tl.where((mass > 0) & (part_mass > 0), part_kappa - kappa, 0.0)
+    less_A, less_Q = tl.where(larger, A, part_A), tl.where(larger, Q, part_Q)
+    less_A, less_Q = moved(tl.where(larger, -shift, shift), tl.where(larger, mass, part_mass), less_A, less_Q)
+    more_A, more_Q = tl.where(larger, part_A, A), tl.where(larger, part_Q, Q)
+    return tl.where(larger, part_kappa, kappa), less_A + more_A, less_Q + more_Q
+
+
+@triton.jit
+def pair_step(z, base_z, inside, m, d, base_m, base_d, kappa, A, Q, c, per_temperature):
+    """The seven values of lanes [L] with a step [L, J, R] of both models added."""
+    step_m, step_base_m = lane_max(z), lane_max(base_z)
+    e = tl.exp2((z - step_m[:, None, None]) * c)
+    base_e = tl.exp2((base_z - step_base_m[:, None, None]) * c)
+    step_kappa = (step_m - step_base_m) * per_temperature
+    delta = (z - base_z) * per_temperature - step_kappa[:, None, None]
+    if inside is not None:
+        delta = tl.where(inside, delta, 0.0)
+    terms = tl.where(tl.abs(delta) < NEAR, base_e * excess(delta), e - base_e * (1 + delta))
+    step_Q = lane_sum(terms)
+    step_A = step_Q + lane_sum(base_e * delta)
+    new = tl.maximum(m, step_m)
+    w = tl.exp2(decay(m, new, c))
+    step_w = tl.exp2(decay(step_m, new, c))
+    d = w * d + step_w * lane_sum(e)
+    base_new = tl.maximum(base_m, step_base_m)
+    w = tl.exp2(decay(base_m, base_new, c))
+    step_w = tl.exp2(decay(step_base_m, base_new, c))
+    mass, step_mass = w * base_d, step_w * lane_sum(base_e)
+    kappa, A, Q = join(step_mass, step_kappa, step_w * step_A, step_w * step_Q, mass, kappa, w * A, w * Q)
+    return new, d, base_new, mass + step_mass, kappa, A, Q
+
+
+@triton.jit
+def gathered(m, d, base_m, base_d, kappa, A, Q, c):
+    """The seven values of all parts together: scalars from vectors. Parts without mass of the base add nothing."""
+    M, base_M = tl.max(m), tl.max(base_m)
+    w = tl.exp2(decay(m, M, c))
+    D = tl.sum(w * d)
+    w = tl.exp2(decay(base_m, base_M, c))
+    mass = w * base_d
+    common = tl.max(tl.where(mass == tl.max(mass), kappa, float("-inf")))  # of a largest part
+    shift = tl.where(mass > 0, kappa - common, 0.0)
+    A, Q = moved(shift, mass, w * A, w * Q)
+    return M, D, base_M, tl.sum(mass), common, tl.sum(A), tl.sum(Q)
+
+
+@triton.jit(do_not_specialize=["N", "V", "S", "STEPS"])
 def fold(
     x, inner, outer_stride, stride,  # the student's logits [N, V]
     base_x, base_inner, base_outer_stride, base_stride,  # the base's, read where kl is not 0
     ce_weight, kl_weight,  # [N], or None for all rows
-    m, d, base_m, base_d, part_kl,  # [N, S]
-    V, S, per_temperature, softcap,
-    COLUMNS: tl.constexpr,
+    parts,  # [PARTS, N, S]
+    N, V, S, STEPS, c, per_temperature, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
     ce, kl = row_weights(ce_weight, kl_weight, row)
     if (ce != 0) | (kl != 0):
-        column = segment * COLUMNS + tl.arange(0, COLUMNS)
-        inside = column < V
-        z = scaled(tl.load(x + start + column, mask=inside, other=0.0), inside, per_temperature, softcap)
-        block_m, u, e = shifted_exp(z)
-        block_d = tl.sum(e)
-        part = row * S + segment
-        tl.store(m + part, block_m)
-        tl.store(d + part, block_d)
+        TILE: tl.constexpr = R * L * J
+        at = offsets(L, J)
+        first = segment * STEPS
+        whole = tl.minimum(first + STEPS, V // TILE)
+        rest = (whole < first + STEPS) & (whole * TILE < V)
+        m = tl.full([L], LOWEST, tl.float32)
+        d = tl.zeros([L], tl.float32)
+        part = parts + row * S + segment
+        field = N.to(tl.int64) * S
         if kl != 0:
-            _, _, start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)
-            base_z = tl.load(base_x + start + column, mask=inside, other=0.0)
-            base_z = scaled(base_z, inside, per_temperature, softcap)
-            block_base_m, base_u, base_e = shifted_exp(base_z)
-            block_base_d = tl.sum(base_e)
-            delta = (u - base_u) - (tl.log(block_d) - tl.log(block_base_d))  # log p_s - log p_b within the segment
-            terms = kl_terms(e / block_d, base_e / block_base_d, delta)
-            tl.store(base_m + part, block_base_m)
-            tl.store(base_d + part, block_base_d)
-            tl.store(part_kl + part, tl.sum(terms))
+            base_start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)[2]
+            base_m = tl.full([L], LOWEST, tl.float32)
+            base_d = tl.zeros([L], tl.float32)
+            kappa = tl.zeros([L], tl.float32)
+            A = tl.zeros([L], tl.float32)
+            Q = tl.zeros([L], tl.float32)
+            for step in tl.range(first, whole, num_stages=STAGES):
+                z = capped(read(x + start + step * TILE, at, R, L, J), softcap)
+                base_z = capped(read(base_x + base_start + step * TILE, at, R, L, J), softcap)
+                m, d, base_m, base_d, kappa, A, Q = pair_step(
+                    z, base_z, None, m, d, base_m, base_d, kappa, A, Q, c, per_temperature
+                )
+            if rest:
+                begin, left = whole * TILE, V - whole * TILE
+                inside = columns_of(at, R, L, J) < left
+                z = capped(read_part(x + start + begin, at, left, 0.0, R, L, J), softcap)
+                base_z = capped(read_part(base_x + base_start + begin, at, left, 0.0, R, L, J), softcap)
+                z, base_z = tl.where(inside, z, float("-inf")), tl.where(inside, base_z, float("-inf"))
+                m, d, base_m, base_d, kappa, A, Q = pair_step(
+                    z, base_z, inside, m, d, base_m, base_d, kappa, A, Q, c, per_temperature
+                )
+            M, D, base_M, base_D, common, A_sum, Q_sum = gathered(m, d, base_m, base_d, kappa, A, Q, c)
+            tl.store(part, M)
+            tl.store(part + field, D)
+            tl.store(part + 2 * field, base_M)
+            tl.store(part + 3 * field, base_D)
+            tl.store(part + 4 * field, common)
+            tl.store(part + 5 * field, A_sum)
+            tl.store(part + 6 * field, Q_sum)
+        else:
+            for step in tl.range(first, whole, num_stages=STAGES):
+                m, d = student_step(capped(read(x + start + step * TILE, at, R, L, J), softcap), m, d, c)
+            if rest:
+                left = V - whole * TILE
+                z = capped(read_part(x + start + whole * TILE, at, left, 0.0, R, L, J), softcap)
+                m, d = student_step(tl.where(columns_of(at, R, L, J) < left, z, float("-inf")), m, d, c)
+            M = tl.max(m)
+            w = tl.exp2(decay(m, M, c))
+            tl.store(part, M)
+            tl.store(part + field, tl.sum(w * d))
 
 
 @triton.jit
+def norm_of(m, d):
+    """(m, log d) of a row, NaN where it has no distribution."""
+    known = (d > 0) & (d < float("inf"))
+    return tl.where(known, m, float("nan")), tl.where(known, exact_log(d).to(tl.float32), float("nan"))
+
+
+@triton.jit(do_not_specialize=["N", "V", "S"])
 def finish(
     x, inner, outer_stride, stride,  # the student's logits [N, V]
+    base_x, base_inner, base_outer_stride, base_stride,  # the base's
     target, ce_weight, kl_weight,  # [N]; the weights may be None
     base_lse,  # [N] or None: as the caller knows it
-    m, d, base_m, base_d, part_kl,  # [N, S]
-    row_logprob, row_kl,  # [N], NaN where not computed
-    row_m, row_log_d, row_base_m, row_base_log_d,  # [N], likewise
-    V, S, tolerance, per_temperature, softcap,
-    SEGMENTS: tl.constexpr,
+    parts,  # [PARTS, N, S]
+    terms,  # [6, N]: logprob, kl, m, log d, and m and log d of the base; NaN where not computed
+    N, V, S, tolerance, c, per_temperature, softcap,
+    SEGMENTS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
     ce, kl = row_weights(ce_weight, kl_weight, row)
+    to = terms + row
+    rows = N.to(tl.int64)
+    logprob, total = float("nan"), float("nan")
+    M, log_d, base_M, base_log_d = float("nan"), float("nan"), float("nan"), float("nan")
     if (ce != 0) | (kl != 0):
         segment = tl.arange(0, SEGMENTS)
-        part, known = row * S + segment, segment < S
-        segment_m = tl.load(m + part, mask=known, other=float("-inf"))
-        segment_d = tl.load(d + part, mask=known, other=0.0)
-        M, weight, _step, D = merged(segment_m, segment_d)
-        log_d = exact_log(D).to(tl.float32)
-        at = tl.load(target + row)
-        valid = (at >= 0) & (at < V)
-        z = scaled(tl.load(x + start + at, mask=valid, other=0.0), valid, per_temperature, softcap)
-        tl.store(row_logprob + row, tl.where(valid, (z - M) - log_d, float("nan")))
-        tl.store(row_m + row, M)
-        tl.store(row_log_d + row, log_d)
+        known = segment < S
+        part = parts + row * S + segment
+        field = rows * S
+        m = tl.load(part, mask=known, other=LOWEST)
+        d = tl.load(part + field, mask=known, other=0.0)
+        top = tl.max(m)
+        w = tl.exp2(decay(m, top, c))
+        M, log_d = norm_of(top, tl.sum(w * d))
+        chosen = tl.load(target + row)
+        valid = (chosen >= 0) & (chosen < V)
+        chosen_z = capped(tl.load(x + start + chosen, mask=valid, other=0.0), softcap)
+        logprob = tl.where(valid, (chosen_z - M) * per_temperature - log_d, float("nan"))
         if kl != 0:
-            segment_base_m = tl.load(base_m + part, mask=known, other=float("-inf"))
-            segment_base_d = tl.load(base_d + part, mask=known, other=0.0)
-            base_M, base_weight, _base_step, base_D = merged(segment_base_m, segment_base_d)
-            base_log_d = exact_log(base_D).to(tl.float32)
-            rho, pi = weight * segment_d / D, base_weight * segment_base_d / base_D
-            moved = (segment_m - M) - (segment_base_m - base_M)
-            delta = moved + (tl.log(segment_d) - tl.log(segment_base_d)) - (log_d - base_log_d)
-            within = tl.load(part_kl + part, mask=known, other=0.0)
-            # A segment without mass of the base adds nothing; one without the student's is infinite below.
-            within = tl.where((pi == 0) | (segment_d == 0), 0.0, pi * within)
-            total = tl.sum(within + kl_terms(rho, pi, delta)) + (M - M) + (base_M - base_M)
+            base_m = tl.load(part + 2 * field, mask=known, other=LOWEST)
+            base_d = tl.load(part + 3 * field, mask=known, other=0.0)
+            kappa = tl.load(part + 4 * field, mask=known, other=0.0)
+            A = tl.load(part + 5 * field, mask=known, other=0.0)
+            Q = tl.load(part + 6 * field, mask=known, other=0.0)
+            _M, _D, base_top, base_D, common, A_sum, Q_sum = gathered(m, d, base_m, base_d, kappa, A, Q, c)
+            base_M, base_log_d = norm_of(base_top, base_D)
+            mu = (A_sum / base_D).to(tl.float64)
+            log_mu = tl.log(1 + mu)
+            ratio = (M - base_M) * per_temperature + (log_d - base_log_d)
+            mean = (Q_sum / base_D).to(tl.float64)
+            exact = mean - (mu - log_mu)
+            off = tl.abs(log_mu.to(tl.float32) - (ratio - common))
+            fine = (off <= 1e-4 + 1e-6 * tl.abs(ratio)) & (tl.abs(common) < 1000)  # beyond, off has no digits left
+            fine = fine & ((mean < 64 * exact) | (mean < 1e-12))
+            total = tl.where(exact < 0, 0.0, exact).to(tl.float32)
+            if fine == 0:
+                base_start = place(tl.program_id(0), 1, base_inner, base_outer_stride, base_stride)[2]
+                sums = tl.zeros([L], tl.float32)
+                for begin in range(0, V, R * L * J):
+                    at = begin + offsets(L, J)
+                    z = capped(read_part(x + start, at, V, 0.0, R, L, J), softcap)
+                    base_z = capped(read_part(base_x + base_start, at, V, 0.0, R, L, J), softcap)
+                    log_p = (z - M) * per_temperature - log_d
+                    base_log_p = (base_z - base_M) * per_temperature - base_log_d
+                    one = kl_terms(tl.exp2(log_p * LOG2E), tl.exp2(base_log_p * LOG2E), log_p - base_log_p)
+                    sums += lane_sum(tl.where(columns_of(at, R, L, J) < V, one, 0.0))
+                total = tl.sum(sums)
+            total += (M - M) + (base_M - base_M)
             if base_lse is not None:
-                mass = tl.exp((base_M - tl.load(base_lse + row).to(tl.float32)) + base_log_d)
+                mass = tl.exp((base_M * per_temperature - tl.load(base_lse + row).to(tl.float32)) + base_log_d)
                 fits = tl.abs(mass - 1) <= tolerance
                 total = tl.where(fits, total, float("nan"))
                 base_M = tl.where(fits, base_M, float("nan"))
-            tl.store(row_kl + row, total)
-            tl.store(row_base_m + row, base_M)
-            tl.store(row_base_log_d + row, base_log_d)
+    tl.store(to, logprob)
+    tl.store(to + rows, total)
+    tl.store(to + 2 * rows, M)
+    tl.store(to + 3 * rows, log_d)
+    tl.store(to + 4 * rows, base_M)
+    tl.store(to + 5 * rows, base_log_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "columns", "V", "S"])
 def gradient(
     x, inner, outer_stride, stride,  # the student's logits [N, columns], the columns from ``first`` on
     base_x, base_inner, base_outer_stride, base_stride,  # the base's, read where kl is not 0
@@ -128,33 +273,36 @@ def gradient(
     target, ce_weight, kl_weight,  # [N]
     upstream,  # a scalar, or None for 1
     m, log_d, base_m, base_log_d,  # [N]
-    first, columns, V, S, per_temperature, softcap,
-    COLUMNS: tl.constexpr,
+    first, columns, V, S, c, per_temperature, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
-    at = segment * COLUMNS + tl.arange(0, COLUMNS)
-    inside = at < columns
-    to = dx + row * dx_stride + at
+    begin = segment * (R * L * J)
+    at = begin + offsets(L, J)
+    whole = begin + R * L * J <= columns
     ce, kl = tl.load(ce_weight + row), tl.load(kl_weight + row)
+    dz = tl.zeros([L, J, R], tl.float32)
     if (ce != 0) | (kl != 0):
-        z = scaled(tl.load(x + start + at, mask=inside, other=0.0), inside, per_temperature, softcap)
-        p = tl.exp((z - tl.load(m + row)) - tl.load(log_d + row))
         chosen = tl.load(target + row)
-        dz = tl.where(first + at == chosen, (p - 1) * ce, p * ce)
-        if kl != 0:
-            _, _, start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)
-            base_z = tl.load(base_x + start + at, mask=inside, other=0.0)
-            base_z = scaled(base_z, inside, per_temperature, softcap)
-            base_p = tl.exp((base_z - tl.load(base_m + row)) - tl.load(base_log_d + row))
-            dz += kl * (p - base_p)  # exact where they are close
-        if (chosen < 0) | (chosen >= V):
-            dz += float("nan")
         if upstream is not None:
-            dz *= tl.load(upstream)
-        dz = unscaled(dz, z, per_temperature, softcap)
-        tl.store(to, dz.to(dx.dtype.element_ty), mask=inside)
-    else:
-        tl.store(to, tl.zeros([COLUMNS], dx.dtype.element_ty), mask=inside)
+            ce, kl = ce * tl.load(upstream), kl * tl.load(upstream)
+        if (chosen < 0) | (chosen >= V):
+            ce = float("nan")
+        chosen -= first
+        raw = read_row(x + start, at, columns, whole, R, L, J)
+        z = capped(raw, softcap)
+        p = tl.exp2((z - tl.load(m + row)) * c - tl.load(log_d + row) * LOG2E)
+        if kl != 0:
+            base_start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)[2]
+            raw = read_row(base_x + base_start, at, columns, whole, R, L, J)
+            base_p = tl.exp2((capped(raw, softcap) - tl.load(base_m + row)) * c - tl.load(base_log_d + row) * LOG2E)
+            dz = kl * (p - base_p)  # exactly 0 where they are equal
+        if (chosen >= begin) & (chosen < begin + R * L * J):
+            dz += tl.where(columns_of(at, R, L, J) == chosen, p - 1, p) * ce
+        else:
+            dz += p * ce
+        dz = uncapped(dz, z, per_temperature, softcap)
+    write_row(dx + row * dx_stride, at, columns, whole, dz, R, L, J)
 
 
 def row_terms(
@@ -166,28 +314,29 @@ def row_terms(
     base_lse: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob [n], kl [n], norms [4, n]) of the first n rows; NaN where not computed."""
-    V, device = x.columns, target.device
-    setting = configs.config(device)
-    S = -(-V // setting.loss.columns)
-    like = torch.empty(0, dtype=torch.float32, device=device)
-    parts = [like.new_empty(n, S) for _ in range(5)]
-    terms = like.new_full((6, n), float("nan"))
-    scale = scaling(temperature, softcap)
-    rows = (*x.arguments, *base_x.arguments)
+) -> Tensor:
+    """[6, n] of the first n rows: logprob, kl, and the norms m, log d of student and base; NaN where not computed."""
+    V, device, itemsize = x.columns, target.device, x.x.element_size()
+    sweep = configs.config(device).loss
+    shape = sweep.shape(itemsize)
+    S, steps = sweep.division(V, itemsize)
+    parts = torch.empty(PARTS, n, S, dtype=torch.float32, device=device)
+    terms = torch.empty(6, n, dtype=torch.float32, device=device)
+    rows, scale = (*x.arguments, *base_x.arguments), scaling(temperature, softcap)
     launch(
-        *(fold, n * S, device, *rows, *weights, *parts, V, S, *scale),
-        warps=setting.loss.warps,
-        COLUMNS=setting.loss.columns,
+        *(fold, n * S, device, *rows, *weights, parts, n, V, S, steps, *scale),
+        warps=sweep.warps,
+        STAGES=sweep.stages,
+        **shape,
     )
     launch(
-        *(finish, n, device, *x.arguments, target, *weights, base_lse, *parts, *terms),
-        *(V, S, BASE_MASS_TOLERANCE, *scale),
-        warps=1,
-        SEGMENTS=power_of_2(S),
+        *(finish, n, device, *rows, target, *weights, base_lse, parts, terms),
+        *(n, V, S, BASE_MASS_TOLERANCE, *scale),
+        warps=sweep.warps,
+        SEGMENTS=max(LEAST_SEGMENTS, power_of_2(S)),
+        **shape,
     )
-    return terms[0], terms[1], terms[2:]
+    return terms
 
 
 def row_gradient(
@@ -206,13 +355,13 @@ def row_gradient(
     V: int | None = None,
 ) -> None:
     """dx [n, columns] of the first n rows, columns from ``first`` on of V; in place if dx holds x."""
-    sweep = configs.config(dx.device).loss_gradient
-    S = -(-x.columns // sweep.columns)
+    sweep, itemsize = configs.config(dx.device).loss_gradient, x.x.element_size()
+    S = -(-x.columns // sweep.columns(itemsize))
     launch(
         *(gradient, n * S, dx.device, *x.arguments, *base_x.arguments, dx, dx.stride(0), target, *weights, upstream),
         *(*norms, first, x.columns, x.columns if V is None else V, S, *scaling(temperature, softcap)),
         warps=sweep.warps,
-        COLUMNS=sweep.columns,
+        **sweep.shape(itemsize),
     )
 
 
@@ -241,9 +390,9 @@ def forward(
     """The kernel of rmx_kernels::gated_contrastive_loss."""
     x, base_x, weights = Rows(logits), Rows(base_logits), flat(ce_weight, kl_weight)
     ids = target.reshape(-1).contiguous()
-    logprob, kl, norms = row_terms(x, base_x, x.N, ids, weights, None, temperature, softcap)
-    loss = weighted_sum(*weights, logprob, kl)
-    return loss, logprob.view(target.shape).clone(), kl.view(target.shape).clone(), norms.clone()
+    terms = row_terms(x, base_x, x.N, ids, weights, None, temperature, softcap)
+    loss = weighted_sum(*weights, terms[0], terms[1])
+    return loss, terms[0].view(target.shape).clone(), terms[1].view(target.shape).clone(), terms[2:].clone()
 
 
 def backward(

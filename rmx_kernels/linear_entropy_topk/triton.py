@@ -35,10 +35,9 @@ def forward(
         head = Head(weight, bias, lora_weight, models=1)
         ids = None if target is None else target.reshape(-1).contiguous()
         statistics = Statistics(hidden, x.shape[0], k, ids)
-        buffer = head.buffer(head.filled(min(x.shape[0], head.chunk)), head.V)
+        buffer = head.buffer(multiple(min(x.shape[0], head.chunk)), head.V)
         for rows in chunks(x.shape[0], head.chunk):
-            filled = head.filled(rows.stop - rows.start)
-            z = head.logits(head.take(x, rows, filled), None if u is None else head.take(u, rows, filled), buffer)
+            z = head.logits(head.take(x, rows), None if u is None else head.take(u, rows), buffer)
             statistics.compute(Rows(z), rows, temperature, softcap)
     return statistics.results(hidden.shape[:-1])
 
@@ -82,30 +81,31 @@ def backward(
         gradient = StatisticsGradient(target, topk_ids, (m, log_d, entropy), upstream)
         sink = HeadGradient(head, need_weight, need_bias, need_lora_weight)
 
-        def tile(rows: slice, filled: int, buffer: Tensor, cols: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-            """(dz, x, u) of some rows and columns, followed by rows of zeros."""
-            own, own_u = head.take(x, rows, filled), None if u is None else head.take(u, rows, filled)
+        def tile(rows: slice, buffer: Tensor, cols: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            """(dz, x, u) of some rows and columns, followed by rows to fill up with."""
+            own, own_u = head.take(x, rows), None if u is None else head.take(u, rows)
             z = head.logits(own, own_u, buffer, cols)
             dz = head.gradient_buffer(z)
             gradient(Rows(z), dz, rows, cols.start, temperature, softcap)
+            dz[rows.stop - rows.start :].zero_()
             return dz, own, own_u
 
         if need_hidden or need_lora_hidden:
-            buffer = head.buffer(head.filled(min(N, head.chunk)), head.V)
+            buffer = head.buffer(multiple(min(N, head.chunk)), head.V)
             for rows in chunks(N, head.chunk):
-                n, part = rows.stop - rows.start, None if size is None else size[rows]
-                dz, _, _ = tile(rows, head.filled(n), buffer, slice(0, head.V))
+                part = None if size is None else size[rows]
+                dz, _, _ = tile(rows, buffer, slice(0, head.V))
                 if need_hidden:
-                    dx.view(x.shape)[rows] = head.back(dz, weight, part)[:n].to(dx.dtype)
+                    head.back(dz, weight, part, dx.view(x.shape)[rows])
                 if lora_weight is not None and need_lora_hidden:
-                    du.view(N, -1)[rows] = head.back(dz, lora_weight, part)[:n].to(du.dtype)
+                    head.back(dz, lora_weight, part, du.view(N, -1)[rows])
         for cols in head.slices() if sink.wanted else ():
             sink.open(cols)
             step = head.slice_rows(cols.stop - cols.start)
             buffer = head.buffer(multiple(min(N, step)), cols.stop - cols.start)
             for rows in chunks(N, step):
                 n = rows.stop - rows.start
-                dz, own, own_u = tile(rows, multiple(n), buffer, cols)
+                dz, own, own_u = tile(rows, buffer, cols)
                 sink.add(dz[:n], own[:n], None if own_u is None else own_u[:n], None if size is None else size[rows])
             sink.close()
     return dx, sink.weight, sink.bias, du, sink.lora_weight

@@ -28,6 +28,8 @@ def _live(
 ) -> LossRows:
     capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
     index, anchored = (None, None) if capturing else live_rows(*weights)
+    if index is not None and index.shape[0] == weights[0].shape[0] and anchored in (0, index.shape[0]):
+        index = None  # every row, in its own order
     return all_rows(
         *(hidden, base_hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap),
         index=index,

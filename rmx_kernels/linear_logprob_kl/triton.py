@@ -6,6 +6,7 @@ is asked for, takes a sweep of its own, by slices of the vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,106 +46,131 @@ class LossRows:
 
         Gradients have no elements where not asked for; without weights, all rows have both values.
         """
-        found = torch.full((6, self.x.shape[0]), float("nan"), dtype=torch.float32, device=self.x.device)
-        dx, du = self._zeros(gradient, gradient)
-        buffers = self._buffers(self.head.filled(min(self.n, self.head.chunk)), self.head.V)
-        size = row_sizes(*weights) if gradient and weights is not None and self.head.narrow else None
+        found = torch.empty(6, self.n, dtype=torch.float32, device=self.x.device)
+        dx, du = self._room(gradient, gradient)
+        buffers = self._buffers(multiple(min(self.n, self.head.chunk)), self.head.V)
+        own_weights = None if weights is None else self._chosen(*weights)
+        target, known = self._chosen(self.target, base_lse)
+        size = row_sizes(*own_weights) if gradient and own_weights is not None and self.head.narrow else None
+        scale = self.temperature, self.softcap
         for rows in chunks(self.n, self.head.chunk):
-            own, n = self._own(rows), rows.stop - rows.start
             z, base_z = self._multiply(rows, buffers)
-            given = (None, None) if weights is None else (weights[0][own], weights[1][own])
-            known = None if base_lse is None else base_lse[own]
-            target, scale = self.target[own], (self.temperature, self.softcap)
-            logprob, kl, norms = row_terms(Rows(z), Rows(base_z), n, target, given, known, *scale)
-            found[:, own] = torch.cat([logprob[None], kl[None], norms])
-            if gradient and weights is not None:
-                dz = self._turn(z, base_z, own, n, norms, weights, size)
-                self._back(dz, own, n, size, dx, du)
+            given = (None, None) if own_weights is None else (own_weights[0][rows], own_weights[1][rows])
+            lse = None if known is None else known[rows]
+            terms = row_terms(Rows(z), Rows(base_z), rows.stop - rows.start, target[rows], given, lse, *scale)
+            found[:, rows] = terms
+            if gradient and own_weights is not None:
+                dz = self._turn(z, base_z, rows, terms[2:], target, own_weights, size)
+                self._back(dz, rows, size, dx, du)
+        found = self._placed(found)
         return found[0].clone(), found[1].clone(), found[2:].clone(), dx, du
 
     def gradients(self, weights: Weights, norms: Tensor, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
-        """(d x [N, H], d u [N, r]) from known norms; without elements where not asked for."""
-        dx, du = self._zeros(need_x, need_u)
+        """(d x [N, H], d u [N, r]) of all rows, from known norms; without elements where not asked for."""
+        dx, du = self._room(need_x, need_u)
         if not need_x and not need_u:
             return dx, du
-        buffers = self._buffers(self.head.filled(min(self.n, self.head.chunk)), self.head.V)
+        buffers = self._buffers(multiple(min(self.n, self.head.chunk)), self.head.V)
         size = row_sizes(*weights) if self.head.narrow else None
         for rows in chunks(self.n, self.head.chunk):
-            own, n = self._own(rows), rows.stop - rows.start
             z, base_z = self._multiply(rows, buffers)
-            dz = self._turn(z, base_z, own, n, norms[:, own].contiguous(), weights, size)
-            self._back(dz, own, n, size, dx, du)
+            dz = self._turn(z, base_z, rows, norms[:, rows], self.target, weights, size)
+            self._back(dz, rows, size, dx, du)
         return dx, du
 
     def head_gradients(
         self, weights: Weights, norms: Tensor, sink: HeadGradient, upstream: Tensor | float = 1.0
     ) -> None:
         """The gradients of the head from known norms, times ``upstream``, into the sink."""
+        if not sink.wanted:
+            return
+        weights = self._chosen(*weights)
         size = row_sizes(*weights) if self.head.narrow else None
-        for cols in self.head.slices() if sink.wanted else ():
+        target, norms = self._chosen(self.target)[0], norms if self.index is None else norms[:, self.index]
+        for cols in self.head.slices():
             sink.open(cols)
             columns = cols.stop - cols.start
             step = self.head.slice_rows(columns)
             buffers = self._buffers(multiple(min(self.n, step)), columns)
             for rows in chunks(self.n, step):
-                own, n = self._own(rows), rows.stop - rows.start
+                n = rows.stop - rows.start
                 z, base_z = self._multiply(rows, buffers, cols)
-                dz = self._turn(z, base_z, own, n, norms[:, own].contiguous(), weights, size, cols.start)
-                u = None if self.u is None else self.u[own]
-                sink.add(dz[:n], self.x[own], u, None if size is None else size[own])
+                dz = self._turn(z, base_z, rows, norms[:, rows], target, weights, size, cols.start)
+                own = self._own(rows)
+                sink.add(
+                    dz[:n], self.x[own], None if self.u is None else self.u[own], None if size is None else size[rows]
+                )
             sink.close(upstream)
 
     def _own(self, rows: slice) -> Index:
         return rows if self.index is None else self.index[rows]
 
+    def _chosen(self, *of_rows: Any) -> Any:
+        """Those of the rows that are computed, in their order."""
+        return tuple(x if x is None or self.index is None else x[self.index] for x in of_rows)
+
+    def _room(self, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
+        """For the gradients of x and u; 0 for rows that are not computed."""
+        dtype = gradient_dtype(self.x)
+        make = self.x.new_empty if self.index is None else self.x.new_zeros
+        dx = make(self.x.shape if need_x else (0,), dtype=dtype)
+        du = make(self.u.shape if need_u and self.u is not None else (0,), dtype=dtype)
+        return dx, du
+
+    def _placed(self, found: Tensor) -> Tensor:
+        """found [6, n] in the places of its rows [6, N]; NaN elsewhere."""
+        if self.index is None:
+            return found
+        placed = found.new_full((found.shape[0], self.x.shape[0]), float("nan"))
+        placed[:, self.index] = found
+        return placed
+
     def _with_base(self, rows: slice) -> int:
         return min(max(self.anchored - rows.start, 0), rows.stop - rows.start)
-
-    def _zeros(self, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
-        dtype = gradient_dtype(self.x)
-        dx = self.x.new_zeros(self.x.shape if need_x else (0,), dtype=dtype)
-        du = self.x.new_zeros(self.u.shape if need_u and self.u is not None else (0,), dtype=dtype)
-        return dx, du
 
     def _buffers(self, rows: int, columns: int) -> list[Tensor]:
         return [self.head.buffer(rows, columns) for _ in range(2 if self.anchored else 1)]
 
     def _multiply(self, rows: slice, buffers: list[Tensor], cols: slice | None = None) -> tuple[Tensor, Tensor]:
         """Logits of the student and of the base, filled up; where no row has a base, the student's."""
-        fill = self.head.filled if cols is None else multiple
-        own, filled, based = self._own(rows), fill(rows.stop - rows.start), self._with_base(rows)
-        u = None if self.u is None else self.head.take(self.u, own, filled)
-        z = self.head.logits(self.head.take(self.x, own, filled), u, buffers[0], cols)
+        own, based = self._own(rows), self._with_base(rows)
+        u = None if self.u is None else self.head.take(self.u, own)
+        z = self.head.logits(self.head.take(self.x, own), u, buffers[0], cols)
         if not based:
             return z, z
         base_own = own[:based] if isinstance(own, Tensor) else slice(own.start, own.start + based)
-        return z, self.head.logits(self.head.take(self.base_x, base_own, fill(based)), None, buffers[1], cols)
+        return z, self.head.logits(self.head.take(self.base_x, base_own), None, buffers[1], cols)
 
     def _turn(
         self,
         z: Tensor,
         base_z: Tensor,
-        own: Index,
-        n: int,
+        rows: slice,
         norms: Tensor,
+        target: Tensor,
         weights: Weights,
         size: Tensor | None,
         first: int = 0,
     ) -> Tensor:
         """The gradient of the logits z, in their place where it can be; divided by ``size`` where there is one."""
-        ce, kl = (w[own] if size is None else w[own] / size[own] for w in weights)
+        ce, kl = (w[rows] if size is None else w[rows] / size[rows] for w in weights)
         scale = self.temperature, self.softcap
-        dz = self.head.gradient_buffer(z)
-        x, base_x = Rows(z), Rows(base_z)
-        row_gradient(x, base_x, n, dz, self.target[own], (ce, kl), norms, *scale, first=first, V=self.head.V)
+        dz, n = self.head.gradient_buffer(z), rows.stop - rows.start
+        row_gradient(Rows(z), Rows(base_z), n, dz, target[rows], (ce, kl), norms, *scale, first=first, V=self.head.V)
+        dz[n:].zero_()
         return dz
 
-    def _back(self, dz: Tensor, own: Index, n: int, size: Tensor | None, dx: Tensor, du: Tensor) -> None:
-        part = None if size is None else size[own]
-        if dx.numel():
-            dx[own] = self.head.back(dz, self.head.weight, part)[:n].to(dx.dtype)
-        if du.numel() and self.head.lora_weight is not None:
-            du[own] = self.head.back(dz, self.head.lora_weight, part)[:n].to(du.dtype)
+    def _back(self, dz: Tensor, rows: slice, size: Tensor | None, dx: Tensor, du: Tensor) -> None:
+        own, part = self._own(rows), None if size is None else size[rows]
+        for gradient, weight in ((dx, self.head.weight), (du, self.head.lora_weight)):
+            if not gradient.numel() or weight is None:
+                continue
+            if isinstance(own, slice):
+                self.head.back(dz, weight, part, gradient[own])
+            else:
+                out = gradient.new_empty(own.shape[0], gradient.shape[1])
+                self.head.back(dz, weight, part, out)
+                gradient[own] = out
 
 
 def all_rows(
@@ -165,7 +191,7 @@ def all_rows(
     x, base_x = (h.reshape(-1, h.shape[-1]) for h in (hidden, base_hidden))
     u = None if lora_hidden is None else lora_hidden.reshape(-1, lora_hidden.shape[-1])
     anchored = x.shape[0] if anchored is None else anchored
-    head = Head(weight, bias, lora_weight, models=2)
+    head = Head(weight, bias, lora_weight, models=2 if anchored else 1)
     return LossRows(head, temperature, softcap, x, base_x, u, target.reshape(-1).contiguous(), index, anchored)
 
 

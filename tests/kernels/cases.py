@@ -212,11 +212,16 @@ def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 @contextmanager
 def tiny_tiles(columns: int = 5, rows: int = 3) -> Iterator[None]:
     """Tiles of a few columns and rows, so that small shapes cross many. The native kernels take rows in fours, and
-    columns in whole blocks of theirs; the Triton kernels take rows in fours, and 16 columns."""
+    columns in whole blocks of theirs; the Triton kernels take rows in fours, and 16 columns a program, in two steps."""
     native = {"LOGIT_BYTES": 1, "TILE_ROWS": 4, "TILE_COLUMNS": 1024, "UPCAST_BYTES": 1}
-    sweep = configs.Sweep(columns=16, warps=1)
-    small = configs.Config(sweep, sweep, sweep, sweep, finish_warps=1, logit_bytes=1)
-    launches = {"CONFIGS": dict.fromkeys(configs.CONFIGS, small), "ROW_MULTIPLE": 4, "HEAD_TILE_BYTES": 1}
+    sweep = configs.Sweep(loads=2, lanes=2, warps=1, span=16, width=8)
+    small = configs.Config(sweep, sweep, sweep, sweep, chunk=8, finish_warps=1)
+    launches = {
+        "CONFIGS": dict.fromkeys(configs.CONFIGS, small),
+        "ROW_MULTIPLE": 4,
+        "HEAD_TILE_BYTES": 1,
+        "_scratch_bytes": 1,
+    }
     with (
         patch.multiple(tiles, TILE_COLUMNS=columns, TILE_BYTES=4 * columns * rows),
         patch.multiple(head_cpu, **native),
