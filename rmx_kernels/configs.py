@@ -52,12 +52,12 @@ MIB = 1 << 20
 def _config(threads: int) -> Config:
     """For warps of so many threads."""
     return Config(
-        statistics=Sweep(loads=2, lanes=4 * threads, warps=4, span=40960, stages=3),
-        statistics_gradient=Sweep(loads=2, lanes=4 * threads, warps=4),
-        loss=Sweep(loads=2, lanes=4 * threads, warps=4, span=40960, stages=2),
-        loss_gradient=Sweep(loads=2, lanes=4 * threads, warps=4),
+        statistics=Sweep(loads=2, lanes=4 * threads, warps=4, span=40960),
+        statistics_gradient=Sweep(loads=2, lanes=4 * threads, warps=4, span=8192),
+        loss=Sweep(loads=2, lanes=4 * threads, warps=4, span=81920),
+        loss_gradient=Sweep(loads=2, lanes=4 * threads, warps=4, span=8192),
         chunk=64,
-        finish_warps=2,
+        finish_warps=1,
     )
 
 

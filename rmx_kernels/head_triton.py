@@ -37,11 +37,17 @@ def product_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+FP16_ROOM = 1024  # gradients of float16 logits reach so many times their rows' weights; the largest number is 65504
+
+
 def row_sizes(*weights: Tensor | None) -> Tensor:
-    """Sum of the weights' magnitudes [N], 1 for 0: a float16 gradient's rows are divided by it, for want of range."""
+    """What the gradients of rows [N] of float16 logits are divided by, so that small ones keep their digits.
+
+    The sum of the weights' magnitudes, 1 for 0, over FP16_ROOM.
+    """
     given = [w.abs() if w.dim() == 1 else w.abs().sum(-1) for w in weights if w is not None]
     total = torch.stack(given).sum(0)
-    return torch.where(total == 0, 1.0, total)
+    return torch.where(total == 0, 1.0, total) / FP16_ROOM
 
 
 class Head:

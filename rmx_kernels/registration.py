@@ -1,5 +1,6 @@
 """Registration of operators with torch.library; their kernels are loaded when they first run."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -35,8 +36,12 @@ def register(op: str, schema: str, fake: Callable[..., Any], autograd: Formula |
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
+    @functools.cache
+    def loaded() -> Any:
+        return importlib.import_module(module)
+
     def kernel(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*arguments)
+        return getattr(loaded(), function)(*arguments)
 
     return kernel
 

@@ -124,17 +124,17 @@ def capped(x, softcap):
     """Logits in float32 after the softcap, before the temperature."""
     z = widened(x)
     if softcap is not None:
-        z = softcap * tanh(z / softcap)
+        z = tl.fma(softcap, tanh(z / softcap), 0.0)  # a plain product could be fused with what follows
     return z
 
 
 @triton.jit
-def uncapped(dz, z, per_temperature, softcap):
-    """The gradient with respect to the raw logits: dcap(u) / du = 1 - (cap / softcap)^2."""
+def uncapped(dz, z, softcap):
+    """The gradient with respect to logits before the softcap: dcap(u) / du = 1 - (cap / softcap)^2."""
     if softcap is not None:
         ratio = z / softcap
         dz = dz * (1 - ratio * ratio)
-    return dz * per_temperature
+    return dz
 
 
 @triton.jit
@@ -199,11 +199,10 @@ def order_of(z):
 
 
 @triton.jit
-def appended(items, n, room, item, take):
-    """The length of the list ``items`` after the ``item``s [M] to take; those beyond its room are counted, not kept."""
-    at = n + tl.cumsum(take.to(tl.int32), 0) - 1
+def append(items, count, room, item, take):
+    """Add each ``item`` to take to the list ``items``, in any order; those beyond its room are counted, not kept."""
+    at = tl.atomic_add(count + tl.zeros_like(take.to(tl.int32)), 1, mask=take, sem="relaxed", scope="cta")
     tl.store(items + at, item, mask=take & (at < room))
-    return n + tl.sum(take.to(tl.int32))
 
 
 @triton.jit
@@ -218,9 +217,9 @@ def index_of(key):
 
 
 @triton.jit
-def value_of(key):
-    high = (key >> 32).to(tl.int32)
-    return (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def value_of(order):
+    """The float32 of that order; of a NaN, some NaN."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 class Rows:

@@ -25,7 +25,7 @@ from rmx_kernels.vec_triton import (
     NO_KEY,
     NO_POWER,
     Rows,
-    appended,
+    append,
     capped,
     columns_of,
     decay,
@@ -52,7 +52,7 @@ from rmx_kernels.vec_triton import (
 SORT_BYTES = 64 << 20  # of rows in float32, where the top-k is found by sorting them
 MAX_K = 128  # of the top-k by ``finish``; above it the rows are sorted
 ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much more for each 16
-BLOCK = 512  # columns that ``finish`` reads at a time where it walks along a row
+BLOCK = 256  # columns that ``finish`` reads at a time where it walks along a row
 # Parts of a row, and groups of chunks in a part, are padded to so many: vocabularies below 160,000 share a compilation.
 LEAST_SEGMENTS, LEAST_GROUPS = 4, 8
 
@@ -98,7 +98,8 @@ def fold(
             tl.store(peaks + row * C + step // U * L + lane, peak.to(peaks.dtype.element_ty), mask=last)
             top = tl.maximum(top, peak)
             peak = tl.where(last, float("-inf"), peak)
-    if (whole < first + STEPS) & (whole * TILE < V):
+    rest = (whole < first + STEPS) & (whole * TILE < V)
+    if rest:
         left = V - whole * TILE
         raw = widened(read_part(x + start + whole * TILE, at, left, float("-inf"), R, L, J))
         z = capped(raw, softcap)
@@ -109,8 +110,9 @@ def fold(
         peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
         top = tl.maximum(top, peak)
     if peaks is not None:
-        if whole % U != 0:
-            tl.store(peaks + row * C + whole // U * L + lane, peak.to(peaks.dtype.element_ty), mask=whole > first)
+        unfinished = rest | (whole % U != 0)
+        group = peaks + row * C + (whole - 1) // U * L
+        tl.store(group + lane, peak.to(peaks.dtype.element_ty), mask=unfinished & (whole > first))
         tl.store(lanes + (row * S + segment) * L + lane, top)
     M = tl.max(lm)
     fall = decay(lm, M, c)
@@ -139,7 +141,7 @@ def finish(
     target,  # [N] or None
     m, d, T,  # [N, S]
     peaks, lanes,  # [N, C], [N, S * L], or None
-    lists, keys,  # [N, 3, room] int32: lanes, chunks and columns that are looked at again; int64 [N, room]; or None
+    lists, keys,  # [N, 4 + 2 room] int32: lengths, lanes and chunks; [N, room] int64: logits; or None
     row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
     V, S, C, STEPS, K, room, c, per_temperature, softcap,
@@ -178,46 +180,50 @@ def finish(
             low = tl.where(enough, middle, low)
             reached = tl.where(enough, count, reached)
             high = tl.where(enough, high, middle - 1)
-        few = lists + row * (3 * room)
-        n = appended(few, 0, room, slot, there & (order >= low))
+        least = value_of(low)
+        counts = lists + row * (4 + 2 * room)
+        few, chunks, keys_of_row = counts + 4, counts + 4 + room, keys + row * room
+        tl.store(counts + tl.arange(0, 4), tl.zeros([4], tl.int32))
         tl.debug_barrier()
-        chunks = 0
+        append(few, counts, room, slot, there & (order >= low))
+        tl.debug_barrier()
+        n = tl.load(counts)
         for begin in range(0, tl.minimum(n, room), 16):
             entry = begin + tl.arange(0, 16)[:, None]
-            lane = tl.load(few + entry, mask=entry < n, other=0)
+            own = tl.load(few + entry, mask=entry < n, other=0)
             group = tl.arange(0, GROUPS)[None, :]
-            chunk = (lane // L * (STEPS // U) + group) * L + lane % L
+            chunk = (own // L * (STEPS // U) + group) * L + own % L
             inside = (entry < n) & (group < STEPS // U) & (chunk < C)
             peak = widened(tl.load(peaks + row * C + chunk, mask=inside, other=float("-inf")))
-            take = tl.reshape(inside & (order_of(peak) >= low), [16 * GROUPS])
-            chunks = appended(few + room, chunks, room, tl.reshape(chunk, [16 * GROUPS]), take)
+            append(chunks, counts + 1, room, chunk, inside & (peak >= least))
         tl.debug_barrier()
-        logits = 0
-        for begin in range(0, tl.minimum(chunks, room), 8):
-            entry = begin + tl.arange(0, 8)[:, None]
-            chunk = tl.load(few + room + entry, mask=entry < chunks, other=0)
-            q = tl.arange(0, R * J * U)[None, :]
-            column = (chunk // L * U + q // (R * J)) * (R * L * J) + q // J % R * (L * J) + chunk % L * J + q % J
-            inside = (entry < chunks) & (column < V)
+        found = tl.load(counts + 1)
+        aligned = V // J * J
+        for begin in range(0, tl.minimum(found, room), 8):
+            entry = begin + tl.arange(0, 8)[:, None, None]
+            own = tl.load(chunks + entry, mask=entry < found, other=0)
+            load = tl.arange(0, R * U)[None, :, None]
+            first = (own // L * U + load // R) * (R * L * J) + load % R * (L * J) + own % L * J
+            inside = (entry < found) & (first < aligned)
+            column = first + tl.arange(0, J)[None, None, :]
             raw = widened(tl.load(x + start + column, mask=inside, other=float("-inf")))
-            take = tl.reshape(inside & (order_of(raw) >= low), [8 * R * J * U])
-            logits = appended(few + 2 * room, logits, room, tl.reshape(column, [8 * R * J * U]), take)
+            append(keys_of_row, counts + 2, room, key_of(order_of(raw), column), inside & (raw >= least))
+        if aligned < V:
+            column = aligned + tl.arange(0, J)
+            raw = widened(tl.load(x + start + column, mask=column < V, other=float("-inf")))
+            append(keys_of_row, counts + 2, room, key_of(order_of(raw), column), (column < V) & (raw >= least))
         tl.debug_barrier()
-        if (n <= room) & (chunks <= room) & (logits <= room) & (logits >= K):
+        logits = tl.load(counts + 2)
+        if (n <= room) & (found <= room) & (logits <= room) & (logits >= K):
             for begin in range(0, logits, 32):
                 entry = begin + tl.arange(0, 32)
-                column = tl.load(few + 2 * room + entry, mask=entry < logits, other=0)
-                raw = widened(tl.load(x + start + column, mask=entry < logits, other=0.0))
-                tl.store(keys + row * room + entry, key_of(order_of(raw), column), mask=entry < logits)
-            tl.debug_barrier()
-            for begin in range(0, logits, 32):
-                entry = begin + tl.arange(0, 32)
-                key = tl.load(keys + row * room + entry, mask=entry < logits, other=NO_KEY)
+                key = tl.load(keys_of_row + entry, mask=entry < logits, other=NO_KEY)
                 rank = tl.zeros([32], tl.int32)
                 for other in range(logits):
-                    rank += (tl.load(keys + row * room + other) > key).to(tl.int32)
+                    rank += (tl.load(keys_of_row + other) > key).to(tl.int32)
                 kept = (entry < logits) & (rank < K)
-                logprobs = (capped(value_of(key), softcap) - M) * per_temperature - log_d
+                value = value_of((key >> 32).to(tl.int32))
+                logprobs = (capped(value, softcap) - M) * per_temperature - log_d
                 tl.store(values + row * K + rank, logprobs, mask=kept)
                 tl.store(ids + row * K + rank, index_of(key).to(tl.int64), mask=kept)
         else:
@@ -226,44 +232,37 @@ def finish(
             while written < K:
                 best = tl.full([BLOCK], -0x80000000, tl.int32)
                 for begin in range(0, V, BLOCK):
-                    column = begin + tl.arange(0, BLOCK)
-                    own = order_of(widened(tl.load(x + start + column, mask=column < V, other=0.0)))
-                    best = tl.where((column < V) & (own < below), tl.maximum(best, own), best)
-                value = tl.max(best)
+                    at_block = begin + tl.arange(0, BLOCK)
+                    block = order_of(widened(tl.load(x + start + at_block, mask=at_block < V, other=0.0)))
+                    best = tl.where((at_block < V) & (block < below), tl.maximum(best, block), best)
+                most = tl.max(best)
+                logprobs_of_most = (capped(value_of(most), softcap) - M) * per_temperature - log_d
                 for begin in range(0, V, BLOCK):
                     if written < K:
-                        column = begin + tl.arange(0, BLOCK)
-                        raw = widened(tl.load(x + start + column, mask=column < V, other=0.0))
-                        take = (column < V) & (order_of(raw) == value)
-                        rank = written + tl.cumsum(take.to(tl.int32), 0) - 1
-                        kept = take & (rank < K)
-                        logprobs = (capped(raw, softcap) - M) * per_temperature - log_d
-                        tl.store(values + row * K + rank, logprobs, mask=kept)
-                        tl.store(ids + row * K + rank, column.to(tl.int64), mask=kept)
-                        written += tl.sum(take.to(tl.int32))
-                below = value.to(tl.int64)
+                        at_block = begin + tl.arange(0, BLOCK)
+                        block = order_of(widened(tl.load(x + start + at_block, mask=at_block < V, other=0.0)))
+                        equal = (at_block < V) & (block == most)
+                        place_of = written + tl.cumsum(equal.to(tl.int32), 0) - 1
+                        tl.store(values + row * K + place_of, logprobs_of_most, mask=equal & (place_of < K))
+                        tl.store(ids + row * K + place_of, at_block.to(tl.int64), mask=equal & (place_of < K))
+                        written += tl.sum(equal.to(tl.int32))
+                below = most.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "S", "K"])
+@triton.jit(do_not_specialize=["first", "columns", "S", "STEPS", "K"])
 def gradient(
     x, inner, outer_stride, stride,  # [N, columns], the columns from ``first`` on
     dx, dx_stride,  # [N, columns]; may be x
     target, topk_ids,  # [N], [N, K]
     m, log_d, entropy,  # [N]
     g_lse, g_entropy, g_logprob, g_topk,  # [N], [N, K]; each may be None
-    first, columns, S, K, c, per_temperature, softcap,
+    first, columns, S, STEPS, K, c, per_temperature, softcap,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
-    begin = segment * (R * L * J)
-    at = begin + offsets(L, J)
-    column = columns_of(at, R, L, J)
-    whole = begin + R * L * J <= columns
-    raw = read_row(x + start, at, columns, whole, R, L, J)
-    z = capped(raw, softcap)
+    TILE: tl.constexpr = R * L * J
+    row_m = tl.load(m + row)
     row_log_d = tl.load(log_d + row)
-    u = (z - tl.load(m + row)) * c
-    p = tl.exp2(u - row_log_d * LOG2E)
     along_p = 0.0
     if g_lse is not None:
         along_p += tl.load(g_lse + row)
@@ -272,22 +271,33 @@ def gradient(
     if g_topk is not None:
         for j in range(K):
             along_p -= tl.load(g_topk + row * K + j)
+    g_H = 0.0
     if g_entropy is not None:  # p (along_p - g (log p + H)), log p = u ln 2 - log d
-        g = tl.load(g_entropy + row)
-        along_p -= g * (tl.load(entropy + row) - row_log_d)
-        dz = p * (along_p - (g * LN2) * tl.maximum(u, NO_POWER))
-    else:
-        dz = p * along_p
-    if g_logprob is not None:
-        chosen = tl.load(target + row) - first
-        if (chosen >= begin) & (chosen < begin + R * L * J):
-            dz += tl.where(column == chosen, tl.load(g_logprob + row), 0.0)
-    if g_topk is not None:
-        for j in range(K):
-            chosen = tl.load(topk_ids + row * K + j) - first
-            if (chosen >= begin) & (chosen < begin + R * L * J):
-                dz += tl.where(column == chosen, tl.load(g_topk + row * K + j), 0.0)
-    write_row(dx + row * dx_stride, at, columns, whole, uncapped(dz, z, per_temperature, softcap), R, L, J)
+        g_H = tl.load(g_entropy + row)
+        along_p -= g_H * (tl.load(entropy + row) - row_log_d)
+    at = offsets(L, J)
+    begin = segment * STEPS * TILE
+    for _step in range(STEPS):
+        left = columns - begin
+        if left > 0:
+            z = capped(read_row(x + start + begin, at, left, left >= TILE, R, L, J), softcap)
+            u = (z - row_m) * c
+            p = tl.exp2(u - row_log_d * LOG2E)
+            dz = p * along_p
+            if g_entropy is not None:
+                dz -= p * ((g_H * LN2) * tl.maximum(u, NO_POWER))
+            if g_logprob is not None:
+                chosen = tl.load(target + row) - first - begin
+                if (chosen >= 0) & (chosen < TILE):
+                    dz += tl.where(columns_of(at, R, L, J) == chosen, tl.load(g_logprob + row), 0.0)
+            if g_topk is not None:
+                for j in range(K):
+                    chosen = tl.load(topk_ids + row * K + j) - first - begin
+                    if (chosen >= 0) & (chosen < TILE):
+                        dz += tl.where(columns_of(at, R, L, J) == chosen, tl.load(g_topk + row * K + j), 0.0)
+            dz = uncapped(dz * per_temperature, z, softcap)
+            write_row(dx + row * dx_stride + begin, at, left, left >= TILE, dz, R, L, J)
+        begin += TILE
 
 
 def _sorted_topk(x: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -326,7 +336,7 @@ class Statistics:
         if in_kernel:
             peaks = x.x.new_empty(n, C)
             lanes = m.new_empty(n, S * sweep.lanes)
-            lists = torch.empty(n, 3, room, dtype=torch.int32, device=device)
+            lists = torch.empty(n, 4 + 2 * room, dtype=torch.int32, device=device)
             keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
             *(fold, n * S, device, *x.arguments, m, d, T, peaks, lanes, V, S, C, steps, c, softcap),
@@ -418,10 +428,10 @@ class StatisticsGradient:
         target, *others = (None if part is None else part[rows] for part in self.per_row)
         g_topk = None if self.g_topk is None else self.g_topk[rows]
         sweep, itemsize = configs.config(dx.device).statistics_gradient, x.x.element_size()
-        S, n = -(-x.columns // sweep.columns(itemsize)), rows.stop - rows.start
+        (S, steps), n = sweep.division(x.columns, itemsize), rows.stop - rows.start
         launch(
             *(gradient, n * S, dx.device, *x.arguments, dx, dx.stride(0), target, self.topk_ids[rows], *others, g_topk),
-            *(first, x.columns, S, self.k, *scaling(temperature, softcap)),
+            *(first, x.columns, S, steps, self.k, *scaling(temperature, softcap)),
             warps=sweep.warps,
             **sweep.shape(itemsize),
         )

@@ -265,7 +265,7 @@ def finish(
     tl.store(to + 5 * rows, base_log_d)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "V", "S"])
+@triton.jit(do_not_specialize=["first", "columns", "V", "S", "STEPS"])
 def gradient(
     x, inner, outer_stride, stride,  # the student's logits [N, columns], the columns from ``first`` on
     base_x, base_inner, base_outer_stride, base_stride,  # the base's, read where kl is not 0
@@ -273,36 +273,44 @@ def gradient(
     target, ce_weight, kl_weight,  # [N]
     upstream,  # a scalar, or None for 1
     m, log_d, base_m, base_log_d,  # [N]
-    first, columns, V, S, c, per_temperature, softcap,
+    first, columns, V, S, STEPS, c, per_temperature, softcap,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
-    begin = segment * (R * L * J)
-    at = begin + offsets(L, J)
-    whole = begin + R * L * J <= columns
+    base_start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)[2]
+    TILE: tl.constexpr = R * L * J
+    at = offsets(L, J)
+    begin = segment * STEPS * TILE
     ce, kl = tl.load(ce_weight + row), tl.load(kl_weight + row)
-    dz = tl.zeros([L, J, R], tl.float32)
-    if (ce != 0) | (kl != 0):
-        chosen = tl.load(target + row)
-        if upstream is not None:
-            ce, kl = ce * tl.load(upstream), kl * tl.load(upstream)
-        if (chosen < 0) | (chosen >= V):
-            ce = float("nan")
-        chosen -= first
-        raw = read_row(x + start, at, columns, whole, R, L, J)
-        z = capped(raw, softcap)
-        p = tl.exp2((z - tl.load(m + row)) * c - tl.load(log_d + row) * LOG2E)
-        if kl != 0:
-            base_start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)[2]
-            raw = read_row(base_x + base_start, at, columns, whole, R, L, J)
-            base_p = tl.exp2((capped(raw, softcap) - tl.load(base_m + row)) * c - tl.load(base_log_d + row) * LOG2E)
-            dz = kl * (p - base_p)  # exactly 0 where they are equal
-        if (chosen >= begin) & (chosen < begin + R * L * J):
-            dz += tl.where(columns_of(at, R, L, J) == chosen, p - 1, p) * ce
-        else:
-            dz += p * ce
-        dz = uncapped(dz, z, per_temperature, softcap)
-    write_row(dx + row * dx_stride, at, columns, whole, dz, R, L, J)
+    live, anchored = (ce != 0) | (kl != 0), kl != 0
+    chosen = tl.load(target + row)
+    factor = per_temperature
+    if upstream is not None:
+        factor *= tl.load(upstream)
+    if (chosen < 0) | (chosen >= V):
+        factor = float("nan")
+    ce, kl = ce * factor, kl * factor
+    chosen = chosen - first - begin
+    row_m, row_log_d = tl.load(m + row), tl.load(log_d + row) * LOG2E
+    row_base_m, row_base_log_d = tl.load(base_m + row), tl.load(base_log_d + row) * LOG2E
+    for _step in range(STEPS):
+        left = columns - begin
+        if left > 0:
+            dz = tl.zeros([L, J, R], tl.float32)
+            if live:
+                z = capped(read_row(x + start + begin, at, left, left >= TILE, R, L, J), softcap)
+                p = tl.exp2((z - row_m) * c - row_log_d)
+                if anchored:
+                    base_z = capped(read_row(base_x + base_start + begin, at, left, left >= TILE, R, L, J), softcap)
+                    dz = kl * (p - tl.exp2((base_z - row_base_m) * c - row_base_log_d))  # 0 where they are equal
+                if (chosen >= 0) & (chosen < TILE):
+                    dz += tl.where(columns_of(at, R, L, J) == chosen, p - 1, p) * ce
+                else:
+                    dz += p * ce
+                dz = uncapped(dz, z, softcap)
+            write_row(dx + row * dx_stride + begin, at, left, left >= TILE, dz, R, L, J)
+        begin += TILE
+        chosen -= TILE
 
 
 def row_terms(
@@ -356,10 +364,10 @@ def row_gradient(
 ) -> None:
     """dx [n, columns] of the first n rows, columns from ``first`` on of V; in place if dx holds x."""
     sweep, itemsize = configs.config(dx.device).loss_gradient, x.x.element_size()
-    S = -(-x.columns // sweep.columns(itemsize))
+    S, steps = sweep.division(x.columns, itemsize)
     launch(
         *(gradient, n * S, dx.device, *x.arguments, *base_x.arguments, dx, dx.stride(0), target, *weights, upstream),
-        *(*norms, first, x.columns, x.columns if V is None else V, S, *scaling(temperature, softcap)),
+        *(*norms, first, x.columns, x.columns if V is None else V, S, steps, *scaling(temperature, softcap)),
         warps=sweep.warps,
         **sweep.shape(itemsize),
     )

@@ -105,6 +105,16 @@ def test_ties_go_to_the_lower_id(device, impl, N, V, share, columns, distinct, s
     assert k == 0 or torch.equal(ids, oracles.top_k(logits, k))
 
 
+def test_last_column_of_every_size(device: str, impl: str) -> None:
+    """Whatever part of a tile, a chunk and a segment it is in, the largest logit is found."""
+    with tiny_tiles():
+        for V in range(1, 70):
+            logits = randn(2, V, device=device)
+            logits[0, V - 1] = 9
+            ids = entropy_topk(logits, k=min(3, V), impl=impl).topk_ids
+            assert torch.equal(ids, oracles.top_k(logits, min(3, V))), V
+
+
 @pytest.mark.parametrize("k", [1, 7, 300])
 def test_ties_across_tiles_of_full_size(device: str, impl: str, k: int) -> None:
     """Rounded bf16 logits tie by the hundred; V leaves three columns to the last tile."""
