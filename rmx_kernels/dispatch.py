@@ -4,7 +4,6 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -21,6 +20,7 @@ OPERATORS = (
     "linear_logprob_kl",
 )
 IMPLS = ("triton", "cpu", "reference")  # the order in which impl=None tries them
+_PACKAGES = {op: importlib.import_module(f"rmx_kernels.{op}") for op in OPERATORS}  # without what is in them
 
 
 class BackendUnavailable(RuntimeError):
@@ -36,6 +36,11 @@ class Backend:
     devices: tuple[str, ...]
     operators: tuple[str, ...]
     reason: str  # "" where available
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @functools.cache
@@ -57,7 +62,7 @@ def _describe(impl: str) -> Backend:
         reason = "TRITON_INTERPRET is set: the interpreted Triton kernels have its place"
     elif impl == "cpu" and native.missing():
         reason = native.missing()
-    elif impl == "triton" and importlib.util.find_spec("triton") is None:
+    elif impl == "triton" and not _installed("triton"):
         reason = "the triton package is not installed"
     elif impl == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         reason = "torch sees no CUDA or ROCm device"
@@ -76,18 +81,32 @@ def backends() -> dict[str, Backend]:
 def load(op: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """Return the module whose ``run`` computes ``op`` for tensors of ``dtype`` on ``device``.
 
+    The choice is made once in a process for each operator, implementation, device type and dtype.
+
     Raises:
         ValueError: ``impl`` is not None or one of :data:`IMPLS`.
         BackendUnavailable: the implementation that was named cannot run here; the message says why.
     """
-    return _LOADED[op, _constant(op, impl, device.type, dtype)]
+    if torch.compiler.is_compiling():
+        from rmx_kernels.traced import imported  # takes seconds, unless torch.compile is at work already
+
+        name = imported(op, impl, device.type, dtype)
+    else:
+        name = _imported(op, impl, device.type, dtype)
+    module: ModuleType = getattr(_PACKAGES[op], name)
+    return module
 
 
-_LOADED: dict[tuple[str, str], ModuleType] = {}
+@functools.cache
+def _imported(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    """The name of the implementation, whose module is then an attribute of the operator's package."""
+    name = choose(op, impl, device, dtype)
+    importlib.import_module(f"rmx_kernels.{op}.{name}")
+    return name
 
 
-def _choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation, whose module is then in _LOADED."""
+def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    """The name of the implementation; raises as :func:`load` does."""
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
     for name in IMPLS if impl is None else (impl,):
@@ -100,7 +119,6 @@ def _choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
         if not reason and name == "triton" and dtype == torch.float64:
             reason = "the tensors are float64, it computes in float32"
         if not reason:
-            _LOADED[op, name] = importlib.import_module(f"rmx_kernels.{op}.{name}")
             return name
         if impl is not None:
             raise BackendUnavailable(f"impl={impl!r} cannot run {op} here: {reason}")
@@ -109,13 +127,10 @@ def _choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
     raise AssertionError("unreachable: the reference runs on every device")
 
 
-_constant: Callable[[str, str | None, str, torch.dtype], str] = torch.compiler.assume_constant_result(_choose)
-
-
 @functools.cache
 def _warn_of_fallback(name: str, reason: str) -> None:
     warnings.warn(
         f"rmx_kernels: {reason}. Running on impl='reference', exact and several times slower",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

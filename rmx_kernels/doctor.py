@@ -170,7 +170,7 @@ def choices(device: str) -> list[Choice]:
         reasons = {}
         for impl in IMPLS:
             try:
-                dispatch.load(operator, impl, torch.device(device))
+                dispatch.choose(operator, impl, device, torch.float32)
             except BackendUnavailable as fault:
                 reasons[impl] = str(fault).partition(" here: ")[2]
         found.append(Choice(operator, device, tuple(impl for impl in IMPLS if impl not in reasons), reasons))

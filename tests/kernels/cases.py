@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import configs, head_cpu, native, tiles
+from rmx_kernels import configs, dispatch, head_cpu, native, tiles
 
 Arguments = dict[str, Any]
 
@@ -235,7 +235,13 @@ def another_library(path: Path, abi: int = native.ABI) -> Iterator[None]:
     """native opens the file at ``path`` in the place of the shipped one."""
     try:
         with patch.multiple(native, LIBRARY=path, ABI=abi):
-            native._open.cache_clear()
+            _forget()
             yield
     finally:
-        native._open.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """What was found out about the library, and chosen by it."""
+    native._open.cache_clear()
+    dispatch._imported.cache_clear()

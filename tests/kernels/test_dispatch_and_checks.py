@@ -1,10 +1,8 @@
 """Which implementation runs, and the errors of the public door: each names the argument and what was expected."""
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -224,20 +222,17 @@ def test_an_implementation_runs_or_says_why_not(op: str, name: str) -> None:
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every implementation shipped entropy_topk, and were a name where it is imported."""
+    """As if every implementation shipped entropy_topk."""
     monkeypatch.setattr(dispatch, "_shipped", lambda impl: OPERATORS if impl == "reference" else ("entropy_topk",))
-    fake = SimpleNamespace(import_module=lambda name: name, util=importlib.util)
-    monkeypatch.setattr(dispatch, "importlib", fake)
 
 
 @pytest.mark.usefixtures("shipped")
 def test_best_implementation_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert dispatch.load("entropy_topk", None, cpu) == "rmx_kernels.entropy_topk.cpu"
-    assert dispatch.load("entropy_topk", None, cuda) == "rmx_kernels.entropy_topk.reference"
-    assert dispatch.load("linear_logprob_kl", None, cpu) == "rmx_kernels.linear_logprob_kl.reference"
-    assert dispatch.load("entropy_topk", "reference", cpu) == "rmx_kernels.entropy_topk.reference"
+    assert dispatch.choose("entropy_topk", None, "cpu", torch.float32) == "cpu"
+    assert dispatch.choose("entropy_topk", None, "cuda", torch.float32) == "reference"
+    assert dispatch.choose("linear_logprob_kl", None, "cpu", torch.float32) == "reference"
+    assert dispatch.choose("entropy_topk", "reference", "cpu", torch.float32) == "reference"
 
 
 @pytest.mark.usefixtures("shipped")
@@ -245,23 +240,34 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an operator that is not shipped, of tensors elsewhere, of a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="ships no cpu implementation of linear_logprob_kl"):
-        dispatch.load("linear_logprob_kl", "cpu", torch.device("cpu"))
+        dispatch.choose("linear_logprob_kl", "cpu", "cpu", torch.float32)
     with pytest.raises(BackendUnavailable, match="tensors are on 'cuda', it runs on cpu"):
-        dispatch.load("entropy_topk", "cpu", torch.device("cuda"))
+        dispatch.choose("entropy_topk", "cpu", "cuda", torch.float32)
     with pytest.raises(BackendUnavailable, match=r"CUDA|triton package"):
-        dispatch.load("entropy_topk", "triton", torch.device("cuda"))
+        dispatch.choose("entropy_topk", "triton", "cuda", torch.float32)
 
 
 @pytest.mark.usefixtures("shipped")
 def test_float64_is_not_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     dispatch._warn_of_fallback.cache_clear()
-    cuda = torch.device("cuda")
-    assert dispatch.load("entropy_topk", None, cuda, torch.float32) == "rmx_kernels.entropy_topk.triton"
+    assert dispatch.choose("entropy_topk", None, "cuda", torch.float32) == "triton"
     with pytest.raises(BackendUnavailable, match="float64"):
-        dispatch.load("entropy_topk", "triton", cuda, torch.float64)
+        dispatch.choose("entropy_topk", "triton", "cuda", torch.float64)
     with pytest.warns(RuntimeWarning, match="float64"):
-        assert dispatch.load("entropy_topk", None, cuda, torch.float64) == "rmx_kernels.entropy_topk.reference"
+        assert dispatch.choose("entropy_topk", None, "cuda", torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_the_choice_is_made_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *which: asked.append(which) or choose(*which))
+    dispatch._imported.cache_clear()
+    for _ in range(3):
+        cases.call(op, good(op))
+    cases.call(op, good(op), impl="reference")
+    assert [impl for _, impl, _, _ in asked] == [None, "reference"]
 
 
 def test_package_exports_what_it_names() -> None:

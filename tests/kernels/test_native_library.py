@@ -26,11 +26,17 @@ ROOT = Path(native.__file__).parents[1]
 # ---- without the library -----------------------------------------------------------------------------------------
 
 
+def clear() -> None:
+    dispatch._imported.cache_clear()
+    dispatch._warn_of_fallback.cache_clear()
+
+
 @pytest.fixture
 def not_warned_yet() -> Iterator[None]:
-    dispatch._warn_of_fallback.cache_clear()
+    """As in a process that has not chosen an implementation yet."""
+    clear()
     yield
-    dispatch._warn_of_fallback.cache_clear()
+    clear()
 
 
 @pytest.mark.usefixtures("not_warned_yet")

@@ -1,0 +1,12 @@
+"""The choice of an implementation as torch.compile sees it: a constant. Imported while it traces, and not before."""
+
+import torch
+
+from rmx_kernels import dispatch
+
+
+def _imported(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    return dispatch._imported(op, impl, device, dtype)
+
+
+imported = torch.compiler.assume_constant_result(_imported)
