@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SEED ?= 0
 
-.PHONY: demo test lint format bench wheel docs clean
+.PHONY: demo test lint format bench gpu-check wheel docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmx demo --seed $(SEED)
@@ -29,6 +29,11 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps cut-cross-entropy liger-kernel
 	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only
+
+# On a machine with a GPU, at most four minutes: its tests, then the headline rows, into bench/results/. It needs torch,
+# triton, numpy and pytest alone, so it takes the python that has them: make gpu-check PYTHON=python3
+gpu-check:
+	PYTHONPATH=.:bench $(PYTHON) bench/gpu_check.py
 
 # An sdist, and from it a wheel for this platform; for any platform, and slower, where there is no C++17 compiler.
 wheel: $(INSTALLED)

@@ -9,6 +9,7 @@ tuned when the library starts.
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ import rmx_kernels
 from rmx_kernels import configs
 
 N, V, H = 8192, 151936, 1536
-COLUMNS, WARPS = (1024, 2048, 4096, 8192, 16384), (2, 4, 8, 16)
+SPANS, WARPS, STAGES = (0, 8192, 40960, 81920, 163840), (2, 4, 8), (1, 3)
 MIB = 1 << 20
 
 
@@ -99,26 +100,27 @@ def main() -> None:
     copy = roofline.rates().copy
     for field, (moved, work) in works(torch.bfloat16).items():
         timed = {}
-        for columns in COLUMNS:
-            for warps in WARPS:
-                sweep = configs.Sweep(columns, warps)
-                configs.CONFIGS[architecture] = dataclasses.replace(best, **{field: sweep})
-                if not 4 <= columns // (32 * warps) <= 64 or not checked(field):
-                    continue
-                timed[sweep] = milliseconds(work)
-                share = moved / copy / (timed[sweep] / 1e3)
-                table.append({"field": field, "columns": columns, "warps": warps, "ms": timed[sweep], "share": share})
-                print(f"{field:20} {columns:6} columns {warps:3} warps {timed[sweep]:8.3f} ms {share:6.1%}", flush=True)
+        current = getattr(best, field)
+        threads = current.lanes // current.warps
+        for span, warps, stages in itertools.product(SPANS, WARPS, STAGES if field in ("statistics", "loss") else (1,)):
+            sweep = dataclasses.replace(current, span=span, warps=warps, lanes=threads * warps, stages=stages)
+            configs.CONFIGS[architecture] = dataclasses.replace(best, **{field: sweep})
+            if not checked(field):
+                continue
+            timed[sweep] = milliseconds(work)
+            share = moved / copy / (timed[sweep] / 1e3)
+            table.append({"field": field, **dataclasses.asdict(sweep), "ms": timed[sweep], "share": share})
+            print(
+                f"{field:20} {span:6} columns {warps} warps {stages} stages {timed[sweep]:8.3f} ms {share:6.1%}",
+                flush=True,
+            )
         best = dataclasses.replace(best, **{field: min(timed, key=lambda s: timed[s])})
     torch.cuda.empty_cache()
     work = linear_work()
-    timed_bytes = {}
-    for size in (64, 128, 224):
-        configs.CONFIGS[architecture] = dataclasses.replace(best, logit_bytes=size * MIB)
-        timed_bytes[size] = milliseconds(work)
-        table.append({"field": "logit_bytes", "mib": size, "ms": timed_bytes[size]})
-        print(f"{'logit_bytes':20} {size:6} MiB {timed_bytes[size]:24.3f} ms", flush=True)
-    best = dataclasses.replace(best, logit_bytes=min(timed_bytes, key=lambda s: timed_bytes[s]) * MIB)
+    for size in (224, 448, 896, 1792):
+        configs.set_scratch_bytes(size * MIB)
+        table.append({"field": "scratch_bytes", "mib": size, "ms": milliseconds(work)})
+        print(f"{'scratch_bytes':20} {size:6} MiB {table[-1]['ms']:24.3f} ms", flush=True)
     print(f'\n    "{architecture}": {best},')
     if options.write:
         name = f"{device_name()}-{datetime.date.today()}-tuning.json"

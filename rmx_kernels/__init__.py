@@ -5,6 +5,7 @@ Every operator takes ``impl=None`` (best available), ``"reference"``, ``"cpu"`` 
 """
 
 from rmx_kernels.causal_lm import CausalLMHead, head_of, token_logprobs
+from rmx_kernels.configs import set_logits_dtype, set_scratch_bytes
 from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
 from rmx_kernels.entropy_topk.api import entropy_topk
 from rmx_kernels.gated_contrastive_loss.api import gated_contrastive_loss
@@ -29,5 +30,7 @@ __all__ = [
     "linear_entropy_topk",
     "linear_gated_contrastive_loss",
     "linear_logprob_kl",
+    "set_logits_dtype",
+    "set_scratch_bytes",
     "token_logprobs",
 ]

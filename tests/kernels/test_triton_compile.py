@@ -8,7 +8,9 @@ import importlib
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,27 +65,33 @@ def run_loss(dtype: torch.dtype, V: int, softcap: float | None) -> None:
     loss(h, h, head, None, None, None, target, w, w, w, 0.7, softcap, True)
 
 
-def launches(architecture: str) -> list[Launch]:
+def recorded(*runs: Callable[[], None], architecture: str = "sm_90") -> list[Launch]:
     """What the operators launch there, each variant once."""
-    recorded: dict[Any, Launch] = {}
+    found: dict[Any, Launch] = {}
 
     def record(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> None:
-        kinds = tuple(kind(a) for a in arguments)
-        key = kernel.fn, kinds, tuple(constants.items()), warps
-        recorded[key] = kernel, arguments, constants, warps
+        launch = kernel, arguments, constants, warps
+        found[variant(launch)] = launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "architecture", lambda device: architecture)
         for op in ("entropy_topk", "gated_contrastive_loss"):
             patch.setattr(kernels_of(op), "launch", record)
-        for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):  # sorts of all sizes
-            run_statistics(torch.bfloat16, V, k, None)
-        for dtype in POINTERS:
-            for softcap in (None, 30.0) if dtype.is_floating_point else ():
-                run_statistics(dtype, 50257, 2, softcap)  # an odd vocabulary: nothing is aligned
-                run_loss(dtype, 151936, softcap)
-        run_loss(torch.bfloat16, 50257, None)
-    return list(recorded.values())
+        for run in runs:
+            run()
+    return list(found.values())
+
+
+def launches(architecture: str) -> list[Launch]:
+    """All that ships, over real vocabularies."""
+    runs: list[Callable[[], None]] = []
+    for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):
+        runs.append(partial(run_statistics, torch.bfloat16, V, k, None))
+    for dtype in POINTERS:
+        for softcap in (None, 30.0) if dtype.is_floating_point else ():
+            runs.append(partial(run_statistics, dtype, 50257, 2, softcap))  # an odd vocabulary: nothing is aligned
+            runs.append(partial(run_loss, dtype, 151936, softcap))
+    return recorded(*runs, partial(run_loss, torch.bfloat16, 50257, None), architecture=architecture)
 
 
 def kind(argument: Any) -> str:
@@ -98,9 +106,13 @@ def kind(argument: Any) -> str:
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """As the launch compiles it: an argument that is not specialised says nothing of its alignment."""
     kernel, arguments, constants, warps = launch
     kinds = dict(zip(kernel.arg_names, (kind(a) for a in arguments), strict=False))
     kinds |= dict.fromkeys(constants, "constexpr")
+    for parameter in kernel.params:
+        if parameter.do_not_specialize:
+            kinds[parameter.name] = kinds[parameter.name].removesuffix(":16")
     signature = {name: kinds[name].removesuffix(":16") for name in kernel.arg_names}
     values = {name: constants.get(name) for name, of in signature.items() if of == "constexpr"}
     aligned = [i for i, name in enumerate(kernel.arg_names) if kinds[name][0] == "*" or kinds[name].endswith(":16")]
@@ -147,22 +159,111 @@ def test_every_architecture_has_a_configuration() -> None:
     assert set(configs.CONFIGS) == set(TARGETS)
 
 
+# Instructions a logit in the longest loop, counted in the disassembly for sm_90. At 8192 x 151936 bfloat16 logits an
+# H200 issues about 13 a logit in the time in which it reads them.
+BUDGETS = {("entropy_topk", "fold"): 13.0, ("gated_contrastive_loss", "fold"): 32.0}
+FP32_MORE = 3.0  # a step holds half as many logits; they also take twice the time to be read
+GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instructions of a step that is not masked
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize(("op", "kernel"), BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_instructions_a_logit(op: str, kernel: str, dtype: torch.dtype) -> None:
+    for launch in of_kernel(op, kernel, dtype):
+        shape = launch[2]
+        logits = shape["R"] * shape["J"]  # a thread and step
+        longest = max(loops(disassembly(compiled(launch, TARGETS["sm_90"][0]))), key=len)
+        budget = BUDGETS[op, kernel] + (FP32_MORE if dtype == torch.float32 else 0)
+        assert len(longest) / logits <= budget, f"{len(longest) / logits:.1f} a logit"
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("op", ["entropy_topk", "gated_contrastive_loss"])
+def test_arithmetic_of_the_gradients(op: str) -> None:
+    """The pairs of branches (masked or not, anchored or not, with the target or not) cost code, not time."""
+    for launch in of_kernel(op, "gradient", torch.bfloat16):
+        kinds = [
+            line.split()[0].split(".")[0] for line in instructions(disassembly(compiled(launch, TARGETS["sm_90"][0])))
+        ]
+        arithmetic = sum(kinds.count(kind) for kind in ("FADD", "FMUL", "FFMA", "MUFU", "FMNMX", "F2F", "F2FP"))
+        assert arithmetic / (launch[2]["R"] * launch[2]["J"]) <= GRADIENT_BUDGET
+
+
+def test_a_new_size_or_k_compiles_nothing() -> None:
+    """Aligned vocabularies of a dtype share their compilations, whatever their size and k."""
+    sizes = ((49152, 1), (128256, 8), (151936, 8), (151936, 64), (131072, 128))
+    seen = set()
+    for V, k in sizes:
+        variants = {variant(launch) for launch in recorded(lambda V=V, k=k: run_statistics(torch.bfloat16, V, k, None))}
+        seen.add(frozenset(variants))
+    assert len(seen) == 1
+    losses = {
+        frozenset(variant(launch) for launch in recorded(lambda V=V: run_loss(torch.bfloat16, V, None)))
+        for V in (49152, 128256, 151936)
+    }
+    assert len(losses) == 1
+
+
+def of_kernel(op: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
+    """The launches of a kernel on plain logits of an aligned vocabulary, each variant once."""
+    run = {
+        "entropy_topk": lambda: run_statistics(dtype, 151936, 8, None),
+        "gated_contrastive_loss": lambda: run_loss(dtype, 151936, None),
+    }[op]
+    found = [
+        launch
+        for launch in recorded(run)
+        if launch[0].fn.__name__ == kernel and op in launch[0].fn.__module__ and launch[1][0].dtype == dtype
+    ]
+    assert found
+    return found
+
+
+def variant(launch: Launch) -> Any:
+    """What a compilation depends on."""
+    kernel, arguments, constants, warps = launch
+    free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    kinds = (
+        kind(a).removesuffix(":16") if name in free else kind(a) + (":1" if isinstance(a, int) and a == 1 else "")
+        for name, a in zip(kernel.arg_names, arguments, strict=False)
+    )
+    return kernel.fn.__module__, kernel.fn.__name__, tuple(kinds), tuple(constants.items()), warps
+
+
+def disassembly(binary: Any) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+ADDRESSED = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(.*?);", re.M)
+
+
+def instructions(sass: str) -> list[str]:
+    return [text for _, text in ADDRESSED.findall(sass)]
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The instructions from the target of each backward branch to the branch."""
+    found = [(int(at, 16), text) for at, text in ADDRESSED.findall(sass)]
+    bodies = []
+    for at, text in found:
+        target = re.search(r"BRA.*0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            bodies.append([other for place, other in found if int(target[1], 16) <= place <= at])
+    return bodies
+
+
 @pytest.mark.parametrize("kernel", ["fold", "gradient"])
 @pytest.mark.parametrize("op", ["entropy_topk", "gated_contrastive_loss"])
 def test_logits_move_16_bytes_at_a_time(op: str, kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """bfloat16 rows of an aligned vocabulary: no scalar load of a logit, which costs most of the bandwidth."""
+    """bfloat16 rows of an aligned vocabulary: no scalar load of a logit in a step that is not masked."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for launch in launches("sm_90"):
-        function = launch[0].fn
-        if (
-            function.__name__ == kernel
-            and op in function.__module__.split(".")
-            and launch[1][0].dtype == torch.bfloat16
-        ):
-            if launch[1][0].shape[-1] % 16:
-                continue
-            ptx = compiled(launch, TARGETS["sm_90"][0]).asm["ptx"]
-            assert re.search(r"ld\.global\.v4\.b32", ptx), ptx[-3000:]
-            assert not re.search(r"(ld|st)\.global(\.v2)?\.b16", ptx)
-            return
-    raise AssertionError("nothing was launched")
+    for launch in of_kernel(op, kernel, torch.bfloat16):
+        ptx = compiled(launch, TARGETS["sm_90"][0]).asm["ptx"]
+        assert re.search(r"ld\.global\.v4\.b32", ptx), ptx[-3000:]
+        if kernel == "gradient":
+            assert re.search(r"st\.global\.v4\.b32", ptx), ptx[-3000:]
