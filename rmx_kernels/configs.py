@@ -43,7 +43,6 @@ class Config:
     loss: Sweep  # two reads: student and base
     loss_gradient: Sweep  # two reads, one write
     chunk: int  # columns of a lane whose maximum is kept for the top-k
-    finish_warps: int  # one program a row merges its parts and finds the top-k
 
 
 MIB = 1 << 20
@@ -57,7 +56,6 @@ def _config(threads: int) -> Config:
         loss=Sweep(loads=2, lanes=4 * threads, warps=4, span=81920),
         loss_gradient=Sweep(loads=2, lanes=4 * threads, warps=4, span=8192),
         chunk=64,
-        finish_warps=1,
     )
 
 

@@ -55,6 +55,7 @@ ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much
 BLOCK = 256  # columns that ``finish`` reads at a time where it walks along a row
 # Parts of a row, and groups of chunks in a part, are padded to so many: vocabularies below 160,000 share a compilation.
 LEAST_SEGMENTS, LEAST_GROUPS = 4, 8
+LANES_A_WARP = 512  # of ``finish``, in which a warp keeps the largest logits of so many lanes in registers
 
 
 @triton.jit
@@ -69,13 +70,13 @@ def fold_step(z, m, d, T, c):
     return new, w * d + lane_sum(e), T
 
 
-@triton.jit(do_not_specialize=["V", "S", "C", "STEPS"])
+@triton.jit(do_not_specialize=["N", "V", "S", "C", "STEPS"])
 def fold(
     x, inner, outer_stride, stride,  # [N, V]
-    m, d, T,  # [N, S]
+    parts,  # [3, N, S]: m, d and T
     peaks,  # [N, C], the largest logit of each chunk, or None
     lanes,  # [N, S * L], that of each lane, or None
-    V, S, C, STEPS, c, softcap,
+    N, V, S, C, STEPS, c, softcap,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
@@ -117,42 +118,40 @@ def fold(
     M = tl.max(lm)
     fall = decay(lm, M, c)
     w = tl.exp2(fall)
-    part = row * S + segment
-    tl.store(m + part, M)
-    tl.store(d + part, tl.sum(w * ld))
-    tl.store(T + part, tl.sum(w * lT + (w * fall) * ld))
+    part = parts + row * S + segment
+    field = N.to(tl.int64) * S
+    tl.store(part, M)
+    tl.store(part + field, tl.sum(w * ld))
+    tl.store(part + 2 * field, tl.sum(w * lT + (w * fall) * ld))
 
 
-@triton.jit
-def merged(m, d, part, known, c):
-    """(M, weights w, d w log2 w, D) of the parts of a row; M is NaN where the row has no distribution."""
-    segment_m = tl.load(m + part, mask=known, other=LOWEST)
-    segment_d = tl.load(d + part, mask=known, other=0.0)
-    M = tl.max(segment_m)
-    fall = decay(segment_m, M, c)
-    w = tl.exp2(fall)
-    D = tl.sum(w * segment_d)
-    return tl.where((D > 0) & (tl.abs(D) < float("inf")), M, float("nan")), w, (w * fall) * segment_d, D
-
-
-@triton.jit(do_not_specialize=["V", "S", "C", "STEPS", "K", "room"])
+@triton.jit(do_not_specialize=["N", "V", "S", "C", "STEPS", "K", "room"])
 def finish(
     x, inner, outer_stride, stride,  # [N, V]
     target,  # [N] or None
-    m, d, T,  # [N, S]
+    parts,  # [3, N, S]
     peaks, lanes,  # [N, C], [N, S * L], or None
     lists, keys,  # [N, 4 + 2 room] int32: lengths, lanes and chunks; [N, room] int64: logits; or None
     row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
-    V, S, C, STEPS, K, room, c, per_temperature, softcap,
+    N, V, S, C, STEPS, K, room, c, per_temperature, softcap,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, U: tl.constexpr,
     SEGMENTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
     segment = tl.arange(0, SEGMENTS)
-    part, known = row * S + segment, segment < S
-    M, w, fallen, D = merged(m, d, part, known, c)
-    moved_T = tl.sum(w * tl.load(T + part, mask=known, other=0.0) + fallen)
+    known = segment < S
+    part = parts + row * S + segment
+    field = N.to(tl.int64) * S
+    m = tl.load(part, mask=known, other=LOWEST)
+    d = tl.load(part + field, mask=known, other=0.0)
+    T = tl.load(part + 2 * field, mask=known, other=0.0)
+    M = tl.max(m)
+    fall = decay(m, M, c)
+    w = tl.exp2(fall)
+    D = tl.sum(w * d)
+    moved_T = tl.sum(w * T + (w * fall) * d)
+    M = tl.where((D > 0) & (tl.abs(D) < float("inf")), M, float("nan"))  # NaN where there is no distribution
     exact = exact_log(D)
     log_d = tl.where(M == M, exact.to(tl.float32), float("nan"))
     H = (exact - (moved_T * LN2).to(tl.float64) / D.to(tl.float64)).to(tl.float32)
@@ -330,16 +329,16 @@ class Statistics:
         in_kernel = 0 < self.k <= MAX_K
         C = -(-V // (sweep.columns(itemsize) * U)) * sweep.lanes
         c, per_temperature, softcap = scaling(temperature, softcap)
-        m, d, T = torch.empty(3, n, S, dtype=torch.float32, device=device)
+        parts = torch.empty(3, n, S, dtype=torch.float32, device=device)
         peaks = lanes = lists = keys = None
         room = ROOM * (1 + self.k // 16)
         if in_kernel:
             peaks = x.x.new_empty(n, C)
-            lanes = m.new_empty(n, S * sweep.lanes)
+            lanes = parts.new_empty(n, S * sweep.lanes)
             lists = torch.empty(n, 4 + 2 * room, dtype=torch.int32, device=device)
             keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
-            *(fold, n * S, device, *x.arguments, m, d, T, peaks, lanes, V, S, C, steps, c, softcap),
+            *(fold, n * S, device, *x.arguments, parts, peaks, lanes, n, V, S, C, steps, c, softcap),
             warps=sweep.warps,
             U=U,
             STAGES=sweep.stages,
@@ -349,8 +348,9 @@ class Statistics:
         if n != self.N:
             of_rows = [None if part is None else part[rows] for part in of_rows]
         target, row_m, row_log_d, lse, entropy, logprob, values, ids = of_rows
+        segments = max(LEAST_SEGMENTS, power_of_2(S))
         launch(
-            *(finish, n, device, *x.arguments, target, m, d, T, peaks, lanes, lists, keys),
+            *(finish, n, device, *x.arguments, target, parts, peaks, lanes, lists, keys),
             *(
                 row_m,
                 row_log_d,
@@ -359,6 +359,7 @@ class Statistics:
                 logprob,
                 values,
                 ids,
+                n,
                 V,
                 S,
                 C,
@@ -369,9 +370,9 @@ class Statistics:
                 per_temperature,
                 softcap,
             ),
-            warps=setting.finish_warps,
+            warps=max(1, segments * sweep.lanes // LANES_A_WARP),
             U=U,
-            SEGMENTS=max(LEAST_SEGMENTS, power_of_2(S)),
+            SEGMENTS=segments,
             GROUPS=max(LEAST_GROUPS, power_of_2(steps // U)),
             BLOCK=BLOCK,
             **shape,

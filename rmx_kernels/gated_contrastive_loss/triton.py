@@ -342,7 +342,7 @@ def row_terms(
         *(n, V, S, BASE_MASS_TOLERANCE, *scale),
         warps=sweep.warps,
         SEGMENTS=max(LEAST_SEGMENTS, power_of_2(S)),
-        **shape,
+        **shape | {"R": 1},  # for few registers: most rows are not walked along again
     )
     return terms
 

@@ -215,7 +215,7 @@ def tiny_tiles(columns: int = 5, rows: int = 3) -> Iterator[None]:
     columns in whole blocks of theirs; the Triton kernels take rows in fours, and 16 columns a program, in two steps."""
     native = {"LOGIT_BYTES": 1, "TILE_ROWS": 4, "TILE_COLUMNS": 1024, "UPCAST_BYTES": 1}
     sweep = configs.Sweep(loads=2, lanes=2, warps=1, span=16, width=8)
-    small = configs.Config(sweep, sweep, sweep, sweep, chunk=8, finish_warps=1)
+    small = configs.Config(sweep, sweep, sweep, sweep, chunk=8)
     launches = {
         "CONFIGS": dict.fromkeys(configs.CONFIGS, small),
         "ROW_MULTIPLE": 4,

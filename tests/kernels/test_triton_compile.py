@@ -120,10 +120,16 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options={"num_warps": warps})
 
 
+SCALARS = 16  # scalar registers that an AMD kernel may keep in the lanes of a vector register, at one instruction each
+
+
 def spills(binary: Any, architecture: str, folder: Path) -> int:
-    """Spilled registers, as the assembler counts them: in bytes on NVIDIA, in registers on AMD."""
+    """What goes to memory for want of registers, as the assembler counts it: in bytes on NVIDIA, in registers on AMD."""
     if "amdgcn" in binary.asm:
-        return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"]))
+        vector, scalar = (
+            sum(int(n) for n in re.findall(rf"\.{kind}gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"])) for kind in "vs"
+        )
+        return vector + max(0, scalar - SCALARS)
     source = folder / "kernel.ptx"
     source.write_text(binary.asm["ptx"])
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
