@@ -298,7 +298,7 @@ def demo(
 @app.command("doctor")
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
-    no_rates: Annotated[bool, typer.Option("--no-rates", help="measure nothing")] = False,
+    no_rates: Annotated[bool, typer.Option("--no-rates", help="skip the rates")] = False,
 ) -> None:
     """What this machine is, what every operator runs on and how fast, and known traps."""
     from rmx_kernels import doctor
