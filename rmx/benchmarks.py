@@ -28,6 +28,7 @@ from rmx.problems import folded, generate, read_jsonl
 from rmx.progress import console
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
 from rmx.report import new_figure, plot_bars, save_png
+from rmx.rundir import meant
 
 GYM = "gym:"
 GYM_COUNT = 200  # questions of a reasoning-gym task, where no limit is given
@@ -221,7 +222,8 @@ def run_benchmarks(
         if count > 1:
             raise BenchmarkError(f"{count} benchmarks are called {name!r}: their files would be the same")
     trained = home.problems("train") if tuned else None
-    run = Run(home.config.model_copy(update={"run_dir": str(out or home.path("benchmarks"))}))
+    folder = (out or home.path("benchmarks")).absolute()
+    run = Run(home.config.model_copy(update={"run_dir": str(folder), "model": home.model_settings}))
     path = home.path("adapter") if tuned else adapter
     with ExitStack() as stack:
         stack.enter_context(run.locked())
@@ -264,7 +266,7 @@ def _evaluate(
         "timeout_s": config.verify.timeout_s,
     }
     path = run.path(f"{name}.json")
-    if path.exists() and (old := _read(path)).settings == settings:
+    if path.exists() and meant((old := _read(path)).settings) == settings:
         console.print(f"{name}: is done", markup=False, soft_wrap=True)
         return old
     if worn is None:

@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override, as in --set train.epochs=2")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override, as in --set train.epochs=2; paths from here")
+]
 Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
 BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
@@ -169,7 +171,7 @@ def compare(
     run.need("rollouts")
     if not other:
         run.check_adapter()
-    with run.locked(), paired(run.lm, other or run.path("adapter"), run.config.model, run.meta()["prompt"]) as pair:
+    with run.locked(), paired(run.lm, other or run.path("adapter"), run.model_settings, run.meta()["prompt"]) as pair:
         with pair.as_base():
             base = run.base_scores()
         result = compare.compare_models(pair, base, run.rollouts(), folder, run.config)
@@ -277,7 +279,7 @@ def intervene(
     if not other:
         run.check_adapter()
     theirs = other or run.path("adapter")
-    with run.locked(), paired(run.lm, theirs, run.config.model, run.renderer.fingerprint) as pair:
+    with run.locked(), paired(run.lm, theirs, run.model_settings, run.renderer.fingerprint) as pair:
         result = intervene.intervene(run, pair, folder, gate, tau)  # type: ignore[arg-type]
     intervene.write(result, folder)
     Console().print(intervene.table(result))

@@ -18,6 +18,7 @@ from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
+from rmx_kernels.precision import choose
 
 
 class ModelError(RmxError):
@@ -76,7 +77,7 @@ def load(config: ModelConfig) -> CausalLM:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = getattr(torch, choose(device).dtype if config.dtype == "auto" else config.dtype)
     source, gguf_file = _locate(config)
     common = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     weights: dict[str, Any] = {"use_safetensors": True}

@@ -160,8 +160,9 @@ def _training(run: Run, out: Path, name: str, variant: Variant, seed: int) -> Ru
     tree = run.config.model_dump()
     for section, settings in variant.changes.items():
         tree[section] |= settings
-    tree |= {"run_dir": str(out / f"{name}-{seed}"), "training_seed": seed}
-    made = Run(Config.model_validate(tree))
+    tree["model"] = run.model_settings.model_dump()
+    tree |= {"run_dir": str((out / f"{name}-{seed}").absolute()), "training_seed": seed}
+    made = Run(Config.model_validate(tree).at(run.config.folder))
     made.lm, made.judged = run.lm, run.judged  # one model for all, and one verdict for the same answer
     with made.locked():
         _share(run, made)

@@ -162,7 +162,7 @@ class _Experiment:
         self.origin: dict[str, Any] = {
             "rmx": rmx_kernels.__version__,
             "prompt": run.renderer.fingerprint,
-            "model": run.config.model.model_dump(),
+            "model": run.model_settings.model_dump(),
             "weights": run.weights,
             "problems": fingerprint(repr([(p.problem_id, p.question) for p in self.problems]).encode()),
             "sampling": self.sampling.model_dump(exclude={"bootstrap"}),
