@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from rmx.progress import console
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
 from rmx.report import new_figure, plot_bars, save_png
 from rmx.rundir import meant
+from rmx.tables import new_table
 
 GYM = "gym:"
 GYM_COUNT = 200  # questions of a reasoning-gym task, where no limit is given
@@ -303,10 +303,8 @@ def _read(path: Path) -> Result:
 def table(results: Sequence[Result]) -> Table:
     """One block a benchmark: base, tuned, gain."""
     caption = "n samples a problem; s.e. of pass@1 over problems; cut at the length limit"
-    grid = Table(caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
-    grid.add_column("")
-    for heading in ("avg@n [95 % interval]", "s.e.", "pass@n", "maj@n", "boxed", "tokens", "cut"):  # fits 80 columns
-        grid.add_column(heading, justify="right", no_wrap=True)
+    headings = ("", "avg@n [95 % interval]", "s.e.", "pass@n", "maj@n", "boxed", "tokens", "cut")
+    grid = new_table(headings, caption=caption, padding=(0, 0, 0, 1))
 
     def add(label: str, side: Accuracy) -> None:
         error = "-" if side.standard_error is None else f"{side.standard_error:.3f}"

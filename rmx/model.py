@@ -18,6 +18,7 @@ from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
+from rmx.progress import quiet
 from rmx_kernels.precision import choose
 
 
@@ -68,6 +69,7 @@ class CausalLM:
         return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap}
 
 
+@quiet()
 def load(config: ModelConfig) -> CausalLM:
     """Load a frozen model in evaluation mode from safetensors or GGUF; pickled weights are never opened.
 
@@ -155,6 +157,7 @@ def _check_head(lm: CausalLM) -> None:
         )
 
 
+@quiet()
 def save(lm: CausalLM, path: Path) -> None:
     """Write model and tokenizer as a Hugging Face directory (safetensors), whole or not at all."""
     with replacing(path) as aside:
