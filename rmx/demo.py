@@ -30,7 +30,7 @@ ROWS, WIDTHS = 128, (576, 1536)  # of its product: a decoding step in an MLP of 
 # SmolLM2-135M: FLOPs a token in the decoder and in its head; tokens of a prompt, a rollout, a rollout that is trained
 # on, and an evaluated completion; rows that a decoding batch computes for each token, as finished ones leave it late.
 DECODER, HEAD = 2 * 106.2e6, 2 * 28.3e6
-PROMPT, ROLLOUT, TRAINED, EVALUATED, LATE = 52, 31, 28, 24, 1.2
+PROMPT, ROLLOUT, TRAINED, EVALUATED, LATE = 52, 31, 28, 24, 1.12
 REST = 0.46e12  # FLOP/s of a run whose products took no time: attention, norms, sampling (docs/demo.md)
 START = 20.0  # seconds of loading, verifying and reporting
 

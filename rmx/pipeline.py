@@ -69,7 +69,8 @@ class Run(RunDirectory):
         for earlier in order[: order.index(stage)]:
             if not self.is_done(earlier):
                 raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
-        if order.index(stage) < order.index("train"):  # how many steps there will be is known after select
+        imported = any("imported" in record for record in self.stages().values())
+        if order.index(stage) < order.index("train") and not imported:  # of how many steps is known after select
             train.check_warmup(self.config.train, self.config.most_steps, "at most ")
         old = self.stages().get(stage)
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
@@ -124,7 +125,7 @@ class Run(RunDirectory):
         self._check_ahead()
         sampling = self.config.rollouts
         meta = {"prompt": self.renderer.fingerprint, "model": self.config.model.name, **sampling.model_dump()}
-        meta["dtype"] = self.precision.dtype
+        meta |= {"dtype": self.precision.dtype} if sampling.engine != "openai" else {}  # a server has its own
         meta = {"rmx": rmx_kernels.__version__, **meta}
         found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
         return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
