@@ -26,7 +26,10 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="override, as in --set train.epochs=2; paths from here")
+    list[str] | None,
+    typer.Option(
+        "--set", help="setting to change, as in --set train.epochs=2; its paths start at the current directory"
+    ),
 ]
 Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
 BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
@@ -285,9 +288,9 @@ def intervene(
 def demo(
     seed: Annotated[int, typer.Option(help="of problems, sampling, adapter and order")] = 0,
     run_dir: Annotated[str, typer.Option(help="default: runs/demo-SEED")] = "",
-    size: Annotated[str, typer.Option(help="full, small, or auto: small where the full one takes over 10 minutes")] = (
-        "auto"
-    ),
+    size: Annotated[
+        str, typer.Option(help="size of the run: full, small, or auto (small where full takes over 10 minutes)")
+    ] = ("auto"),
     set_: Overrides = None,
 ) -> None:
     """Train SmolLM2-135M-Instruct on small arithmetic and show what it gained; some minutes on two cores."""
