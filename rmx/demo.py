@@ -7,14 +7,13 @@ products of the model's shape here.
 import json
 import time
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch.nn.functional import linear
+from typing import TYPE_CHECKING, Literal
 
 from rmx.config import Config, load_config
 from rmx.progress import console, duration
-from rmx_kernels.precision import choose
+
+if TYPE_CHECKING:
+    import torch
 
 Size = Literal["auto", "full", "small"]
 SMALL = {  # half of the work
@@ -52,10 +51,14 @@ def demo_config(path: Path, seed: int, run_dir: str, overrides: list[str], size:
     if begun.exists():
         counts = json.loads(begun.read_text(encoding="utf-8")).get("problems", {}).get("settings", {}).get("problems")
         return small if counts == small.model_dump(mode="json")["problems"] else full
+    import torch  # a run that goes on decides without it
+
+    from rmx_kernels import precision
+
     device = full.model.device
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return full
-    dtype = choose(device).dtype if full.model.dtype == "auto" else full.model.dtype
+    dtype = precision.choose(device).dtype if full.model.dtype == "auto" else full.model.dtype
     rate = product_rate(getattr(torch, dtype))
     long, short = seconds(full, rate), seconds(small, rate)
     if long <= PATIENCE or small == full:
@@ -68,8 +71,11 @@ def demo_config(path: Path, seed: int, run_dir: str, overrides: list[str], size:
     return small
 
 
-def product_rate(dtype: torch.dtype, budget: float = SECONDS) -> float:
+def product_rate(dtype: "torch.dtype", budget: float = SECONDS) -> float:
     """FLOP/s on this CPU over so many seconds."""
+    import torch
+    from torch.nn.functional import linear
+
     x, weight = torch.randn(ROWS, WIDTHS[0]).to(dtype), torch.randn(WIDTHS[1], WIDTHS[0]).to(dtype)
     linear(x, weight)  # the first call prepares
     made, start = 0, time.perf_counter()

@@ -19,7 +19,7 @@ from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
 from rmx.progress import quiet
-from rmx_kernels.precision import choose
+from rmx_kernels import precision
 
 
 class ModelError(RmxError):
@@ -79,7 +79,7 @@ def load(config: ModelConfig) -> CausalLM:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, choose(device).dtype if config.dtype == "auto" else config.dtype)
+    dtype = getattr(torch, precision.choose(device).dtype if config.dtype == "auto" else config.dtype)
     source, gguf_file = _locate(config)
     common = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     weights: dict[str, Any] = {"use_safetensors": True}

@@ -125,7 +125,7 @@ class Run(RunDirectory):
         self._check_ahead()
         sampling = self.config.rollouts
         meta = {"prompt": self.renderer.fingerprint, "model": self.config.model.name, **sampling.model_dump()}
-        meta |= {"dtype": self.precision.dtype} if sampling.engine != "openai" else {}  # a server has its own
+        meta |= {"dtype": self.dtype[0]} if sampling.engine != "openai" else {}  # a server has its own
         meta = {"rmx": rmx_kernels.__version__, **meta}
         found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
         return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
@@ -260,7 +260,7 @@ class Run(RunDirectory):
         return {"steps": made, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
 
     def _save(self, adapter: lora.Adapter, path: Path) -> None:
-        name, dtype = self.config.located_model.name, self.precision.dtype
+        name, dtype = self.config.located_model.name, self.dtype[0]
         lora.save_adapter(adapter, path, name, prompt=self.meta()["prompt"], dtype=dtype)
 
     def _training_log(
@@ -377,7 +377,7 @@ class Run(RunDirectory):
     def _notes(self) -> dict[str, str]:
         """What the configuration does not tell."""
         stages = self.stages()
-        notes = {"Number format": self.precision.dtype + (" (auto)" if self.config.model.dtype == "auto" else "")}
+        notes = {"Number format": self.dtype[0] + (" (auto)" if self.config.model.dtype == "auto" else "")}
         notes["Adapter size"] = stages["train"]["adapter"]
         if self.config.train.candidates > 1:
             notes["Adapter chosen"] = stages["choose"]["adapter"]

@@ -21,7 +21,6 @@ from rmx.problems import fingerprints
 from rmx.progress import console
 from rmx.prompts import Renderer, renderer_for
 from rmx.records import Evaluation, Problem, Rollout, Scores, TrainingSequence, Verdict
-from rmx_kernels.precision import Precision, choose
 
 # Each stage in order, with the settings that it depends on beyond those of the stages before it.
 OUTPUTS = {
@@ -69,17 +68,17 @@ class RunDirectory:
     # The model is loaded once, and only by a stage that needs it.
     @cached_property
     def lm(self) -> model.CausalLM:
-        settings, chosen = self.config.located_model, self.precision
-        said = f"loading {self.config.model.name} in {chosen.dtype}"
-        said += f" (model.dtype=auto: {chosen.reason})" if self.config.model.dtype == "auto" else ""
+        dtype, reason = self.dtype
+        said = f"loading {self.config.model.name} in {dtype}"
+        said += f" (model.dtype=auto: {reason})" if self.config.model.dtype == "auto" else ""
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-        return model.load(settings.model_copy(update={"dtype": chosen.dtype}))
+        return model.load(self.config.located_model.model_copy(update={"dtype": dtype}))
 
     @cached_property
-    def precision(self) -> Precision:
-        """The dtype of the configuration, or what ``auto`` was when this run began: it is kept in precision.json."""
+    def dtype(self) -> tuple[str, str]:
+        """(what the configuration says or ``auto`` was when this run began, why); precision.json keeps the latter."""
         if self.config.model.dtype != "auto":
-            return Precision(self.config.model.dtype, "model.dtype")
+            return self.config.model.dtype, "model.dtype"
         path = self.path("precision.json")
         if record := self.stages().get("rollouts"):
             began = meant(record["settings"])["model"]["dtype"]
@@ -88,10 +87,12 @@ class RunDirectory:
         elif self.path("rollouts.journal.jsonl").exists():
             began = FIRST_AUTO
         else:
-            found = choose(self.config.model.device)
+            from rmx_kernels import precision  # asks torch, which the other cases need not import
+
+            found = precision.choose(self.config.model.device)
             write_json(path, {"rmx": rmx_kernels.__version__, **dataclasses.asdict(found)})
-            return found
-        return Precision(began, "this run began with it")
+            return found.dtype, found.reason
+        return began, "this run began with it"
 
     def _kept_precision(self, path: Path) -> str:
         try:
@@ -105,7 +106,7 @@ class RunDirectory:
     @cached_property
     def model_settings(self) -> ModelConfig:
         """``model`` of the configuration with the dtype in use: what the model's artefacts depend on."""
-        return self.config.model.model_copy(update={"dtype": self.precision.dtype})
+        return self.config.model.model_copy(update={"dtype": self.dtype[0]})
 
     @cached_property
     def renderer(self) -> Renderer:
