@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SEED ?= 0
+SIZE ?= auto
 
 .PHONY: demo test lint format bench gpu-check wheel docs clean
 
 demo: $(INSTALLED)
-	$(BIN)/rmx demo --seed $(SEED)
+	$(BIN)/rmx demo --seed $(SEED) --size $(SIZE)
 
 # The Triton kernels have a run of their own: a process interprets them, on CPU tensors, or does not.
 test: $(INSTALLED)

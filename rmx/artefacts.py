@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,12 @@ def replacing(path: Path) -> Iterator[Path]:
     remove(aside)
     try:
         yield aside
+        usual = _usual_mode(path)
         for file in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
             fd = os.open(file, os.O_RDONLY)
             try:
+                if file.is_file():  # safetensors lets nobody else read its files
+                    os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | usual)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -50,6 +54,18 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(fault, OSError) and fault.filename is None:
             fault.filename = str(path)  # a full disk does not say what it had no room for
         raise
+
+
+def _usual_mode(path: Path) -> int:
+    """Permissions that the umask leaves a file beside ``path``, asked of one: to read the umask is to change it."""
+    probe = path.with_name(f".{path.name}.mode.partial")
+    try:
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666)
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        os.close(fd)
+    finally:
+        probe.unlink(missing_ok=True)
+    return mode
 
 
 def remove(path: Path) -> None:

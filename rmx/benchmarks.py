@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,6 +27,8 @@ from rmx.problems import folded, generate, read_jsonl
 from rmx.progress import console
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
 from rmx.report import new_figure, plot_bars, save_png
+from rmx.rundir import meant
+from rmx.tables import new_table
 
 GYM = "gym:"
 GYM_COUNT = 200  # questions of a reasoning-gym task, where no limit is given
@@ -221,7 +222,8 @@ def run_benchmarks(
         if count > 1:
             raise BenchmarkError(f"{count} benchmarks are called {name!r}: their files would be the same")
     trained = home.problems("train") if tuned else None
-    run = Run(home.config.model_copy(update={"run_dir": str(out or home.path("benchmarks"))}))
+    folder = (out or home.path("benchmarks")).absolute()
+    run = Run(home.config.model_copy(update={"run_dir": str(folder), "model": home.model_settings}))
     path = home.path("adapter") if tuned else adapter
     with ExitStack() as stack:
         stack.enter_context(run.locked())
@@ -264,7 +266,7 @@ def _evaluate(
         "timeout_s": config.verify.timeout_s,
     }
     path = run.path(f"{name}.json")
-    if path.exists() and (old := _read(path)).settings == settings:
+    if path.exists() and meant((old := _read(path)).settings) == settings:
         console.print(f"{name}: is done", markup=False, soft_wrap=True)
         return old
     if worn is None:
@@ -301,10 +303,8 @@ def _read(path: Path) -> Result:
 def table(results: Sequence[Result]) -> Table:
     """One block a benchmark: base, tuned, gain."""
     caption = "n samples a problem; s.e. of pass@1 over problems; cut at the length limit"
-    grid = Table(caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
-    grid.add_column("")
-    for heading in ("avg@n [95 % interval]", "s.e.", "pass@n", "maj@n", "boxed", "tokens", "cut"):  # fits 80 columns
-        grid.add_column(heading, justify="right", no_wrap=True)
+    headings = ("", "avg@n [95 % interval]", "s.e.", "pass@n", "maj@n", "boxed", "tokens", "cut")
+    grid = new_table(headings, caption=caption, padding=(0, 0, 0, 1))
 
     def add(label: str, side: Accuracy) -> None:
         error = "-" if side.standard_error is None else f"{side.standard_error:.3f}"

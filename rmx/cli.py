@@ -25,7 +25,12 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override, as in --set train.epochs=2")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="setting to change, as in --set train.epochs=2; its paths start at the current directory"
+    ),
+]
 Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
 BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
@@ -91,26 +96,24 @@ _stage("evaluate", "Held-out accuracy, base against tuned.")
 _stage("report", "Draw report.png and write report.html.")
 
 
-def _run(config: Path, overrides: list[str] | None) -> None:
+def _run(run: "Run") -> None:
     from rich.console import Console
 
     from rmx import cost, report
+    from rmx.tables import show
 
-    run = _open(config, overrides)
     result = run.run()
     out = Console()
-    out.print(report.table(result))
+    show(report.table(result))
     out.print(report.verdict(result), highlight=False)
-    out.print(
-        cost.table(cost.stage_costs(run.path("costs.jsonl"), list(run.stages()), run.config.cost), run.config.cost)
-    )
+    show(cost.table(cost.stage_costs(run.path("costs.jsonl"), list(run.stages()), run.config.cost), run.config.cost))
     out.print(f"adapter: {run.path('adapter')}   report: {run.path('report.html')}", highlight=False, soft_wrap=True)
 
 
 @app.command("run")
 def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
     """Run all stages; started again, go on where the last start ended."""
-    _run(config, _with_engine(set_, engine, base_url))
+    _run(_open(config, _with_engine(set_, engine, base_url)))
 
 
 @app.command()
@@ -159,22 +162,21 @@ def compare(
     set_: Overrides = None,
 ) -> None:
     """Where OTHER's most probable token is not BASE's: how often, at which entropy, from which rank."""
-    from rich.console import Console
-
     from rmx.analyses import compare
     from rmx.analyses.pair import paired
+    from rmx.tables import show
 
     run = _open(config, set_)
     folder = out or run.path("compare")
     run.need("rollouts")
     if not other:
         run.check_adapter()
-    with run.locked(), paired(run.lm, other or run.path("adapter"), run.config.model, run.meta()["prompt"]) as pair:
+    with run.locked(), paired(run.lm, other or run.path("adapter"), run.model_settings, run.meta()["prompt"]) as pair:
         with pair.as_base():
             base = run.base_scores()
         result = compare.compare_models(pair, base, run.rollouts(), folder, run.config)
     compare.write(result, folder, run.meta())
-    Console().print(compare.table(result))
+    show(compare.table(result))
 
 
 @app.command()
@@ -186,15 +188,14 @@ def coverage(
     set_: Overrides = None,
 ) -> None:
     """Of the decision points in all rollouts, how many do a few of the rollouts already contain."""
-    from rich.console import Console
-
     from rmx.analyses import coverage
+    from rmx.tables import show
 
     run = _open(config, set_)
     with run.locked():
         result = coverage.cover_run(run, tau, draws)
     coverage.write(result, out or run.path("coverage"), run.meta())
-    Console().print(coverage.table(result))
+    show(coverage.table(result))
 
 
 @app.command("benchmark")
@@ -216,14 +217,13 @@ def benchmark_command(
     set_: Overrides = None,
 ) -> None:
     """Accuracy of the model, and with an adapter, on benchmarks."""
-    from rich.console import Console
-
     from rmx.benchmarks import run_benchmarks, table
+    from rmx.tables import show
 
     results = run_benchmarks(
         _open(config, set_), names, tuned=tuned, adapter=adapter, limit=limit, samples=samples, data=data, out=out
     )
-    Console().print(table(results))
+    show(table(results))
 
 
 @app.command()
@@ -237,16 +237,15 @@ def ablate(
     set_: Overrides = None,
 ) -> None:
     """The run's training with one thing changed: other gates, shuffled advantages, positives only, other adapters."""
-    from rich.console import Console
-
     from rmx.analyses import ablate
+    from rmx.tables import show
 
     run = _open(config, set_)
     folder = out or run.path("ablate")
     with run.locked():
         result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
     ablate.write(result, folder)
-    Console().print(ablate.table(result))
+    show(ablate.table(result))
 
 
 @app.command()
@@ -265,6 +264,7 @@ def intervene(
 
     from rmx.analyses import intervene
     from rmx.analyses.pair import paired
+    from rmx.tables import show
 
     if gate not in ("disagreement", "entropy"):
         raise RmxError(f"--gate {gate}: expected disagreement or entropy")
@@ -277,10 +277,10 @@ def intervene(
     if not other:
         run.check_adapter()
     theirs = other or run.path("adapter")
-    with run.locked(), paired(run.lm, theirs, run.config.model, run.renderer.fingerprint) as pair:
+    with run.locked(), paired(run.lm, theirs, run.model_settings, run.renderer.fingerprint) as pair:
         result = intervene.intervene(run, pair, folder, gate, tau)  # type: ignore[arg-type]
     intervene.write(result, folder)
-    Console().print(intervene.table(result))
+    show(intervene.table(result))
     Console().print(intervene.verdict(result), highlight=False)
 
 
@@ -288,17 +288,26 @@ def intervene(
 def demo(
     seed: Annotated[int, typer.Option(help="of problems, sampling, adapter and order")] = 0,
     run_dir: Annotated[str, typer.Option(help="default: runs/demo-SEED")] = "",
+    size: Annotated[
+        str, typer.Option(help="size of the run: full, small, or auto (small where full takes over 10 minutes)")
+    ] = ("auto"),
     set_: Overrides = None,
 ) -> None:
     """Train SmolLM2-135M-Instruct on small arithmetic and show what it gained; some minutes on two cores."""
-    with as_file(files("rmx") / "demo.yaml") as config:
-        _run(config, [f"seed={seed}", f"run_dir={json.dumps(run_dir or f'runs/demo-{seed}')}", *(set_ or [])])
+    from rmx.demo import demo_config
+    from rmx.pipeline import Run
+
+    if size not in ("auto", "full", "small"):
+        raise RmxError(f"--size {size}: expected auto, full or small")
+    with as_file(files("rmx") / "demo.yaml") as path:
+        config = demo_config(path, seed, run_dir or f"runs/demo-{seed}", set_ or [], size)  # type: ignore[arg-type]
+        _run(Run(config))
 
 
 @app.command("doctor")
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
-    no_rates: Annotated[bool, typer.Option("--no-rates", help="measure nothing")] = False,
+    no_rates: Annotated[bool, typer.Option("--no-rates", help="skip the rates")] = False,
 ) -> None:
     """What this machine is, what every operator runs on and how fast, and known traps."""
     from rmx_kernels import doctor

@@ -1,9 +1,13 @@
 """The configuration of a run: YAML in, validated settings out.
 
 An unknown key or a wrong type is an error that names it. The defaults are the published settings (arXiv 2605.06241).
+Relative paths in the file start at the directory of the file, those given with ``--set`` at the current directory.
 """
 
+import math
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +33,7 @@ class ModelConfig(Section):
     name: str  # Hugging Face name, directory, .gguf file, or package:NAME for a GGUF inside an installed package
     gguf_file: str | None = None  # the GGUF to take from a directory or hub repository
     revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: by the device, rmx_kernels.precision
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; the last needs flash-attn
@@ -178,7 +182,7 @@ class TrainConfig(Section):
         return self
 
 
-class EvaluateConfig(Sampling):
+class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless it is given
     samples: PositiveInt = 4
     bootstrap: PositiveInt = 10_000
 
@@ -209,6 +213,57 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cost: CostConfig = CostConfig()
+    _folder: Path = Path()  # of the file
+    _evaluates_as_long: bool = False  # as the rollouts, because nothing else is given
+
+    def at(self, folder: Path) -> "Config":
+        """The same, with relative paths that start at ``folder``."""
+        moved = self.model_copy()
+        moved._folder = folder
+        return moved
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def evaluates_as_long(self) -> bool:
+        """Whether evaluate.max_new_tokens is not given, and so that of the rollouts."""
+        return self._evaluates_as_long
+
+    def path(self, written: str, mark: str = "") -> Path:
+        """Where a path of the configuration is.
+
+        Earlier versions let all of them start at the current directory: what is there, and not beside the file, is
+        still found. ``mark``: a file that a directory must hold to be taken for there.
+        """
+        given = Path(written).expanduser()
+        here = self._folder / given
+        return given if not (here / mark).exists() and (given / mark).exists() else here
+
+    @property
+    def located_model(self) -> ModelConfig:
+        """``model`` with the path in place of a name that is one."""
+        name = self.model.name
+        path = self.path(name)
+        if name.startswith("package:") or not (path.exists() or name.startswith((".", "~", "/"))):
+            return self.model
+        return self.model.model_copy(update={"name": str(path)})
+
+    @property
+    def most_steps(self) -> int:
+        """Of a training on rollouts of its own: fewer where fewer problems have mixed outcomes."""
+        problems = min(self.problems.train_count, self.select.max_problems)
+        sequences = min(self.select.max_sequences, problems * self.rollouts.samples)
+        return math.ceil(max(1, round(self.train.epochs * sequences)) / self.train.sequences_per_step)
+
+    @pydantic.model_validator(mode="after")
+    def _as_long_as_the_rollouts(self) -> "Config":
+        if "max_new_tokens" not in self.evaluate.model_fields_set:
+            length = {"max_new_tokens": self.rollouts.max_new_tokens}
+            object.__setattr__(self, "evaluate", self.evaluate.model_copy(update=length))
+            self._evaluates_as_long = True
+        return self
 
     @property
     def train_seed(self) -> int:
@@ -240,6 +295,8 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read YAML and apply ``key.path=value`` overrides (values are YAML too).
 
+    Relative paths start at the directory of the file, those in overrides at the current one.
+
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type; the message names file and key.
     """
@@ -253,10 +310,34 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
     for override in overrides or []:
         _override(tree, override)
+    _start_here(tree, [override.partition("=")[0] for override in overrides or []], path.parent)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree).at(path.parent)
     except pydantic.ValidationError as fault:
         raise ConfigError(f"{path}: {describe(fault)}") from fault
+
+
+def _start_here(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
+    """Let relative paths that ``--set`` gave under ``keys`` start at the current directory."""
+    if folder.resolve() == Path.cwd():
+        return  # they do, and stay as they are written
+    for node, name, slot in _path_slots(tree):
+        value = node.get(name)
+        if not isinstance(value, str) or not any(f"{slot}.".startswith(f"{key}.") for key in keys):
+            continue
+        if name != "name" or value.startswith(".") or Path(value).exists():  # a model's name may be one of the hub
+            node[name] = os.path.abspath(Path(value).expanduser())
+
+
+def _path_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """(section, its key, the whole key) of each setting that may be a path."""
+    yield tree, "run_dir", "run_dir"
+    if isinstance(model := tree.get("model"), dict):
+        yield model, "name", "model.name"
+    sources = problems.get("sources") if isinstance(problems := tree.get("problems"), dict) else None
+    for number, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict):
+            yield source, "jsonl", f"problems.sources.{number}.jsonl"
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.table import Table
 
 from rmx.artefacts import Journal
 from rmx.config import CostConfig
+from rmx.tables import new_table
 
 GIB = 2**30
 META = {"costs": 1}  # the form of the log
@@ -109,11 +109,9 @@ def stage_costs(log: Path, order: Sequence[str], config: CostConfig) -> list[Sta
 
 def table(rows: Sequence[StageCost], config: CostConfig) -> Table:
     """Per stage, and in all."""
-    grid = Table(title="Cost", box=box.SIMPLE, pad_edge=False)  # fits 80 columns
     priced = config.per_hour is not None
     headings = ["stage", "seconds", "tokens read", "generated", "peak GiB", *([config.currency] if priced else [])]
-    for heading in headings:
-        grid.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    grid = new_table(headings, title="Cost")
 
     def show(row: StageCost) -> list[str]:
         counts = ["-" if n is None else f"{n:,}" for n in (row.tokens_read, row.tokens_generated)]

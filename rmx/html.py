@@ -103,6 +103,7 @@ def write_html(path: Path, page: Page, decode: Decode) -> None:
         page=page,
         verdict=report.verdict(page.evaluation).replace(gain, gain.replace(" ", "\u00a0")),  # never broken in two
         version=rmx_kernels.__version__,
+        colours=report.COLOURS,
         facts=_facts(page),
         configuration=yaml.safe_dump(page.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         accuracy=_accuracy_rows(page.evaluation),

@@ -119,8 +119,8 @@ class Adapter:
                 layer.enabled = enabled
 
 
-def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
-    """Replace each linear layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on.
+def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:
+    """Each linear layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on, by its path.
 
     Raises:
         AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head; the
@@ -132,7 +132,6 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
         if config.first_layer >= len(stack):
             raise AdapterError(f"lora.first_layer={config.first_layer}: the model has layers 0 to {len(stack) - 1}")
         below = rf"{re.escape(path)}\.({'|'.join(map(str, range(config.first_layer)))})\."
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, nn.Module] = {}
     # the text decoder and the head: vision or audio towers are not trained on text
     inside = {id(m) for m in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
@@ -153,7 +152,20 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
             raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
         if module is model.get_output_embeddings():
             raise AdapterError(f"lora.targets: {name} is the output head, which stays frozen here")
-        layers[name] = LoraLinear(module, config.r, config.alpha, generator)
+        layers[name] = module
+    return layers
+
+
+def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
+    """Replace each layer of :func:`matching`.
+
+    Raises:
+        AdapterError: see there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: LoraLinear(module, config.r, config.alpha, generator) for name, module in matching(model, config).items()
+    }
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)

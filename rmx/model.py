@@ -18,6 +18,8 @@ from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.errors import RmxError
+from rmx.progress import quiet
+from rmx_kernels import precision
 
 
 class ModelError(RmxError):
@@ -67,6 +69,7 @@ class CausalLM:
         return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap}
 
 
+@quiet()
 def load(config: ModelConfig) -> CausalLM:
     """Load a frozen model in evaluation mode from safetensors or GGUF; pickled weights are never opened.
 
@@ -76,7 +79,7 @@ def load(config: ModelConfig) -> CausalLM:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = getattr(torch, precision.choose(device).dtype if config.dtype == "auto" else config.dtype)
     source, gguf_file = _locate(config)
     common = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     weights: dict[str, Any] = {"use_safetensors": True}
@@ -154,6 +157,7 @@ def _check_head(lm: CausalLM) -> None:
         )
 
 
+@quiet()
 def save(lm: CausalLM, path: Path) -> None:
     """Write model and tokenizer as a Hugging Face directory (safetensors), whole or not at all."""
     with replacing(path) as aside:

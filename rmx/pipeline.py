@@ -33,7 +33,7 @@ from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
 from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
-from rmx.rundir import STAGES, RunDirectory, RunError
+from rmx.rundir import STAGES, RunDirectory, RunError, meant
 from rmx.verify import Judgement, verify
 
 PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
@@ -69,6 +69,9 @@ class Run(RunDirectory):
         for earlier in order[: order.index(stage)]:
             if not self.is_done(earlier):
                 raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
+        imported = any("imported" in record for record in self.stages().values())
+        if order.index(stage) < order.index("train") and not imported:  # of how many steps is known after select
+            train.check_warmup(self.config.train, self.config.most_steps, "at most ")
         old = self.stages().get(stage)
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
@@ -105,13 +108,24 @@ class Run(RunDirectory):
 
     # The stages. Each returns what to say of it.
     def _problems(self) -> dict[str, Any]:
-        problems = build_problems(self.config.problems, self.config.seed)
+        problems = build_problems(self.config.problems, self.config.seed, self.config.path)
         write_records(self.path("problems.jsonl"), problems, {"seed": self.config.seed})
         return {split: len(own) for split in get_args(Split) if (own := [p for p in problems if p.split == split])}
 
+    def _check_ahead(self) -> None:
+        """Mistakes that the model shows, found before the work of the stages that would stop at them."""
+        lora.matching(self.lm.model, self.config.lora)
+        forward.check(self.lm, self.wanted().layer)
+        for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
+            questions = [problem.question for split in splits for problem in self.problems(split)]
+            longest = max((len(self.renderer(question)) for question in questions), default=0)
+            rollouts.check_length(self.lm, longest, getattr(self.config, section).max_new_tokens, f"{section}.")
+
     def _rollouts(self) -> dict[str, Any]:
+        self._check_ahead()
         sampling = self.config.rollouts
         meta = {"prompt": self.renderer.fingerprint, "model": self.config.model.name, **sampling.model_dump()}
+        meta |= {"dtype": self.dtype[0]} if sampling.engine != "openai" else {}  # a server has its own
         meta = {"rmx": rmx_kernels.__version__, **meta}
         found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
         return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
@@ -122,7 +136,7 @@ class Run(RunDirectory):
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
         renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
         origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.weights}
-        origin["model"] = self.config.model.model_dump()
+        origin["model"] = self.model_settings.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
         total = len(problems) * sampling.samples
         title = name.rpartition("/")[2].removeprefix("evaluation.")
@@ -203,6 +217,7 @@ class Run(RunDirectory):
 
     def _train(self, group: Group = ALONE) -> dict[str, Any]:
         sequences, settings = self.training_set(), self.config.train
+        train.check_warmup(settings, self.steps())
         if not group.leads:
             group.wait()  # for files that have to be made again
         base, keep = self.base_source()
@@ -214,7 +229,7 @@ class Run(RunDirectory):
             origin = {
                 "training_set": fingerprint(self.path("training_set.jsonl").read_bytes()),
                 "settings": {**self.settings("train"), "checkpoint_seconds": None},
-                "model": self.config.model.model_dump(),
+                "model": self.model_settings.model_dump(),
                 "weights": self.weights,
                 "base": None if base is None else dataclasses.asdict(keep),
             }
@@ -245,7 +260,8 @@ class Run(RunDirectory):
         return {"steps": made, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
 
     def _save(self, adapter: lora.Adapter, path: Path) -> None:
-        lora.save_adapter(adapter, path, self.config.model.name, prompt=self.meta()["prompt"])
+        name, dtype = self.config.located_model.name, self.dtype[0]
+        lora.save_adapter(adapter, path, name, prompt=self.meta()["prompt"], dtype=dtype)
 
     def _training_log(
         self, stack: ExitStack, checkpoint: Checkpoint, steps: int, adapter: lora.Adapter
@@ -337,7 +353,7 @@ class Run(RunDirectory):
         """
         sampling = self.config.evaluate
         origin = {
-            "model": self.config.model.model_dump(),
+            "model": self.model_settings.model_dump(),
             "weights": self.weights,
             "problems": _mark(problems),
             "adapter": adapter and lora.adapter_mark(adapter),
@@ -354,14 +370,15 @@ class Run(RunDirectory):
         path = self.path(f"{name}.jsonl")
         if path.exists():
             old, found = read_records(path, Rollout)
-            if old == meta:
+            if meant(old) == meta:
                 return found
         return self.generate(name, problems, sampling, seed, meta)
 
     def _notes(self) -> dict[str, str]:
         """What the configuration does not tell."""
         stages = self.stages()
-        notes = {"Adapter size": stages["train"]["adapter"]}
+        notes = {"Number format": self.dtype[0] + (" (auto)" if self.config.model.dtype == "auto" else "")}
+        notes["Adapter size"] = stages["train"]["adapter"]
         if self.config.train.candidates > 1:
             notes["Adapter chosen"] = stages["choose"]["adapter"]
         if source := stages["rollouts"].get("imported"):

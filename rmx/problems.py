@@ -1,7 +1,7 @@
 """Problems from JSONL files and reasoning-gym tasks, split so that no question is both trained and evaluated on."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ class ProblemsError(RmxError):
     """The sources do not give the problems that were asked for."""
 
 
-def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
+def build_problems(config: ProblemsConfig, seed: int, locate: Callable[[str], Path] = Path) -> list[Problem]:
     """The training problems, those to choose a checkpoint on, and the held-out ones; disjoint by question text.
 
     White space is folded. A source with split "both" is divided between the splits in the proportion of their counts;
     within each split the sources take turns until the count is reached.
+
+    Args:
+        locate: where a source's file is.
 
     Raises:
         ProblemsError: a source gives too few questions. ArtefactError: a broken file, with its line.
@@ -42,7 +45,7 @@ def build_problems(config: ProblemsConfig, seed: int) -> list[Problem]:
     # Files with a split of their own speak first: a shared source may not take a question away from them.
     for source in sorted(config.sources, key=lambda s: s.split == "both"):
         kind = source.task or Path(source.jsonl or "").stem
-        fresh = _unique(_read(source, total, seed, kinds.count(kind)), seen)
+        fresh = _unique(_read(source, total, seed, kinds.count(kind), locate), seen)
         kinds.append(kind)
         random.Random(seed).shuffle(fresh)
         if source.split != "both":
@@ -88,18 +91,18 @@ def _unique(problems: Iterable[Problem], seen: set[str]) -> list[Problem]:
     return fresh
 
 
-def _read(source: ProblemSource, limit: int, seed: int, repeat: int) -> list[Problem]:
+def _read(source: ProblemSource, limit: int, seed: int, repeat: int, locate: Callable[[str], Path]) -> list[Problem]:
     """repeat: how many sources of the same task or file name came before; keeps their draws and ids apart."""
     if source.jsonl is not None:
-        problems = read_jsonl(Path(source.jsonl).expanduser())
+        problems = read_jsonl(locate(source.jsonl))
     else:
         assert source.task is not None
         problems = generate(source.task, source.params, limit, seed * SEED_STRIDE + repeat * SOURCE_STRIDE)
     return [replace(p, problem_id=f"{repeat}-{p.problem_id}") for p in problems] if repeat else problems
 
 
-def fingerprints(config: ProblemsConfig) -> dict[str, str]:
-    """Of the content of each file among the sources.
+def fingerprints(config: ProblemsConfig, locate: Callable[[str], Path] = Path) -> dict[str, str]:
+    """Of the content of each file among the sources, which is where ``locate`` says.
 
     Raises:
         ArtefactError: a file cannot be read.
@@ -108,9 +111,9 @@ def fingerprints(config: ProblemsConfig) -> dict[str, str]:
     for source in config.sources:
         if source.jsonl is not None:
             try:
-                found[source.jsonl] = fingerprint(Path(source.jsonl).expanduser().read_bytes())
+                found[source.jsonl] = fingerprint(locate(source.jsonl).read_bytes())
             except OSError as fault:
-                raise ArtefactError(f"{source.jsonl}: cannot be read: {fault.strerror}") from fault
+                raise ArtefactError(f"{locate(source.jsonl)}: cannot be read: {fault.strerror}") from fault
     return found
 
 

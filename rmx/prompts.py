@@ -152,7 +152,7 @@ class Renderer:
 
 def renderer_for(lm: CausalLM, config: Config) -> Renderer:
     """The renderer of a run; it says what ``prompt.style=auto`` became."""
-    renderer = Renderer(lm.tokenizer, config.prompt, config.model.name, lm.model.config.model_type)
+    renderer = Renderer(lm.tokenizer, config.prompt, config.located_model.name, lm.model.config.model_type)
     if config.prompt.style == "auto":
         console.print(f"prompt.style=auto: {renderer.style}", markup=False, highlight=False)
     return renderer

@@ -4,28 +4,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich import box
+from matplotlib.ticker import FuncFormatter
 from rich.markup import escape
 from rich.table import Table
 
 from rmx.artefacts import replacing
 from rmx.records import Evaluation, Interval
+from rmx.tables import new_table
 from rmx.train import StepMetrics
 
-BASE, TUNED, GATE = "#7a8ca3", "#d1495b", "#edae49"
+COLOURS = {  # of the pictures, and of report.html on a light page
+    "base": "#6c8099",
+    "tuned": "#d1495b",
+    "gate": "#edae49",
+    "line": "#b87708",  # of gated things, where a line has to be seen
+    "right": "#137a6c",
+    "wrong": "#7d4ba0",
+}
+BASE, TUNED, GATE = COLOURS["base"], COLOURS["tuned"], COLOURS["gate"]
 WINDOW = 5  # steps in a running mean
+SHORT = 10  # characters of a name that stays in one line below its bars
 FEW = 20  # problems, under which a percentile bootstrap is far too narrow
 
 
 def table(result: Evaluation) -> Table:
     """Base against tuned, pass@1 with 95 % intervals."""
     title = f"{result.problems} held-out problems x {result.samples} samples, pass@1 [95 % interval]"
-    grid = Table(title=title, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
-    for heading in ("", "base", "tuned", "gain"):
-        grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    grid = new_table(("", "base", "tuned", "gain"), title=title, padding=(0, 0, 0, 1))
     base, tuned = result.base, result.tuned
     grid.add_row("all", str(base.pass_at_1), f"[bold]{tuned.pass_at_1}[/]", f"[bold]{result.gain}[/]")
     for category, (before, after) in result.categories.items():
@@ -104,14 +113,14 @@ def _plot_gate(axes: Axes, entropy: np.ndarray, tau: float) -> None:
     axes.axvline(max(tau, 0), color="black", linestyle="--", linewidth=1, label=f"tau = {tau:.2f} nats")
     axes.set(title="Where the base model is unsure", xlabel="base entropy (nats)", ylabel="completion tokens")
     axes.set(yscale="log", xlim=(0, None))
-    axes.legend(frameon=False)
+    _legend_below(axes)
 
 
 def _plot_training(axes: Axes, history: Sequence[StepMetrics]) -> None:
     steps = np.array([m.step for m in history])
     for name, colour, label in (
-        ("positive_shift", TUNED, "right rollouts, decision tokens"),
-        ("negative_shift", BASE, "wrong rollouts, decision tokens"),
+        ("positive_shift", COLOURS["right"], "right rollouts, decision tokens"),
+        ("negative_shift", COLOURS["wrong"], "wrong rollouts, decision tokens"),
     ):
         values = np.array([getattr(m, name) for m in history], dtype=float)  # None becomes NaN: a gap
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
@@ -122,11 +131,26 @@ def _plot_training(axes: Axes, history: Sequence[StepMetrics]) -> None:
     )
     other = axes.twinx()
     kl = np.array([m.anchor_kl for m in history])
-    other.plot(steps, running_mean(kl), color=GATE, linestyle=":", linewidth=2, label="anchor KL (right axis)")
+    other.plot(steps, running_mean(kl), color=COLOURS["line"], linestyle=":", linewidth=2, label="anchor KL (right)")
     other.set_ylabel("KL(base || tuned) at anchors (nats)")
     other.set_ylim(bottom=0)
-    handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False, loc="best")
+    for own in (axes.yaxis, other.yaxis):  # each tick says its whole number: an exponent above would lie on the title
+        own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    _legend_below(axes, [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]])
+
+
+def _legend_below(axes: Axes, handles: Sequence[Artist] | None = None, lines: int = 1) -> None:
+    """Outside, where it covers nothing; ``lines``: of the labels of the ticks above it."""
+    known = list(handles or axes.get_legend_handles_labels()[0])
+    columns = 2 if len(known) > 2 else max(1, len(known))
+    axes.legend(
+        handles=known,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1 - 0.07 * lines),
+        ncols=columns,
+        fontsize=9,
+    )
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -166,6 +190,7 @@ def plot_bars(axes: Axes, names: Sequence[str], sides: Mapping[str, Sequence[Int
                 axes.errorbar([at], [height], yerr=error, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{height:.2f}", (at, high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
             top = max(top, high)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="accuracy", xlim=(-0.5, len(names) - 0.5), ylim=(0, min(1.15, top + 0.2)))
-    axes.legend(frameon=False, loc="upper right")
+    shown = [name if len(name) <= SHORT else name.replace("_", "_\n") for name in names]
+    axes.set_xticks(range(len(names)), shown, fontsize=9 if len(names) > 5 else 10)
+    axes.set(ylabel="accuracy", xlim=(-0.5, len(names) - 0.5), ylim=(0, min(1.1, top + 0.08)))
+    _legend_below(axes, lines=1 + max(name.count("\n") for name in shown))

@@ -91,10 +91,11 @@ def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion], stops
     return rollouts
 
 
-def check_length(lm: CausalLM, prompt: int, completion: int) -> None:
+def check_length(lm: CausalLM, prompt: int, completion: int, section: str = "") -> None:
+    """Raise PromptError where a model has not so many positions; ``section``: of the configuration, as "evaluate."."""
     known = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     if known and prompt + completion > known:
         raise PromptError(
-            f"the longest prompt has {prompt} tokens and max_new_tokens is {completion}, but the model knows only "
-            f"{known} positions: lower max_new_tokens"
+            f"the longest prompt has {prompt} tokens and {section}max_new_tokens is {completion}, but the model knows "
+            f"only {known} positions: lower {section}max_new_tokens"
         )

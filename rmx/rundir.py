@@ -14,8 +14,8 @@ import pydantic
 import rmx_kernels
 from rmx import loss, model, score, select, train
 from rmx.analyses.pair import score_text
-from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records
-from rmx.config import Config
+from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records, write_json
+from rmx.config import Config, ModelConfig
 from rmx.errors import RmxError
 from rmx.problems import fingerprints
 from rmx.progress import console
@@ -47,6 +47,9 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 CHOICE = ("max_problems", "max_sequences", "max_completion_tokens", "min_pass_rate", "max_pass_rate")  # of rollouts
 
+FIRST_AUTO = "bfloat16"  # what model.dtype=auto was on every device, before it was kept
+FIRST_LENGTH = 8192  # of evaluate.max_new_tokens where it was not given, before it followed the rollouts
+
 
 class RunError(RmxError):
     """The run directory and the request do not go together."""
@@ -57,7 +60,7 @@ class RunDirectory:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.dir = Path(config.run_dir).expanduser()
+        self.dir = config.path(config.run_dir, "stages.json")
 
     def path(self, name: str) -> Path:
         return self.dir / name
@@ -65,8 +68,45 @@ class RunDirectory:
     # The model is loaded once, and only by a stage that needs it.
     @cached_property
     def lm(self) -> model.CausalLM:
-        console.print(f"loading {self.config.model.name}", markup=False, highlight=False)
-        return model.load(self.config.model)
+        dtype, reason = self.dtype
+        said = f"loading {self.config.model.name} in {dtype}"
+        said += f" (model.dtype=auto: {reason})" if self.config.model.dtype == "auto" else ""
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        return model.load(self.config.located_model.model_copy(update={"dtype": dtype}))
+
+    @cached_property
+    def dtype(self) -> tuple[str, str]:
+        """(what the configuration says or ``auto`` was when this run began, why); precision.json keeps the latter."""
+        if self.config.model.dtype != "auto":
+            return self.config.model.dtype, "model.dtype"
+        path = self.path("precision.json")
+        if record := self.stages().get("rollouts"):
+            began = meant(record["settings"])["model"]["dtype"]
+        elif path.exists():
+            began = self._kept_precision(path)
+        elif self.path("rollouts.journal.jsonl").exists():
+            began = FIRST_AUTO
+        else:
+            from rmx_kernels import precision  # asks torch, which the other cases need not import
+
+            found = precision.choose(self.config.model.device)
+            write_json(path, {"rmx": rmx_kernels.__version__, **dataclasses.asdict(found)})
+            return found.dtype, found.reason
+        return began, "this run began with it"
+
+    def _kept_precision(self, path: Path) -> str:
+        try:
+            dtype = json.loads(path.read_text(encoding="utf-8"))["dtype"]
+            if dtype not in ("bfloat16", "float16", "float32"):
+                raise ValueError(f"expected bfloat16, float16 or float32, got {dtype!r}")
+        except (ValueError, TypeError, KeyError) as fault:
+            raise RunError(f"{path}: cannot be understood: {fault}; delete it, or set model.dtype") from fault
+        return dtype
+
+    @cached_property
+    def model_settings(self) -> ModelConfig:
+        """``model`` of the configuration with the dtype in use: what the model's artefacts depend on."""
+        return self.config.model.model_copy(update={"dtype": self.dtype[0]})
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -91,6 +131,8 @@ class RunDirectory:
             return {}  # nothing is sampled
         tree = self.config.model_dump(mode="json")
         found = {name: tree[name] for name in STAGES[stage]}
+        if "model" in found:
+            found["model"] = self.model_settings.model_dump(mode="json")
         if stage == "score" and self.config.score.problems == "selected":
             found["select"] = {key: tree["select"][key] for key in CHOICE}
         return {**found, **self.inputs.get(stage, {})}
@@ -99,13 +141,13 @@ class RunDirectory:
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The content of files that settings name, so that a change of theirs is noticed too."""
         return {
-            "problems": {"files": fingerprints(self.config.problems)},
+            "problems": {"files": fingerprints(self.config.problems, self.config.path)},
             "rollouts": {"weights": self.weights},
         }
 
     @cached_property
     def weights(self) -> str | None:
-        return model.fingerprint(self.config.model)
+        return model.fingerprint(self.config.located_model)
 
     @property
     def model_mark(self) -> str:
@@ -121,7 +163,10 @@ class RunDirectory:
         record = self.stages().get(stage)
         if record is None or not self.path(OUTPUTS[stage]).exists():
             return False
-        changed = list(_differences(record["settings"], self.settings(stage)))
+        old, now = meant(record["settings"]), self.settings(stage)
+        if self.config.evaluates_as_long and old.get("evaluate", {}).get("max_new_tokens") == FIRST_LENGTH:
+            now["evaluate"] = {**now["evaluate"], "max_new_tokens": FIRST_LENGTH}
+        changed = list(_differences(old, now))
         if changed:
             raise RunError(
                 f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir "
@@ -252,6 +297,13 @@ class RunDirectory:
         if meta.get("prompt") != self.meta()["prompt"]:
             raise ArtefactError(f"{self.path(name)}: was made with other prompts than rollouts.jsonl")
         return records
+
+
+def meant(settings: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings, those of earlier versions in the words of this one."""
+    if settings.get("model", {}).get("dtype") == "auto":
+        return {**settings, "model": {**settings["model"], "dtype": FIRST_AUTO}}
+    return settings
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

@@ -64,6 +64,19 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (steps - step) / max(1, steps - warmup)
 
 
+def check_warmup(config: TrainConfig, steps: int, at_most: str = "") -> None:
+    """Refuse a warm-up that a training of ``steps`` steps (or ``at_most`` so many) would not leave.
+
+    Raises:
+        TrainingError: it is longer.
+    """
+    if config.warmup_steps > steps:
+        raise TrainingError(
+            f"train: the warm-up takes {config.warmup_steps} steps, the training {at_most}{steps}: "
+            "lower train.warmup_steps, or train longer (train.epochs, select.max_problems, select.max_sequences)"
+        )
+
+
 def train_adapter(
     lm: CausalLM,
     adapter: Adapter,

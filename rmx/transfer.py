@@ -121,7 +121,7 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
             if folded(problem) in trained:
                 raise ArtefactError(f"{source / HELD_OUT}: records[{i}]: problem_text: stands in {RECORDS} too")
     else:
-        built = build_problems(run.config.problems, run.config.seed)
+        built = build_problems(run.config.problems, run.config.seed, run.config.path)
         held_out = [p for p in built if p.split == "evaluate" and folded(p) not in trained]
         if not held_out:
             raise ArtefactError(
@@ -131,8 +131,8 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
     choose = []
     if run.config.problems.choose_count:
         taken = trained | {folded(p) for p in held_out}
-        choose = [p for p in build_problems(run.config.problems, run.config.seed) if p.split == "choose"]
-        choose = [p for p in choose if folded(p) not in taken]
+        built = build_problems(run.config.problems, run.config.seed, run.config.path)
+        choose = [p for p in built if p.split == "choose" and folded(p) not in taken]
         if not choose:
             raise ArtefactError(
                 f"{source}: no problem to choose a candidate on: they come from the configuration's problems, all of "

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from rmx_kernels import dispatch, native
+from rmx_kernels import dispatch, native, precision
 from rmx_kernels.dispatch import IMPLS, OPERATORS, BackendUnavailable
+from rmx_kernels.precision import Precision
 from rmx_kernels.registration import INTERPRETED
 from rmx_kernels.version import __version__
 
@@ -35,11 +36,13 @@ COMPILERS = ("c++", "g++", "clang++")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS = 1.0  # of each rate
 FEWEST_ROUNDS = 3
-COPY_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # far beyond the caches
-GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+STEP = 8  # work of a size over that of the one before; the last ones are far beyond the caches
+COPY_BYTES = {"cpu": (2 << 20, 16 << 20, 128 << 20), "cuda": (1 << 20, 8 << 20, 64 << 20, 512 << 20)}
+GEMM_SIZES = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192)}
 ROOM = 3 << 30  # bytes that a GPU needs free for the above
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "QUOTA PERIOD" in microseconds, or "max PERIOD"
 WIDTH = 110
+Work = tuple[Callable[[], object], int]  # and its amount
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes/s of a large copy, reads and writes together, or FLOP/s of a square product."""
+    """Bytes/s of a copy, reads and writes together, or FLOP/s of a square product."""
 
     device: str
     what: str
+    size: int  # bytes copied, or rows of the product: the largest of which some rounds fit the time
     median: float
     slowest: float
     fastest: float
@@ -105,6 +109,7 @@ class Examination:
     gpus: list[Gpu]
     native: Native
     operators: list[Choice]
+    auto_dtypes: dict[str, Precision]  # what model.dtype: auto is on each device
     rates: list[Rate]
     traps: list[str]
 
@@ -177,35 +182,57 @@ def choices(device: str) -> list[Choice]:
     return found
 
 
-def _rate(device: str, what: str, work: Callable[[], object], amount: int, seconds: float) -> Rate:
-    """Rounds for so many seconds, after one that warms up."""
+def _rate(
+    device: str,
+    what: str,
+    make: Callable[[int], tuple[Callable[[], object], int]],
+    sizes: Sequence[int],
+    seconds: float,
+) -> Rate:
+    """Rounds for so many seconds, after some that warm up and find the largest of ``sizes`` that fits the time.
 
-    def once() -> float:
+    Args:
+        make: gives the work of a size; that of the next size is STEP times as much.
+    """
+
+    def timed(work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        return amount / (time.perf_counter() - start)
+        return time.perf_counter() - start
 
-    once()
+    for size in sizes:
+        work, amount = make(size)
+        timed(work)  # warms up
+        if STEP * timed(work) > seconds / FEWEST_ROUNDS:
+            break
     rates: list[float] = []
     end = time.perf_counter() + seconds
     while len(rates) < FEWEST_ROUNDS or time.perf_counter() < end:
-        rates.append(once())
-    return Rate(device, what, statistics.median(rates), min(rates), max(rates), len(rates))
+        rates.append(amount / timed(work))
+    return Rate(device, what, size, statistics.median(rates), min(rates), max(rates), len(rates))
 
 
 def measure(device: str, seconds: float) -> list[Rate]:
     """Copy bandwidth, then products of random numbers: of constant ones a GPU draws less power, and is faster."""
-    source = torch.zeros(COPY_BYTES[device], dtype=torch.uint8, device=device)
-    copy = torch.ones_like(source)
-    found = [_rate(device, "copy", lambda: copy.copy_(source), 2 * source.nbytes, seconds)]
-    size = GEMM_SIZE[device]
+
+    def copies(size: int) -> Work:
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        copy = torch.ones_like(source)
+        return lambda: copy.copy_(source), 2 * size
+
+    def products(dtype: torch.dtype) -> Callable[[int], Work]:
+        def make(size: int) -> Work:
+            x = torch.randn(size, size, device=device).to(dtype)
+            out = torch.empty_like(x)
+            return lambda: torch.mm(x, x, out=out), 2 * size**3
+
+        return make
+
+    found = [_rate(device, "copy", copies, COPY_BYTES[device], seconds)]
     for name, dtype in DTYPES.items():
-        x = torch.randn(size, size, device=device).to(dtype)
-        out = torch.empty_like(x)
-        work: Callable[[], object] = lambda x=x, out=out: torch.mm(x, x, out=out)  # type: ignore[misc] # noqa: E731
-        found.append(_rate(device, f"GEMM {name}", work, 2 * size**3, seconds))
+        found.append(_rate(device, f"GEMM {name}", products(dtype), GEMM_SIZES[device], seconds))
     return found
 
 
@@ -263,20 +290,26 @@ def traps_of_gpus(found: list[Gpu], device_files: list[str]) -> list[str]:
     return traps
 
 
-def traps_of_rates(rates: list[Rate]) -> list[str]:
+def traps_of_rates(rates: list[Rate], auto_dtypes: Mapping[str, Precision]) -> list[str]:
+    """Where a number format is slow, and what model.dtype: auto takes there."""
     medians = {(rate.device, rate.what): rate.median for rate in rates}
-    if ("cpu", "GEMM bf16") in medians and medians["cpu", "GEMM bf16"] < medians["cpu", "GEMM fp32"]:
-        return ["this CPU multiplies bfloat16 slower than float32: take float32 models"]
-    return []
+    half, single = (medians.get(("cpu", f"GEMM {name}")) for name in ("bf16", "fp32"))
+    if half is None or single is None or half >= single:
+        return []
+    said = "this CPU multiplies bfloat16 slower than float32: "
+    if auto_dtypes["cpu"].dtype == "float32":
+        return [said + "model.dtype=auto takes float32 here, leave it so"]
+    return [said + f"set model.dtype=float32, as model.dtype=auto takes bfloat16 ({auto_dtypes['cpu'].reason})"]
 
 
 def examine(*, seconds: float | None = SECONDS) -> Examination:
-    """Examine this machine, ``seconds`` for each of three rates a device; None measures none."""
+    """Examine this machine, about ``seconds`` for each of three rates a device; None measures no rates."""
     busy = os.getloadavg()[0] / (os.cpu_count() or 1)  # before this process adds its own
     described, devices, library = cpu(), gpus(), native_library()
     files = [str(path) for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
     kinds = ("cpu", "cuda") if devices else ("cpu",)
     operators = [choice for kind in kinds for choice in choices(kind)]
+    auto_dtypes = {kind: precision.choose(kind) for kind in kinds}
     traps = [*traps_of_operators(operators), *traps_of_threads(described, os.environ, busy)]
     traps += traps_of_gpus(devices, files)
     if INTERPRETED:
@@ -295,8 +328,9 @@ def examine(*, seconds: float | None = SECONDS) -> Examination:
         gpus=devices,
         native=library,
         operators=operators,
+        auto_dtypes=auto_dtypes,
         rates=rates,
-        traps=traps + traps_of_rates(rates),
+        traps=traps + traps_of_rates(rates, auto_dtypes),
     )
 
 
@@ -305,7 +339,9 @@ def _gib(count: int) -> str:
 
 
 def _speed(what: str, value: float) -> str:
-    return f"{value / 1e9:.1f} GB/s" if what == "copy" else f"{value / 1e12:.3g} TFLOP/s"
+    if what == "copy":
+        return f"{value / 1e9:.1f} GB/s"
+    return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
 
 
 def _operator_lines(found: list[Choice]) -> list[str]:
@@ -346,7 +382,9 @@ def _device_lines(found: Examination) -> list[str]:
 
 def _rate_line(rate: Rate) -> str:
     median, slowest, fastest = (_speed(rate.what, value) for value in (rate.median, rate.slowest, rate.fastest))
-    return f"{rate.device:<5} {rate.what:<10} {median:>13}   median of {rate.rounds}, {slowest} to {fastest}"
+    size = f"{rate.size >> 20} MiB" if rate.what == "copy" else f"{rate.size}^2"
+    what = f"{rate.device:<5} {rate.what:<10} {size:>8} {median:>13}"
+    return f"{what}   median of {rate.rounds}, {slowest} to {fastest}"
 
 
 def text(found: Examination) -> str:
@@ -360,6 +398,7 @@ def text(found: Examination) -> str:
         "devices": _device_lines(found),
         "native": [library.reason or built, compilers],
         "operators": _operator_lines(found.operators),
+        "dtype": [f"model.dtype=auto is {p.dtype} on {kind}: {p.reason}" for kind, p in found.auto_dtypes.items()],
         "rates": list(map(_rate_line, found.rates)) or ["not measured"],
         "warnings": found.traps or ["none"],
     }
@@ -381,7 +420,7 @@ def report(*, as_json: bool = False, rates: bool = True) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rmx_kernels.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.add_argument("--no-rates", action="store_true", help="measure nothing")
+    parser.add_argument("--no-rates", action="store_true", help="skip the rates")
     arguments = parser.parse_args()
     print(report(as_json=arguments.json, rates=not arguments.no_rates))
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from rich import box
 from rich.table import Table
 
 from rmx.analyses.pair import AnalysisError
@@ -26,6 +25,7 @@ from rmx.records import Interval
 from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rundir import OUTPUTS, STAGES
 from rmx.select import gated_share
+from rmx.tables import new_table
 
 OWN = "own"  # the run's settings as they are
 SHARED = ("problems", "rollouts", "verify", "score")
@@ -160,8 +160,9 @@ def _training(run: Run, out: Path, name: str, variant: Variant, seed: int) -> Ru
     tree = run.config.model_dump()
     for section, settings in variant.changes.items():
         tree[section] |= settings
-    tree |= {"run_dir": str(out / f"{name}-{seed}"), "training_seed": seed}
-    made = Run(Config.model_validate(tree))
+    tree["model"] = run.model_settings.model_dump()
+    tree |= {"run_dir": str((out / f"{name}-{seed}").absolute()), "training_seed": seed}
+    made = Run(Config.model_validate(tree).at(run.config.folder))
     made.lm, made.judged = run.lm, run.judged  # one model for all, and one verdict for the same answer
     with made.locked():
         _share(run, made)
@@ -211,10 +212,8 @@ def table(result: Ablation) -> Table:
     caption = (
         f"size: of the adapter; mean of {seeds} training{'s' if seeds > 1 else ''} each; pass@1 [95 % over problems]"
     )
-    grid = Table(title=title, caption=caption, box=box.SIMPLE, padding=0)
-    for heading in ("", "gated", "size", "gain", "difference to"):  # fits 80 columns
-        left = heading in ("", "difference to")
-        grid.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    headings = ("", "gated", "size", "gain", "difference to")
+    grid = new_table(headings, left=headings[-1:], title=title, caption=caption, padding=0, pad_edge=True)
     for name, found in result.outcomes.items():
         against = "" if found.difference is None else f"{_short(found.difference)} {found.against}"
         grid.add_row(name, f"{found.gated:.0%}", f"{found.share:.2%}", _short(found.gain), against)

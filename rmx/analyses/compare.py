@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from rmx.analyses.pair import TOP, Pair, score_text
@@ -22,6 +21,7 @@ from rmx.model import CausalLM
 from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
 from rmx.report import BASE, GATE, TUNED, new_figure, save_png
+from rmx.tables import new_table
 
 KINDS = ("unshifted", "reranked", "shifted")
 BINS = 10  # of the position in the completion
@@ -122,9 +122,8 @@ def write(result: Comparison, out: Path, meta: dict[str, Any]) -> None:
 def table(result: Comparison) -> Table:
     """Share, entropy and change of log-prob of each kind of position."""
     title = f"{result.tokens:,} tokens of {result.problems} problems [95 % interval]"
-    grid = Table(title=title, caption="nats; log-prob: its change at the sampled token", box=box.SIMPLE, pad_edge=False)
-    for heading in ("", "% of tokens", "base entropy", "log-prob"):  # fits 80 columns
-        grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    caption = "nats; log-prob: its change at the sampled token"
+    grid = new_table(("", "% of tokens", "base entropy", "log-prob"), title=title, caption=caption)
 
     def number(value: float | None, form: str = ".3f") -> str:
         return "-" if value is None else format(value, form)

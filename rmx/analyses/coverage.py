@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from rich import box
 from rich.table import Table
 
 from rmx.analyses.pair import AnalysisError
@@ -26,6 +25,7 @@ from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
 from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rundir import RunDirectory, RunError
+from rmx.tables import new_table
 
 KEYS = ("context", "candidates", "token")
 DRAWS = ("rollouts", "problems")  # what is drawn at random
@@ -292,9 +292,7 @@ def table(result: Coverage) -> Table:
         f"% of the rest covered [95 % of {result.draws} draws]; {result.rollouts:,} rollouts of {result.problems} "
         f"problems; control: {result.control:,} tokens of lower entropy"
     )
-    grid = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
-    for heading in ("rollouts", *KEYS):  # fits 80 columns
-        grid.add_column(heading, justify="left" if heading == "rollouts" else "right", no_wrap=True)
+    grid = new_table(("rollouts", *KEYS), title=title, caption=caption, padding=(0, 0, 0, 1))
     for label, draw, control, field in (
         ("rollouts at random", "rollouts", False, "points"),
         ("problems at random", "problems", False, "points"),

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich import box
 from rich.table import Table
 
 import rmx_kernels
@@ -35,6 +34,7 @@ from rmx.records import Interval, Rollout
 from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rollouts import check_length, cut_units, unit_rollouts
 from rmx.sampling import SamplingParams, sample_tokens
+from rmx.tables import new_table
 from rmx_kernels import linear_entropy_topk
 
 Gate = Literal["disagreement", "entropy"]
@@ -162,7 +162,7 @@ class _Experiment:
         self.origin: dict[str, Any] = {
             "rmx": rmx_kernels.__version__,
             "prompt": run.renderer.fingerprint,
-            "model": run.config.model.model_dump(),
+            "model": run.model_settings.model_dump(),
             "weights": run.weights,
             "problems": fingerprint(repr([(p.problem_id, p.question) for p in self.problems]).encode()),
             "sampling": self.sampling.model_dump(exclude={"bootstrap"}),
@@ -258,10 +258,8 @@ def table(result: Intervention) -> Table:
     """Accuracy of each arm, and what it recovers of the gap."""
     gate = result.gate if result.tau is None else f"entropy > {result.tau:.2f} nats"
     title = f"gate {gate}: {result.problems} problems x {result.samples}, gap {result.gap}"
-    grid = Table(title=title, caption="share of tokens: taken from the other / of these, changed", box=box.SIMPLE)
-    grid.pad_edge = False
-    for heading in ("", "pass@1 [95 %]", "of the gap [95 %]", "tokens"):  # fits 80 columns
-        grid.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    caption = "share of tokens: taken from the other / of these, changed"
+    grid = new_table(("", "pass@1 [95 %]", "of the gap [95 %]", "tokens"), title=title, caption=caption)
     for name, arm in result.arms.items():
         share = "" if name in ("base", "other") else f"{arm.taken:.1%}/{arm.changed:.1%}"
         grid.add_row(name, str(arm.accuracy), "" if arm.recovered is None else _percent(arm.recovered), share)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,8 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from rmx.cli import app
-from rmx_kernels import dispatch, doctor, native
+from rmx_kernels import dispatch, doctor, native, precision
 from rmx_kernels.dispatch import IMPLS, OPERATORS
+from rmx_kernels.precision import Precision
 
 CPU = doctor.Cpu("A CPU", ("avx2",), "AVX2", cores=8, threads=8, memory=32 << 30, memory_free=None)
 GPU = doctor.Gpu("A GPU", (9, 0), memory=80 << 30, memory_free=79 << 30)
@@ -92,25 +94,62 @@ def test_a_gpu_is_described() -> None:
 
 
 def test_rates_are_measured() -> None:
-    with patch.object(doctor, "COPY_BYTES", {"cpu": 1 << 16}), patch.object(doctor, "GEMM_SIZE", {"cpu": 64}):
+    with patch.object(doctor, "COPY_BYTES", {"cpu": [1 << 16]}), patch.object(doctor, "GEMM_SIZES", {"cpu": [64]}):
         rates = doctor.measure("cpu", seconds=0.01)
-    assert [rate.what for rate in rates] == ["copy", "GEMM bf16", "GEMM fp32"]
+    assert [(rate.what, rate.size) for rate in rates] == [("copy", 1 << 16), ("GEMM bf16", 64), ("GEMM fp32", 64)]
     for rate in rates:
         assert rate.rounds >= doctor.FEWEST_ROUNDS and 0 < rate.slowest <= rate.median <= rate.fastest
 
 
+class Clock:
+    """Time that passes by work alone: ``cost`` seconds for the smallest size, STEP times as much for each next one."""
+
+    def __init__(self, costs: list[float]) -> None:
+        self.now, self.costs, self.worked = 0.0, iter(costs), 0
+
+    def make(self, size: int) -> tuple[Callable[[], object], int]:
+        def work() -> None:
+            self.worked += 1
+            self.now += next(self.costs) * doctor.STEP**size
+
+        return work, 16 * doctor.STEP**size
+
+
 def test_rates_are_medians_in_bytes_and_operations_a_second() -> None:
-    ticks = iter([0, 1, 0, 0, 2, 0, 4, 0, 8, 9])  # the warm-up, the start, rounds of 2, 4 and 8 s, and the end
-    with patch("time.perf_counter", lambda: next(ticks)):
-        rate = doctor._rate("cpu", "copy", lambda: None, 16, seconds=1)
-    assert rate == doctor.Rate("cpu", "copy", median=4, slowest=2, fastest=8, rounds=3)
+    clock = Clock([1, 1, 2, 4, 8, 9])  # warms up, is looked at, three rounds within the time, and one that is not made
+    with patch("time.perf_counter", lambda: clock.now):
+        rate = doctor._rate("cpu", "copy", clock.make, [0, 1], seconds=14)
+    assert rate == doctor.Rate("cpu", "copy", size=0, median=4, slowest=2, fastest=8, rounds=3)
+
+
+@pytest.mark.parametrize(("cost", "size"), [(1e-6, 4), (1e-3, 2), (0.01, 1), (0.5, 0)])
+def test_the_time_bounds_the_size(cost: float, size: int) -> None:
+    """One second of rounds, and a size that three of them fit; without that a machine could take minutes."""
+    clock = Clock([cost] * 10**6)
+    with patch("time.perf_counter", lambda: clock.now):
+        rate = doctor._rate("cpu", "GEMM bf16", clock.make, range(5), seconds=1)
+    assert rate.size == size and rate.median == pytest.approx(16 / cost)
+    assert rate.rounds >= doctor.FEWEST_ROUNDS
+    assert clock.now <= 2.5 or size == 0
 
 
 def test_bfloat16_that_is_slower_than_float32() -> None:
-    copy, bf16, fp32 = (doctor.Rate("cpu", what, 1e12, 1e12, 1e12, 3) for what in ("copy", "GEMM bf16", "GEMM fp32"))
-    assert doctor.traps_of_rates([]) == doctor.traps_of_rates([copy, bf16, fp32]) == []
-    (trap,) = doctor.traps_of_rates([copy, dataclasses.replace(bf16, median=1e11), fp32])
-    assert "bfloat16 slower than float32" in trap
+    copy, bf16, fp32 = (doctor.Rate("cpu", w, 64, 1e12, 1e12, 1e12, 3) for w in ("copy", "GEMM bf16", "GEMM fp32"))
+    half, single = {"cpu": Precision("bfloat16", "its flags")}, {"cpu": Precision("float32", "none")}
+    assert doctor.traps_of_rates([], half) == doctor.traps_of_rates([copy, bf16, fp32], half) == []
+    slow = [copy, dataclasses.replace(bf16, median=1e11), fp32]
+    assert doctor.traps_of_rates(slow, single) == [
+        "this CPU multiplies bfloat16 slower than float32: model.dtype=auto takes float32 here, leave it so"
+    ]
+    (trap,) = doctor.traps_of_rates(slow, half)
+    assert "set model.dtype=float32, as model.dtype=auto takes bfloat16 (its flags)" in trap
+
+
+def test_it_says_what_auto_is() -> None:
+    with patch.object(precision, "choose", lambda kind: Precision("float16", f"asked for {kind}")):
+        found = doctor.examine(seconds=None)
+    assert found.auto_dtypes["cpu"] == Precision("float16", "asked for cpu")
+    assert "\ndtype      model.dtype=auto is float16 on cpu: asked for cpu\n" in doctor.text(found)
 
 
 def test_the_operators_alone_suffice_and_json_says_the_same() -> None:
@@ -129,5 +168,5 @@ def test_the_operators_alone_suffice_and_json_says_the_same() -> None:
 def test_the_command() -> None:
     result = CliRunner().invoke(app, ["doctor", "--no-rates"])
     assert result.exit_code == 0, result.output
-    for heading in ("rmx", "versions", "devices", "native", "operators", "rates", "warnings"):
+    for heading in ("rmx", "versions", "devices", "native", "operators", "dtype", "rates", "warnings"):
         assert f"\n{heading} " in f"\n{result.output}"

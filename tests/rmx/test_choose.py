@@ -59,7 +59,7 @@ def test_the_best_candidate_becomes_the_adapter(config: Config, monkeypatch: pyt
     assert [c["pass_at_1"]["mean"] for c in choice["candidates"]] == [float(step == steps[1]) for step in steps]
     weights = "adapter_model.safetensors"
     assert run.path(f"adapter/{weights}").read_bytes() == (candidate_path(run.dir, steps[1]) / weights).read_bytes()
-    assert json.loads(run.path("adapter/rmx.json").read_text()) == {"prompt": run.meta()["prompt"]}
+    assert json.loads(run.path("adapter/rmx.json").read_text()) == {"prompt": run.meta()["prompt"], "dtype": "float32"}
     assert not run.path("choosing").exists()
 
 

@@ -98,3 +98,68 @@ def test_the_demo_configuration_is_valid() -> None:
 def test_settings_that_contradict_each_other_are_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_relative_paths_start_at_the_file_and_overrides_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, here = tmp_path / "configs", tmp_path / "here"
+    for made in (folder / "weights", here):
+        made.mkdir(parents=True)
+    path = write(folder, MINIMAL.replace("name: m", "name: weights").replace("p.jsonl", "data/p.jsonl"))
+    monkeypatch.chdir(here)
+    config = load_config(path)
+    assert config.path(config.run_dir) == folder / "r"
+    assert config.path(config.problems.sources[0].jsonl or "") == folder / "data/p.jsonl"
+    assert config.located_model.name == str(folder / "weights")
+    assert (config.run_dir, config.model.name) == ("r", "weights")  # as written: what a run's record is compared by
+    (here / "own").mkdir()
+    given = ["run_dir=r2", "problems.sources=[{jsonl: q.jsonl}]", "model={name: own}", "seed=3"]
+    config = load_config(path, given)
+    assert config.path(config.run_dir) == here / "r2"
+    assert config.path(config.problems.sources[0].jsonl or "") == here / "q.jsonl"
+    assert config.located_model.name == str(here / "own")
+    assert load_config(path, ["model.name=a/hub-name"]).located_model.name == "a/hub-name"
+    assert load_config(path, ["model.name=./absent"]).located_model.name == str(here / "absent")
+    monkeypatch.chdir(folder)  # one and the same: nothing is rewritten
+    assert load_config(Path("run.yaml"), ["run_dir=r2"]).run_dir == "r2"
+    assert load_config(Path("run.yaml"), ["run_dir=r2"]).path("r2") == Path("r2")
+
+
+@pytest.mark.parametrize("name", ["~/weights", "/weights", "package:weights", "weights"])
+def test_other_names_of_models_stay(tmp_path: Path, name: str) -> None:
+    config = load_config(write(tmp_path, MINIMAL.replace("name: m", f'name: "{name}"')))
+    assert config.located_model.name == str(Path(name).expanduser())
+
+
+def test_what_earlier_versions_put_into_the_current_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    path = write(tmp_path / "configs", MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").touch()
+    (tmp_path / "r").mkdir()
+    assert load_config(path).path("p.jsonl") == Path("p.jsonl")
+    assert load_config(path).path("r", "stages.json") == tmp_path / "configs/r"  # no run
+    (tmp_path / "r/stages.json").touch()
+    assert load_config(path).path("r", "stages.json") == Path("r")
+    for name in ("p.jsonl", "r"):
+        (tmp_path / "configs" / name).mkdir()
+    (tmp_path / "configs/r/stages.json").touch()
+    assert load_config(path).path("p.jsonl") == tmp_path / "configs/p.jsonl"
+    assert load_config(path).path("r", "stages.json") == tmp_path / "configs/r"
+
+
+def test_completions_are_evaluated_as_long_as_they_were_sampled(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path).evaluate.max_new_tokens == 8192
+    config = load_config(path, ["rollouts.max_new_tokens=2048", "evaluate.samples=2"])
+    assert (config.evaluate.max_new_tokens, config.evaluate.samples, config.evaluates_as_long) == (2048, 2, True)
+    config = load_config(path, ["rollouts.max_new_tokens=2048", "evaluate.max_new_tokens=8192"])
+    assert (config.evaluate.max_new_tokens, config.evaluates_as_long) == (8192, False)
+
+
+def test_the_steps_of_a_training_are_bounded_by_its_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path).most_steps == 150  # 1.2 epochs of 1000 sequences, 8 a step
+    assert load_config(path, ["problems.train_count=10", "rollouts.samples=6", "train.epochs=1"]).most_steps == 8
+    assert load_config(path, ["select.max_problems=2", "train.epochs=0.01"]).most_steps == 1

@@ -111,3 +111,26 @@ def test_the_picture_shows_gate_curves_and_accuracy(tmp_path: Path) -> None:
     for colour in (report.BASE, report.TUNED, report.GATE):
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (image == rgb).all(-1).sum() > 100, colour
+
+
+def test_legends_and_exponents_lie_on_nothing() -> None:
+    """Changes of 1e-6 and long names of tasks: what stood in the way of curves, bars and titles."""
+    history = [StepMetrics(i, 1.0, 1.0, 1e-6 * i, 1e-6, -2e-6 * i, 1.0, 1e-4, 10, 0.1) for i in range(1, 30)]
+    result = evaluation(0.1, 0.2)
+    result.categories.update(dict.fromkeys(("base_conversion", "spell_backward"), (1.0, 1.0)))
+    figure = report.new_figure(15, 4.6)
+    gate, curves, bars = figure.subplots(1, 3)
+    report._plot_gate(gate, np.random.default_rng(0).gamma(1.0, size=500), 1.4)
+    report._plot_training(curves, history)
+    report._plot_accuracy(bars, result)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes.yaxis.get_offset_text().get_text() == ""
+        if (legend := axes.get_legend()) is not None:
+            box = legend.get_window_extent()
+            assert not box.overlaps(axes.get_window_extent())
+            assert not any(box.overlaps(label.get_window_extent()) for label in axes.get_xticklabels())
+            assert not box.overlaps(axes.xaxis.label.get_window_extent())
+            assert figure.bbox.y0 <= box.y0 and box.x0 >= figure.bbox.x0
+    assert sum(axes.get_legend() is not None for axes in figure.axes) == 3
+    assert {line.get_color() for line in curves.get_lines()} >= {report.COLOURS["right"], report.COLOURS["wrong"]}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmx import charts, html
+from rmx import charts, html, report
 from rmx.config import Config
 from rmx.cost import StageCost
 from rmx.records import Accuracy, Evaluation, Interval, Problem, Rollout, Scores, TrainingSequence, Verdict
@@ -169,6 +169,12 @@ def test_the_page_says_what_was_run_and_what_came_out(page: html.Page, tmp_path:
         "in all 5.0 min 9,000 0 1.25 0.5000",
     ):
         assert "".join(words.split()) in said, words
+
+
+def test_the_page_and_the_picture_have_the_same_colours(page: html.Page, tmp_path: Path) -> None:
+    style = written(page, tmp_path).partition("</style>")[0]
+    for name, colour in report.COLOURS.items():
+        assert f"--{name}: {colour};" in style.partition("@media")[0], name
 
 
 def test_text_of_the_model_stays_text(page: html.Page, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: artefacts, resuming, interruption, changed settings, full disks, the command line."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -8,16 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from rmx import artefacts, rundir
+from rmx import artefacts, pipeline, rundir
 from rmx.artefacts import ArtefactError
-from rmx.config import Config
+from rmx.config import Config, load_config
+from rmx.lora import AdapterError
 from rmx.pipeline import Run
+from rmx.prompts import PromptError
 from rmx.rundir import STAGES, RunError
 from rmx.select import SelectionError
+from rmx.train import TrainingError
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:
@@ -215,6 +220,73 @@ def test_a_half_written_or_foreign_artefact_is_never_taken_for_whole(finished: R
 def test_a_full_disk_names_the_file_that_had_no_room(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: '.*scores'"), artefacts.replacing(tmp_path / "scores"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"lora": {"targets": ["q_porj"]}}, AdapterError, "'q_porj' names no layer"),
+        ({"lora": {"first_layer": 2}}, AdapterError, "first_layer=2: the model has layers 0 to 1"),
+        ({"rollouts": {"max_new_tokens": 3000}}, PromptError, r"lower rollouts\.max_new_tokens"),
+        ({"evaluate": {"max_new_tokens": 3000}}, PromptError, r"only 2048 positions: lower evaluate\.max_new_tokens"),
+    ],
+)
+def test_mistakes_are_found_before_a_token_is_sampled(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, sections: Any, error: type[Exception], message: str
+) -> None:
+    monkeypatch.setattr(pipeline.rollouts, "generate_rollouts", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(error, match=message):
+        Run(changed(tiny_config, **sections)).run()
+
+
+def test_a_warm_up_longer_than_the_training_is_found_as_early_as_can_be(tiny_config: Config) -> None:
+    """At the start, by a bound; where fewer problems turn out to be of use, before the training's first step."""
+    assert tiny_config.most_steps == 12
+    run = Run(changed(tiny_config, train={"warmup_steps": 13}))
+    with pytest.raises(TrainingError, match="warm-up takes 13 steps, the training at most 12: lower"):
+        run.run()
+    assert run.stages() == {}
+    run = Run(changed(tiny_config, train={"warmup_steps": 12, "epochs": 0.99}))
+    for stage in list(STAGES)[:5]:
+        run.execute(stage)
+    training_set = run.path("training_set.jsonl")
+    training_set.write_text("".join(training_set.read_text().splitlines(keepends=True)[:17]))
+    with pytest.raises(TrainingError, match="warm-up takes 12 steps, the training 2: lower"):
+        run.execute("train")
+
+
+def test_evaluations_of_earlier_versions_count_as_done(finished: Run) -> None:
+    """They were of 8192 tokens where the configuration said nothing."""
+    tree = finished.config.model_dump()
+    del tree["evaluate"]["max_new_tokens"]
+    stages = finished.stages()
+    for stage in ("evaluate",):
+        stages[stage]["settings"]["evaluate"]["max_new_tokens"] = 8192
+    finished.path("stages.json").write_text(json.dumps(stages))
+    assert Run(Config.model_validate(tree)).is_done("evaluate")
+    with pytest.raises(RunError, match=r"evaluate.max_new_tokens was 8192, is now 4"):
+        Run(finished.config).is_done("evaluate")
+
+
+def test_a_configuration_and_its_run_are_found_from_anywhere(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_config.model_dump(mode="json")
+    tree["run_dir"], tree["problems"]["sources"][0]["jsonl"] = "runs/mine", "problems.jsonl"
+    shutil.copytree(tiny_config.model.name, tmp_path / "weights")
+    tree["model"]["name"] = "./weights"
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run = Run(load_config(path))
+    result = run.run()
+    assert run.dir == tmp_path / "runs/mine"
+    monkeypatch.chdir(tmp_path)
+    again = Run(load_config(Path("run.yaml")))
+    assert again.dir == Path("runs/mine") and again.run() == result
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_two_processes_do_not_share_a_run_directory(tiny_config: Config) -> None:
