@@ -143,11 +143,15 @@ class Masters:
             own.fill_(layer.scaling)
 
     @contextmanager
-    def lent(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, forward and backward passes work on copies of the weights; gradients end in that of ``flat``."""
+    def lent(self, dtype: torch.dtype, compiled: bool = False) -> Iterator[None]:
+        """Inside, forward and backward passes work on copies of the weights; gradients end in that of ``flat``.
+
+        Args:
+            compiled: whether layers are, which then may count on the shapes of these copies.
+        """
         pieces = (self.flat * self.scale).to(dtype).split(self.sizes)
         parts = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        for part in parts:
+        for part in parts if compiled else ():
             torch._dynamo.mark_static(part)  # type: ignore[no-untyped-call]
         try:
             for layer, A, B in zip(self.layers, parts[::2], parts[1::2], strict=True):

@@ -24,7 +24,7 @@ from rmx.config import TrainConfig
 from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
 from rmx.lora import Adapter, Masters
-from rmx.loss import BaseSource, Prepared, prepare, prepared_loss
+from rmx.loss import BaseSource, BatchRows, Prepared, prepare, prepared_loss
 from rmx.model import CausalLM
 from rmx.progress import console
 from rmx.records import TrainingSequence
@@ -160,9 +160,11 @@ def _sinks(state: State, metrics: StepMetrics, config: TrainConfig, group: Group
 
 @dataclass(frozen=True)
 class Part:
-    """One forward pass of a step, after it."""
+    """One forward pass of a step, after it; without the states that it read."""
 
-    prepared: Prepared
+    sequences: list[TrainingSequence]
+    rows: BatchRows  # on the host
+    there: BatchRows  # on the device
     loss: ContrastiveLoss
 
 
@@ -190,17 +192,19 @@ class _Source:
         return self.group.share(self.order[step])
 
     def passes(self, step: int, token_budget: int) -> Iterator[tuple[list[int], Prepared]]:
-        """The passes of a step, with the numbers of their sequences: those that were read ahead, if they are these, else one after the other."""
+        """The passes of a step, with the numbers of their sequences: those read ahead, else one after the other."""
         ahead, self.ahead = self.ahead, None
         if ahead is None or ahead[:2] != (step, token_budget):
-            return self._read(step, token_budget)
-        if self.beside is not None:
-            now = torch.cuda.current_stream(self.lm.device)
-            now.wait_stream(self.beside)
-            for _, prepared in ahead[2]:
+            yield from self._read(step, token_budget)
+            return
+        now = None if self.beside is None else torch.cuda.current_stream(self.lm.device)
+        while ahead[2]:  # what a pass has read is let go after it
+            own, prepared = ahead[2].pop(0)
+            if now is not None:
+                now.wait_stream(self.beside)
                 for tensor in prepared.tensors():
                     tensor.record_stream(now)
-        return iter(ahead[2])
+            yield own, prepared
 
     def read_ahead(self, step: int, token_budget: int) -> None:
         """Read a step's passes, and copy them to the device beside what it is doing; not where memory is short."""
@@ -257,10 +261,11 @@ def _pass(source: _Source, own: Sequence[int], prepared: Prepared, state: State)
     """One forward and backward pass; a function of its own, so that nothing of it outlives a fault."""
     if source.adapter.config.dropout:
         torch.manual_seed(int(np.random.default_rng([source.seed, state.step, *own]).integers(2**63)))
-    with state.masters.lent(source.lm.weight.dtype):
+    with state.masters.lent(source.lm.weight.dtype, source.config.compile):
         loss = prepared_loss(source.lm, source.adapter, prepared, source.config)
         loss.loss.backward()
-    return Part(prepared, ContrastiveLoss(*(value.detach() for value in loss)))
+    detached = ContrastiveLoss(*(value.detach() for value in loss))
+    return Part(prepared.sequences, prepared.rows, prepared.there, detached)
 
 
 def _out_of_memory(fault: RuntimeError) -> bool:
@@ -273,11 +278,11 @@ def _not_finite(
     """Which step, which rows, and where the last good state is."""
     bad = []
     for part in parts:
-        rows = part.prepared.rows
+        rows = part.rows
         wrong = ~torch.isfinite(part.loss.logprob.cpu() * rows.ce_weight)
         wrong |= ~torch.isfinite(part.loss.kl.cpu()) & (rows.kl_weight != 0)
         for n, position in zip(rows.sequence[wrong].tolist(), rows.position[wrong].tolist(), strict=True):
-            s = part.prepared.sequences[n]
+            s = part.sequences[n]
             bad.append(f"{s.problem_id}/{s.sample} position {position}")
     named = bad or [f"{s.problem_id}/{s.sample}" for s in chosen]
     rows_said = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
@@ -290,7 +295,7 @@ def _not_finite(
 
 def _sums(part: Part) -> Tensor:
     """[8] float64 on the device, of one pass: what :func:`_metrics` makes the metrics of."""
-    rows, logprob, kl = part.prepared.there, part.loss.logprob.double(), part.loss.kl.double()
+    rows, logprob, kl = part.there, part.loss.logprob.double(), part.loss.kl.double()
     shift = logprob - rows.base_logprob
     up, down, anchored = rows.ce_weight > 0, rows.ce_weight < 0, rows.kl_weight != 0
     loss = part.loss.loss.double()
