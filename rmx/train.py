@@ -103,8 +103,7 @@ def train_adapter(
     forward.check(lm, adapter.config.first_layer)
     order = step_order(len(sequences), config, seed)
     masters = Masters(adapter)
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW([masters.flat], **settings, fused=True)
+    optimizer = torch.optim.AdamW([masters.flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     state = State(masters, optimizer, token_budget=config.token_budget)
     source = _Source(lm, adapter, sequences, order, config, seed, base, group)
     history = []
@@ -197,10 +196,10 @@ class _Source:
         if ahead is None or ahead[:2] != (step, token_budget):
             yield from self._read(step, token_budget)
             return
-        now = None if self.beside is None else torch.cuda.current_stream(self.lm.device)
         while ahead[2]:  # what a pass has read is let go after it
             own, prepared = ahead[2].pop(0)
-            if now is not None:
+            if self.beside is not None:
+                now = torch.cuda.current_stream(self.lm.device)
                 now.wait_stream(self.beside)
                 for tensor in prepared.tensors():
                     tensor.record_stream(now)

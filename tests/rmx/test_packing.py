@@ -124,9 +124,10 @@ def test_a_layer_is_compiled_once_for_all_layers_and_lengths(family: str, monkey
         forms,
         0,
     )
-    # q, k, v, o of base and adapter and three of the MLP; their input's gradients, and two more for each pair A, B
+    # base: q, k, v, o, gate, up, down, and the gradients of their inputs; adapter: A of q, k and v in one product, A of
+    # o, four B; backward, the gradients of their inputs and their own
     forward_products, backward_products = products[:2]
-    assert (forward_products, backward_products) == (7 + 2 * 4, 7 + 4 * 4)
+    assert (forward_products, backward_products) == (7 + 2 + 4, 7 + 2 * (2 + 4))
     torch._dynamo.reset()
 
 
