@@ -116,7 +116,8 @@ def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
     packing = packing_of(tuple(map(len, sequences)), lm.device)
     ids = sent(torch.tensor([[token for sequence in sequences for token in sequence]]), lm.device)
     with packed(lm.model):
-        return lm.hidden(ids, position_ids=packing.position_ids, use_cache=False, packing=packing.ends)[0]
+        hidden = lm.hidden(ids, position_ids=packing.position_ids, use_cache=False, packing=packing.ends)
+        return hidden.squeeze(0)  # the gradient of [0] would be a copy
 
 
 def _check_rotation(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> None:

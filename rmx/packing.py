@@ -153,7 +153,7 @@ def attend(
     if sliding_window == UNSAID:  # a window that is only in the masks of the model would be lost
         sliding_window, unsaid = None, min(_declared_windows(module), default=None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if torch.compiler.is_compiling():
         return _attend(q, k, v, packing, scale, sliding_window, softcap, unsaid, name)[0][None], None
     known, window = _checked(q, packing, sliding_window, unsaid, name)
@@ -281,7 +281,7 @@ def backend(query: Tensor, value: Tensor, softcap: float | None) -> Backend:
 def _fits(query: Tensor, value: Tensor, softcap: float | None) -> bool:
     """Whether torch's flash kernel can do it."""
     widths = query.shape[-1], value.shape[-1]
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
         return False
     return widths[0] == widths[1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 

@@ -119,11 +119,8 @@ def test_a_layer_is_compiled_once_for_all_layers_and_lengths(family: str, monkey
         assert error(results[1][0], results[0][0]) < 1e-5
         assert error(results[1][1], results[0][1]) < 1e-5
     seen = torch._dynamo.utils.counters
-    assert (seen["stats"]["unique_graphs"], seen["frames"]["total"], sum(seen["graph_break"].values())) == (
-        forms,
-        forms,
-        0,
-    )
+    assert seen["stats"]["unique_graphs"] == seen["frames"]["total"] == forms
+    assert not seen["graph_break"]
     # base: q, k, v, o, gate, up, down, and the gradients of their inputs; adapter: A of q, k and v in one product, A of
     # o, four B; backward, the gradients of their inputs and their own
     forward_products, backward_products = products[:2]
