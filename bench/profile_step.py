@@ -41,7 +41,7 @@ KINDS = {  # of a kernel, by its name; the first that fits
     "attention": r"flash|fmha|attention",
     "products": r"gemm|nvjet|cutlass|xmma|cublas|splitK|wgmma",
     "fused by the compiler": r"^triton_",
-    "vocabulary": r"^_?(fold|finish|gradient|row_weights|place|statistics|loss|merge)\w*$|rmx",
+    "vocabulary": r"^[a-z_0-9]+$",  # the Triton kernels of rmx_kernels have plain names
     "optimiser": r"adam|multi_tensor",
     "element-wise and others": "",
 }
