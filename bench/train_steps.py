@@ -146,8 +146,9 @@ def gradient(step: Step, pair: Pair, sequences: list[TrainingSequence], config: 
     before = [p.detach().clone() for p in parameters]
     seen: list[Tensor] = []
 
-    def keep(*_: Any) -> None:
-        seen.append(torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None]))
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:  # ours has one tensor, in the order of the others
+        mine = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append(torch.cat([p.grad.double().flatten() for p in mine if p.grad is not None]))
 
     hook = register_optimizer_step_pre_hook(keep)
     try:

@@ -17,7 +17,7 @@ import torch
 
 from rmx.artefacts import replacing
 from rmx.errors import RmxError
-from rmx.lora import Adapter
+from rmx.lora import Masters
 
 PARTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 FIELDS = ("step", "token_budget", "shifts", "stopped")  # of State
@@ -35,8 +35,8 @@ class Interrupted(RmxError):
 class State:
     """All that changes from step to step."""
 
-    adapter: Adapter
-    optimizer: torch.optim.Optimizer
+    masters: Masters
+    optimizer: torch.optim.Optimizer  # of the masters
     token_budget: int  # halved where memory ran out
     step: int = 0  # steps that were made: the data position, the schedule and the random streams follow from it
     shifts: list[float] = field(default_factory=list)  # of the last steps, for the early stop
@@ -77,13 +77,12 @@ class Checkpoint:
         if meta is None:
             return
         tensors = safetensors.torch.load_file(self.path)
-        moments = {}
+        count = len(state.masters.sizes)
+        moments = {part: torch.cat([tensors[f"{n}.{part}"].flatten() for n in range(count)]) for part in PARTS}
+        moments["step"] = torch.tensor(float(meta["step"]))
         with torch.no_grad():
-            for number, parameter in enumerate(state.adapter.parameters()):
-                parameter.copy_(tensors[f"{number}.value"])
-                moments[number] = {part: tensors[f"{number}.{part}"] for part in PARTS}
-                moments[number]["step"] = torch.tensor(float(meta["step"]))
-        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+            state.masters.flat.copy_(torch.cat([tensors[f"{n}.value"].flatten() for n in range(count)]))
+        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": {0: moments}})
         for name in FIELDS:
             setattr(state, name, meta[name])
         self.saved = state.step
@@ -93,10 +92,12 @@ class Checkpoint:
         if not self.write or state.step == self.saved:
             return
         tensors = {}
-        for number, parameter in enumerate(state.adapter.parameters()):
-            own = state.optimizer.state[parameter]
-            for part, tensor in (("value", parameter), *((part, own[part]) for part in PARTS)):
-                tensors[f"{number}.{part}"] = tensor.detach().cpu().contiguous()
+        masters = state.masters
+        own = state.optimizer.state[masters.flat]
+        for part, whole in (("value", masters.flat), *((part, own[part]) for part in PARTS)):
+            pieces = whole.detach().cpu().split(masters.sizes)
+            for number, (piece, shape) in enumerate(zip(pieces, masters.shapes, strict=True)):
+                tensors[f"{number}.{part}"] = piece.view(shape)
         meta = {"origin": self.origin, **{name: getattr(state, name) for name in FIELDS}}
         with replacing(self.path) as aside:
             safetensors.torch.save_file(tensors, aside, metadata={"rmx": json.dumps(meta)})

@@ -1,6 +1,6 @@
 """Forward passes of a decoder over sequences end to end: all its layers, or from a later layer on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rmx.config import TrainConfig
 from rmx.model import CausalLM, batches, pad
-from rmx.packing import Packing, PackingError, pack, packed, sent
+from rmx.packing import PackingError, pack, packed, packing_of, sent
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -113,10 +113,11 @@ def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
     if not lm.packing:
         ids, mask = pad(sequences, lm.device)
         return _unpad(lm.hidden(ids, mask, use_cache=False), sequences)
-    packing = Packing(tuple(map(len, sequences)), lm.device)
+    packing = packing_of(tuple(map(len, sequences)), lm.device)
     ids = sent(torch.tensor([[token for sequence in sequences for token in sequence]]), lm.device)
     with packed(lm.model):
-        return lm.hidden(ids, position_ids=packing.position_ids, use_cache=False, packing=packing)[0]
+        hidden = lm.hidden(ids, position_ids=packing.position_ids, use_cache=False, packing=packing.ends)
+        return hidden.squeeze(0)  # the gradient of [0] would be a copy
 
 
 def _check_rotation(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> None:
@@ -192,7 +193,7 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
                 layer.training = True
         if config.compile:
             for layer in layers:
-                layer.compile(dynamic=True)
+                layer._compiled_call_impl = _compiled(layer)
         with packed(lm.model) if lm.packing else nullcontext():
             yield
     finally:
@@ -203,6 +204,22 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
             layer._compiled_call_impl = None
         for place, value in zip(dropouts, before, strict=True):
             setattr(*place, value)
+
+
+def _compiled(layer: nn.Module) -> Callable[..., Any]:
+    """Calls of ``layer`` compiled once for all layers of its kind and any number of tokens.
+
+    The states that enter the lowest layer have no gradient; they are told to want one, or a second form would be
+    compiled for that layer alone.
+    """
+    run = torch.compile(layer._call_impl, dynamic=True)
+
+    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        return run(hidden_states, *args, **kwargs)
+
+    return call
 
 
 def _is_dropout(name: str, value: Any) -> bool:

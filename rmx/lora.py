@@ -45,6 +45,8 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.enabled, self.dropout = base, alpha / r, True, 0.0
         self.shared: SharedInput | None = None
+        self.place = 0  # in it
+        self.lent: tuple[Tensor, Tensor] | None = None  # A and alpha / r B for one pass: see Masters
         bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
@@ -54,12 +56,14 @@ class LoraLinear(nn.Module):
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
-        if self.shared is None or torch.compiler.is_compiling():
-            z = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
-        else:
-            z = self.shared(x, self)
-        B = (self.scaling * self.lora_B).to(x.dtype)
+        z = F.linear(F.dropout(x, self.dropout), self.A(x.dtype)) if self.shared is None else self.shared(x, self)
+        B = (self.scaling * self.lora_B if self.lent is None else self.lent[1]).to(x.dtype)
+        if torch.compiler.is_compiling():  # the sum becomes part of what follows; addmm would copy y first
+            return y + F.linear(z, B)
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), B.T).view(y.shape)
+
+    def A(self, dtype: torch.dtype) -> Tensor:
+        return (self.lora_A if self.lent is None else self.lent[0]).to(dtype)
 
 
 class SharedInput:
@@ -68,14 +72,14 @@ class SharedInput:
     def __init__(self, layers: list[LoraLinear]) -> None:
         self.layers = layers
         self.x: Tensor | None = None
-        self.left: dict[LoraLinear, Tensor] = {}
+        self.left: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, layer: LoraLinear) -> Tensor:
-        if self.x is not x or layer not in self.left:  # another tensor, or the same one in another pass
-            A = torch.cat([member.lora_A for member in self.layers]).to(x.dtype)
+        if self.x is not x or layer.place not in self.left:  # another tensor, or the same one in another pass
+            A = torch.cat([member.A(x.dtype) for member in self.layers])
             parts = F.linear(F.dropout(x, layer.dropout), A).chunk(len(self.layers), -1)
-            self.x, self.left = x, dict(zip(self.layers, parts, strict=True))
-        z = self.left.pop(layer)
+            self.x, self.left = x, dict(enumerate(parts))
+        z = self.left.pop(layer.place)
         if not self.left:
             self.x = None
         return z
@@ -117,6 +121,45 @@ class Adapter:
         finally:
             for layer, enabled in zip(self.layers.values(), before, strict=True):
                 layer.enabled = enabled
+
+
+class Masters:
+    """The adapter's float32 weights end to end, one tensor for the optimiser; the layers' own are views of it.
+
+    A pass lends the layers copies in the model's dtype, made for all of them at once, and the gradients of all come
+    back the same way: a few kernels a pass instead of a few for each layer.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.layers = list(adapter.layers.values())
+        parameters = adapter.parameters()
+        self.shapes = [p.shape for p in parameters]
+        self.sizes = [p.numel() for p in parameters]
+        self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        self.scale = torch.ones_like(self.flat.data)
+        for parameter, own in zip(parameters, self.flat.data.split(self.sizes), strict=True):
+            parameter.data = own.view_as(parameter)
+        for layer, own in zip(self.layers, self.scale.split(self.sizes)[1::2], strict=True):
+            own.fill_(layer.scaling)
+
+    @contextmanager
+    def lent(self, dtype: torch.dtype, compiled: bool = False) -> Iterator[None]:
+        """Inside, forward and backward passes work on copies of the weights; gradients end in that of ``flat``.
+
+        Args:
+            compiled: whether layers are, which then may count on the shapes of these copies.
+        """
+        pieces = (self.flat * self.scale).to(dtype).split(self.sizes)
+        parts = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        for part in parts if compiled else ():
+            torch._dynamo.mark_static(part)
+        try:
+            for layer, A, B in zip(self.layers, parts[::2], parts[1::2], strict=True):
+                layer.lent = (A, B)
+            yield
+        finally:
+            for layer in self.layers:
+                layer.lent = None
 
 
 def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:
@@ -174,8 +217,8 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
             members = [layers[f"{parent}.{last}"] for last in family if f"{parent}.{last}" in layers]
             if len(members) > 1 and len({member.base.in_features for member in members}) == 1:
                 shared = SharedInput(members)
-                for member in members:
-                    member.shared = shared
+                for place, member in enumerate(members):
+                    member.shared, member.place = shared, place
     return Adapter(layers, config)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,9 @@ class BatchRows:
     kl_weight: Tensor  # [R]
     base_logprob: Tensor  # [R], NaN at prompt positions
 
+    def sent(self, device: torch.device) -> "BatchRows":
+        return BatchRows(*(sent(getattr(self, field.name), device) for field in fields(self)))
+
 
 def batch_rows(
     sequences: Sequence[TrainingSequence],
@@ -101,25 +104,63 @@ def batch_loss(
             None: they are computed here, in a pass with the adapter off.
         draws: random streams of the sequences, for ``anchor_fraction``; None: every anchor position.
     """
+    prepared = prepare(lm, adapter, sequences, config, divisor, base=base, draws=draws)
+    return prepared_loss(lm, adapter, prepared, config), prepared.rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One forward pass before it is made: all that comes from the host."""
+
+    sequences: list[TrainingSequence]
+    ids: list[list[int]]
+    rows: BatchRows  # on the host
+    there: BatchRows  # the same on the device
+    base_rows: Tensor | None  # [R, H] on the device, where they are kept and some row is anchored
+    entry: Tensor | None  # [T, H] on the device, where they are kept and lower layers are not visited
+    anchored: bool
+
+    def tensors(self) -> list[Tensor]:
+        """All that is on the device."""
+        found = [self.base_rows, self.entry, *(getattr(self.there, field.name) for field in fields(self.there))]
+        return [tensor for tensor in found if tensor is not None]
+
+
+def prepare(
+    lm: CausalLM,
+    adapter: Adapter,
+    sequences: Sequence[TrainingSequence],
+    config: TrainConfig,
+    divisor: int,
+    *,
+    base: BaseSource | None = None,
+    draws: Sequence[np.random.Generator] | None = None,
+) -> Prepared:
+    """The first half of :func:`batch_loss`: reads and copies, no kernel of the model."""
     ids = [s.ids for s in sequences]
     rows = batch_rows(sequences, config, divisor, draws)
-    device, first = lm.device, adapter.config.first_layer
-    where = sent(rows.where, device)
     anchored = bool(rows.kl_weight.any())
     base_rows = entry = None
     if base is not None:
         known = [base(sequence) for sequence in sequences]
-        if first:
-            entry = sent(torch.cat([_entry(state) for state in known]), device)
+        if adapter.config.first_layer:
+            entry = sent(torch.cat([_entry(state) for state in known]), lm.device)
         if anchored:
-            base_rows = sent(_base_rows(known, ids, rows), device)
-    elif anchored or first:
+            base_rows = sent(_base_rows(known, ids, rows), lm.device)
+    return Prepared(list(sequences), ids, rows, rows.sent(lm.device), base_rows, entry, anchored)
+
+
+def prepared_loss(lm: CausalLM, adapter: Adapter, prepared: Prepared, config: TrainConfig) -> ContrastiveLoss:
+    """The second half of :func:`batch_loss`."""
+    ids, rows, first = prepared.ids, prepared.there, adapter.config.first_layer
+    base_rows, entry = prepared.base_rows, prepared.entry
+    if (prepared.anchored and base_rows is None) or (first and entry is None):
         with torch.no_grad(), adapter.off():
             final, entry = forward.all_states(lm, ids, first)
-        base_rows = final.index_select(0, where)
-    student = forward.final_hidden(lm, ids, first, entry).index_select(0, where)
+        base_rows = final.index_select(0, rows.where)
+    student = forward.final_hidden(lm, ids, first, entry).index_select(0, rows.where)
     # base rows are not read where nothing is anchored
-    return contrastive(student, student.detach() if base_rows is None else base_rows, rows, config, lm.head), rows
+    return contrastive(student, student.detach() if base_rows is None else base_rows, rows, config, lm.head)
 
 
 def contrastive(

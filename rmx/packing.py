@@ -3,7 +3,8 @@
 The model runs on ``input_ids`` [1, T] with positions that start anew in each sequence, ``use_cache=False`` and no mask;
 what keeps sequences apart is the attention function registered here, which transformers calls for any model of its
 common attention interface. Backends, best first: flash_attn, torch.nn.attention.varlen (both CUDA, half precision),
-exact attention per group of sequences of similar length.
+exact attention per group of sequences of similar length. In a compiled layer the whole of it is one operator,
+rmx::attend, of which the compiler knows shapes alone: no length of a sequence is in the compiled code.
 """
 
 import functools
@@ -36,7 +37,7 @@ class PackingError(RmxError):
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for what it is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,14 @@ class Packing:
     device: torch.device
 
     @cached_property
+    def ends(self) -> Tensor:
+        """[N + 1] int64 on the CPU: where each sequence starts, and T. This is what models hand to the attention."""
+        return torch.tensor((0, *self.lengths)).cumsum(0)
+
+    @cached_property
     def offsets(self) -> Tensor:
-        """[N + 1] int32: where each sequence starts, and T."""
-        ends = torch.tensor((0, *self.lengths)).cumsum(0)
-        return sent(ends.to(torch.int32), self.device)
+        """The ends as int32, on the device."""
+        return sent(self.ends.to(torch.int32), self.device)
 
     @cached_property
     def position_ids(self) -> Tensor:
@@ -74,7 +79,7 @@ class Packing:
         """
         if len(set(self.lengths)) == 1:
             return None
-        starts = torch.tensor((0, *self.lengths)).cumsum(0).tolist()
+        starts = self.ends.tolist()
         rows = [
             starts[i] + torch.arange(L).clamp(max=self.lengths[i] - 1)
             for group, (_, L) in zip(self._members, self.groups, strict=True)
@@ -106,8 +111,16 @@ class Packing:
         return members
 
 
-# not compiled: lengths differ from pass to pass, so a compiled layer calls this between its two halves
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@functools.lru_cache(maxsize=8)
+def packing_of(lengths: tuple[int, ...], device: torch.device) -> Packing:
+    """The last few are kept, with what was sent to the device."""
+    return Packing(lengths, device)
+
+
+def _packing(ends: Tensor, device: torch.device) -> Packing:
+    return packing_of(tuple(ends.diff().tolist()), device)
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -118,10 +131,10 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = UNSAID,
     softcap: float | None = None,
-    packing: Packing | None = None,
+    packing: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sequence of a packing; query [1, Hq, T, D], key and value [1, Hk, T, D].
+    """Causal attention inside each sequence; query [1, Hq, T, D], key and value [1, Hk, T, D], packing: its ends.
 
     Returns:
         ([1, T, Hq, D], None).
@@ -130,24 +143,118 @@ def attend(
         PackingError: the model hands over no packing, or asks for what this attention does not do.
     """
     name = type(module).__name__
-    if packing is None or query.shape[:1] + query.shape[2:3] != (1, sum(packing.lengths)):
+    if packing is None or query.shape[0] != 1:
         raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
     asked = sorted(key for key, value in more.items() if key not in HARMLESS and value is not None)
     if asked or attention_mask is not None or dropout or not getattr(module, "is_causal", True):
         what = ", ".join(asked) or "a mask, dropout or attention in both directions"
         raise PackingError(f"{name} asks its attention for {what}; set model.packing=false")
+    unsaid = None
     if sliding_window == UNSAID:  # a window that is only in the masks of the model would be lost
-        sliding_window = None
-        narrowest = min(_declared_windows(module), default=packing.longest)
-        if narrowest < packing.longest:
-            raise PackingError(
-                f"{name} does not tell its attention of the window of {narrowest} tokens in its configuration; "
-                "set model.packing=false"
-            )
+        sliding_window, unsaid = None, min(_declared_windows(module), default=None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = None if sliding_window is None or sliding_window >= packing.longest else sliding_window
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    return backend(q, v, softcap)(q, k, v, packing, scale, window, softcap)[None], None
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if torch.compiler.is_compiling():
+        return _attend(q, k, v, packing, scale, sliding_window, softcap, unsaid, name)[0][None], None
+    known, window = _checked(q, packing, sliding_window, unsaid, name)
+    return backend(q, v, softcap)(q, k, v, known, scale, window, softcap)[None], None
+
+
+def _checked(q: Tensor, ends: Tensor, window: int | None, unsaid: int | None, name: str) -> tuple[Packing, int | None]:
+    """(the packing, the window or None where no sequence is longer)."""
+    packing = _packing(ends, q.device)
+    if len(q) != sum(packing.lengths):
+        raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
+    if unsaid is not None and unsaid < packing.longest:
+        raise PackingError(
+            f"{name} does not tell its attention of the window of {unsaid} tokens in its configuration; "
+            "set model.packing=false"
+        )
+    return packing, None if window is None or window >= packing.longest else window
+
+
+@torch.library.custom_op("rmx::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+    unsaid: int | None,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """([T, Hq, E], the log-sum-exps that torch's flash kernel wants back, or none)."""
+    packing, window = _checked(q, ends, window, unsaid, name)
+    if not _fits(q, v, cap):
+        return grouped(q, k, v, packing, scale, window, cap).contiguous(), q.new_empty(0, dtype=torch.float32)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *_flash_arguments(packing, window), False, **_flash_window(scale, window)
+    )
+    return out.contiguous(), lse
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float, window: int | None, cap: float | None, *_: Any
+) -> Any:
+    lse = q.new_empty((q.shape[1], q.shape[0]) if _fits(q, v, cap) else 0, dtype=torch.float32)
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse
+
+
+@torch.library.custom_op("rmx::attend_backward", mutates_args=())
+def _attend_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ends: Tensor,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    packing = _packing(ends, q.device)
+    window = None if window is None or window >= packing.longest else window
+    if not _fits(q, v, cap):
+        return _grouped_gradients(gradient, q, k, v, packing, scale, window, cap)
+    unused = q.new_empty(2, dtype=torch.uint64), q.new_empty(0)  # random state and the like: there is no dropout
+    arguments = _flash_arguments(packing, window)
+    found = torch.ops.aten._flash_attention_backward(
+        gradient.contiguous(), q, k, v, out, lse, *arguments, *unused, **_flash_window(scale, window)
+    )
+    dq, dk, dv = (x.contiguous() for x in found)
+    return dq, dk, dv
+
+
+@_attend_backward.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ends, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, ends)
+
+
+def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    scale, window, cap, *_ = ctx.settings
+    return *_attend_backward(gradient, *ctx.saved_tensors, scale, window, cap), *[None] * 6
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)
+
+
+def _flash_arguments(packing: Packing, window: int | None) -> tuple[Any, ...]:
+    """Of torch's flash kernel: offsets, longest sequences, dropout, whether it is causal without a window."""
+    return packing.offsets, packing.offsets, packing.longest, packing.longest, 0.0, window is None
+
+
+def _flash_window(scale: float, window: int | None) -> dict[str, Any]:
+    return {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
 
 
 def _declared_windows(module: nn.Module) -> list[int]:
@@ -163,14 +270,20 @@ Backend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None, float | 
 
 def backend(query: Tensor, value: Tensor, softcap: float | None) -> Backend:
     """The fastest attention for this device, dtype and width of heads."""
-    widths = query.shape[-1], value.shape[-1]
-    fits = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and widths[0] == widths[1] <= 256
-    if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    if _fits(query, value, None):
         if _flash_attn() is not None:
             return flash
         if _varlen() is not None and softcap is None:
             return varlen
     return grouped
+
+
+def _fits(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+    """Whether torch's flash kernel can do it."""
+    widths = query.shape[-1], value.shape[-1]
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
+        return False
+    return widths[0] == widths[1] <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 @functools.cache
@@ -244,6 +357,46 @@ def grouped(
         outs.append(out.transpose(1, 2).reshape(B * L, q.shape[1], -1))
     joined = outs[0] if len(outs) == 1 else torch.cat(outs)
     return joined if packing.gather is None else _Scatter.apply(joined, packing.places)
+
+
+class _Kept:
+    """Stands for autograd's context, which an operator has none of."""
+
+    saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+def _grouped_gradients(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`grouped`, from probabilities that are made anew, group by group."""
+    padded = [x if packing.gather is None else x.index_select(0, packing.gather) for x in (q, k, v)]
+    if packing.gather is not None:
+        spread = gradient.new_zeros(len(packing.gather), *gradient.shape[1:])
+        gradient = spread.index_copy_(0, packing.places, gradient)
+    sizes = [B * L for B, L in packing.groups]
+    found: list[list[Tensor]] = [[], [], []]
+    for (B, L), *parts in zip(packing.groups, *(x.split(sizes) for x in (gradient, *padded)), strict=True):
+        rows = [part.view(B, L, *part.shape[1:]).transpose(1, 2) for part in parts]  # [B, heads, L, D]
+        Hk = rows[2].shape[1]
+        g, qs, ks, vs = (x.reshape(B * Hk, -1, x.shape[-1]) for x in rows)  # heads that share a key in one product
+        kept = _Kept()
+        _Explicit.forward(kept, qs, ks, vs, causal_bias(L, window, q.device), scale, cap)
+        for own, x, like in zip(found, _Explicit.backward(kept, g), rows[1:], strict=False):
+            assert x is not None
+            own.append(x.view(like.shape).transpose(1, 2).reshape(B * L, *like.shape[1:2], -1))
+    joined = [torch.cat(own) for own in found]
+    dq, dk, dv = (x if packing.gather is None else x.index_select(0, packing.places) for x in joined)
+    return dq, dk, dv
 
 
 class _Gather(torch.autograd.Function):

@@ -8,13 +8,14 @@ trained and anchored like any other token. Layers below the first adapted one ar
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rmx import forward
 from rmx.artefacts import replacing
@@ -22,8 +23,8 @@ from rmx.checkpoint import Checkpoint, State
 from rmx.config import TrainConfig
 from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
-from rmx.lora import Adapter
-from rmx.loss import BaseSource, BatchRows, batch_loss
+from rmx.lora import Adapter, Masters
+from rmx.loss import BaseSource, BatchRows, Prepared, prepare, prepared_loss
 from rmx.model import CausalLM
 from rmx.progress import console
 from rmx.records import TrainingSequence
@@ -114,8 +115,10 @@ def train_adapter(
         )
     forward.check(lm, adapter.config.first_layer)
     order = step_order(len(sequences), config, seed)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    state = State(adapter, optimizer, token_budget=config.token_budget)
+    masters = Masters(adapter)
+    optimizer = torch.optim.AdamW([masters.flat], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    state = State(masters, optimizer, token_budget=config.token_budget)
+    source = _Source(lm, adapter, sequences, order, config, seed, base, group)
     history = []
     with ExitStack() as stack:
         stack.enter_context(adapter.training())
@@ -128,13 +131,18 @@ def train_adapter(
             rate = learning_rate(state.step, len(order), config)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
-            parts = _gradients(lm, adapter, sequences, order[state.step], config, seed, state, base, group)
-            norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters(), config.clip))
+            parts = _gradients(source, state)
+            reading = _Reading([_sums(part) for part in parts], masters.flat.grad)
+            if state.step + 1 < len(order):
+                source.read_ahead(state.step + 1, state.token_budget)
+            sums, norm = reading.wait()  # the only wait of a step
             chosen = [sequences[i] for i in order[state.step]]
-            tokens = sum(len(s.ids) for s in chosen)
-            metrics = _metrics(parts, state.step + 1, norm, rate, tokens, group)
+            metrics = _metrics(group.sum(sums), state.step + 1, norm, rate, sum(len(s.ids) for s in chosen))
             if not (math.isfinite(metrics.loss) and math.isfinite(norm)):
                 raise TrainingError(_not_finite(metrics, parts, chosen, checkpoint))
+            if norm > config.clip:
+                assert masters.flat.grad is not None
+                masters.flat.grad.mul_(config.clip / (norm + 1e-6))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
@@ -164,42 +172,86 @@ def _sinks(state: State, metrics: StepMetrics, config: TrainConfig, group: Group
 
 @dataclass(frozen=True)
 class Part:
-    """One forward pass of a step."""
+    """One forward pass of a step, after it; without the states that it read."""
 
     sequences: list[TrainingSequence]
+    rows: BatchRows  # on the host
+    there: BatchRows  # on the device
     loss: ContrastiveLoss
-    rows: BatchRows
 
 
-def _gradients(
-    lm: CausalLM,
-    adapter: Adapter,
-    sequences: Sequence[TrainingSequence],
-    chosen: Sequence[int],
-    config: TrainConfig,
-    seed: int,
-    state: State,
-    base: BaseSource | None,
-    group: Group,
-) -> list[Part]:
+class _Source:
+    """The passes of each step, read from the host's records; one step ahead while the device computes."""
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        adapter: Adapter,
+        sequences: Sequence[TrainingSequence],
+        order: Sequence[Sequence[int]],
+        config: TrainConfig,
+        seed: int,
+        base: BaseSource | None,
+        group: Group,
+    ) -> None:
+        self.lm, self.adapter, self.sequences, self.order = lm, adapter, sequences, order
+        self.config, self.seed, self.base, self.group = config, seed, base, group
+        self.ahead: tuple[int, int, list[tuple[list[int], Prepared]]] | None = None  # step, token budget, its passes
+        self.beside = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+
+    def share(self, step: int) -> list[int]:
+        """The sequences of a step that are this process's."""
+        return self.group.share(self.order[step])
+
+    def passes(self, step: int, token_budget: int) -> Iterator[tuple[list[int], Prepared]]:
+        """The passes of a step, with the numbers of their sequences: those read ahead, else one after the other."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or ahead[:2] != (step, token_budget):
+            yield from self._read(step, token_budget)
+            return
+        while ahead[2]:  # what a pass has read is let go after it
+            own, prepared = ahead[2].pop(0)
+            if self.beside is not None:
+                now = torch.cuda.current_stream(self.lm.device)
+                now.wait_stream(self.beside)
+                for tensor in prepared.tensors():
+                    tensor.record_stream(now)
+            yield own, prepared
+
+    def read_ahead(self, step: int, token_budget: int) -> None:
+        """Read a step's passes, and copy them to the device beside what it is doing; not where memory is short."""
+        try:
+            with nullcontext() if self.beside is None else torch.cuda.stream(self.beside):
+                self.ahead = step, token_budget, list(self._read(step, token_budget))
+        except RuntimeError as fault:
+            if not _out_of_memory(fault):
+                raise
+            self.ahead = None  # the step itself reads them, one by one
+
+    def _read(self, step: int, token_budget: int) -> Iterator[tuple[list[int], Prepared]]:
+        mine, divisor = self.share(step), len(self.order[step])
+        for members in forward.passes(self.lm, [len(self.sequences[i].ids) for i in mine], token_budget):
+            own = [mine[j] for j in members]
+            draws = [np.random.default_rng([self.seed, step, i]) for i in own]
+            batch = [self.sequences[i] for i in own]
+            yield own, prepare(self.lm, self.adapter, batch, self.config, divisor, base=self.base, draws=draws)
+
+
+def _gradients(source: _Source, state: State) -> list[Part]:
     """Accumulate the gradient of one step; where memory runs out, again with half the tokens in a pass."""
-    mine = group.share(chosen)
-    lengths = [len(sequences[i].ids) for i in mine]
+    lengths = [len(source.sequences[i].ids) for i in source.share(state.step)]
     while True:
         parts: list[Part] = []
         try:
-            for members in forward.passes(lm, lengths, state.token_budget):
-                parts.append(
-                    _pass(lm, adapter, sequences, [mine[j] for j in members], len(chosen), config, seed, state, base)
-                )
+            for own, prepared in source.passes(state.step, state.token_budget):
+                parts.append(_pass(source, own, prepared, state))
             break
         except RuntimeError as fault:
             if not _out_of_memory(fault):
                 raise
             problem = str(fault).splitlines()[0]
         parts.clear()
-        for parameter in adapter.parameters():
-            parameter.grad = None
+        state.masters.flat.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if state.token_budget <= max(lengths):
@@ -213,29 +265,19 @@ def _gradients(
             markup=False,
             soft_wrap=True,
         )
-    group.sum_gradients(adapter.parameters())
+    source.group.sum_gradients([state.masters.flat])
     return parts
 
 
-def _pass(
-    lm: CausalLM,
-    adapter: Adapter,
-    sequences: Sequence[TrainingSequence],
-    own: Sequence[int],
-    divisor: int,
-    config: TrainConfig,
-    seed: int,
-    state: State,
-    base: BaseSource | None,
-) -> Part:
+def _pass(source: _Source, own: Sequence[int], prepared: Prepared, state: State) -> Part:
     """One forward and backward pass; a function of its own, so that nothing of it outlives a fault."""
-    draws = [np.random.default_rng([seed, state.step, i]) for i in own]
-    if adapter.config.dropout:
-        torch.manual_seed(int(np.random.default_rng([seed, state.step, *own]).integers(2**63)))
-    batch = [sequences[i] for i in own]
-    loss, rows = batch_loss(lm, adapter, batch, config, divisor, base=base, draws=draws)
-    loss.loss.backward()
-    return Part(batch, ContrastiveLoss(*(value.detach() for value in loss)), rows)
+    if source.adapter.config.dropout:
+        torch.manual_seed(int(np.random.default_rng([source.seed, state.step, *own]).integers(2**63)))
+    with state.masters.lent(source.lm.weight.dtype, source.config.compile):
+        loss = prepared_loss(source.lm, source.adapter, prepared, source.config)
+        loss.loss.backward()
+    detached = ContrastiveLoss(*(value.detach() for value in loss))
+    return Part(prepared.sequences, prepared.rows, prepared.there, detached)
 
 
 def _out_of_memory(fault: RuntimeError) -> bool:
@@ -263,26 +305,49 @@ def _not_finite(
     )
 
 
-def _metrics(parts: Sequence[Part], step: int, norm: float, rate: float, tokens: int, group: Group) -> StepMetrics:
-    """Sums over this process's rows, added up over the group."""
-    sums = np.zeros(8)
-    for part in parts:
-        logprob, kl = part.loss.logprob.double().cpu(), part.loss.kl.double().cpu()
-        ce = part.rows.ce_weight.double()
-        shift = logprob - part.rows.base_logprob
-        anchored = part.rows.kl_weight != 0
-        up, down = ce > 0, ce < 0
-        sums += [
-            float(part.loss.loss),
-            float(part.loss.loss) - float((part.rows.kl_weight.double() * kl)[anchored].sum()),
-            float(kl[anchored].sum()),
-            int(anchored.sum()),
-            float(shift[up].sum()),
-            int(up.sum()),
-            float(shift[down].sum()),
-            int(down.sum()),
+def _sums(part: Part) -> Tensor:
+    """[8] float64 on the device, of one pass: what :func:`_metrics` makes the metrics of."""
+    rows, logprob, kl = part.there, part.loss.logprob.double(), part.loss.kl.double()
+    shift = logprob - rows.base_logprob
+    up, down, anchored = rows.ce_weight > 0, rows.ce_weight < 0, rows.kl_weight != 0
+    loss = part.loss.loss.double()
+    return torch.stack(
+        [
+            loss,
+            loss - (rows.kl_weight * kl).where(anchored, 0).sum(),
+            kl.where(anchored, 0).sum(),
+            anchored.sum(),
+            shift.where(up, 0).sum(),
+            up.sum(),
+            shift.where(down, 0).sum(),
+            down.sum(),
         ]
-    loss, decision, kl_sum, anchors, up_sum, ups, down_sum, downs = group.sum(sums).tolist()
+    )
+
+
+class _Reading:
+    """The sums of a step's passes and the norm of its gradient, on their way to the host."""
+
+    def __init__(self, sums: Sequence[Tensor], gradient: Tensor | None) -> None:
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient).double()
+        total = torch.stack(list(sums)).sum(0) if sums else torch.zeros(8, dtype=torch.float64, device=norm.device)
+        values = torch.cat([total, norm[None]])
+        self.event = torch.cuda.Event() if values.is_cuda else None
+        self.values = torch.empty(9, dtype=torch.float64, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def wait(self) -> tuple[np.ndarray, float]:
+        """(the sums, the norm)."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values[:8].numpy(), float(self.values[8])
+
+
+def _metrics(sums: np.ndarray, step: int, norm: float, rate: float, tokens: int) -> StepMetrics:
+    """From sums over the rows of all processes."""
+    loss, decision, kl_sum, anchors, up_sum, ups, down_sum, downs = sums.tolist()
     return StepMetrics(
         step=step,
         loss=loss,

@@ -126,9 +126,9 @@ SCALARS = 16  # scalar registers that an AMD kernel may keep in the lanes of a v
 def spills(binary: Any, architecture: str, folder: Path) -> int:
     """What goes to memory for want of registers, as the assembler counts it: in bytes on NVIDIA, in registers on AMD."""
     if "amdgcn" in binary.asm:
-        vector, scalar = (
-            sum(int(n) for n in re.findall(rf"\.{kind}gpr_spill_count:\s+(\d+)", binary.asm["amdgcn"])) for kind in "vs"
-        )
+        text = binary.asm["amdgcn"]
+        counted = {kind: re.findall(rf"\.{kind}gpr_spill_count:\s+(\d+)", text) for kind in "vs"}
+        vector, scalar = (sum(map(int, counted[kind])) for kind in "vs")
         return vector + max(0, scalar - SCALARS)
     source = folder / "kernel.ptx"
     source.write_text(binary.asm["ptx"])

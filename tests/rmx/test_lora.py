@@ -222,6 +222,31 @@ def test_one_product_for_q_k_and_v_and_the_gradients_of_three(tiny: model.Causal
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_masters_are_the_same_weights_and_gradients_in_one_tensor(tiny: model.CausalLM) -> None:
+    adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=3, targets=["q_proj", "k_proj", "down_proj"]), seed=0)
+    randomise(adapter, 0.3)
+
+    def loss() -> torch.Tensor:
+        return tiny.model(IDS, use_cache=False).logits.square().sum()
+
+    first = loss()
+    first.backward()
+    expected = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+    masters = lora.Masters(adapter)
+    assert torch.equal(loss(), first)
+    with masters.lent(torch.float32):
+        for _ in range(2):  # passes of one step add up
+            lent = loss()
+            lent.backward(retain_graph=True)
+    torch.testing.assert_close(lent, first, rtol=1e-6, atol=0)
+    assert masters.flat.grad is not None
+    torch.testing.assert_close(masters.flat.grad, 2 * expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert all(layer.lent is None for layer in adapter.layers.values())
+    with torch.no_grad():
+        masters.flat.zero_()  # the layers' own weights are parts of it
+    assert not any(bool(p.any()) for p in adapter.parameters())
+
+
 def test_dropout_is_for_the_adapter_in_training_alone(tiny: model.CausalLM) -> None:
     adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4, dropout=0.5), seed=0)
     randomise(adapter, 0.3)

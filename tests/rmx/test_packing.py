@@ -1,6 +1,7 @@
 """Packed sequences against the same ones alone, per backend and model family; starting at a later layer."""
 
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch import compile as functorch_compilers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -22,11 +25,12 @@ from transformers import (
     OPTConfig,
     PhimoeConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
-from rmx import forward, packing
-from rmx.config import TrainConfig
+from rmx import forward, lora, packing
+from rmx.config import LoraConfig, TrainConfig
 from rmx.model import CausalLM
 from rmx.packing import Packing, PackingError, pack
 
@@ -74,6 +78,74 @@ def test_packed_equals_alone_forward_and_backward(family: str, short: int, monke
     assert error(got, expected) < 1e-5
     assert error(gradient, expected_gradient) < 1e-5
     assert lm.model.config._attn_implementation == "eager"
+
+
+COMPILED = {  # forms of a layer: with and without a window
+    "qwen2": (Qwen2Config(**SMALL, **HEADS), 1),
+    "gemma2-softcap-window": (FAMILIES["gemma2-softcap-window"], 2),
+}
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_a_layer_is_compiled_once_for_all_layers_and_lengths(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph a form, without a break, whatever the number of tokens and sequences; the gradients stay the same."""
+    config, forms = COMPILED[family]
+    lm = wrapped(config)
+    lm.model.requires_grad_(False)
+    adapter = lora.attach(lm.model, LoraConfig(r=2, alpha=4), seed=0)
+    masters = lora.Masters(adapter)
+    with torch.no_grad():
+        masters.flat.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    products = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+        products.append(sum("mm" in name.split(".")[1] for name in names if name.startswith("aten.")))
+        return functorch_compilers.nop(graph, [])
+
+    compile_ = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for sequences in (SEQUENCES, SEQUENCES[:3], [SEQUENCES[3] * 3], SEQUENCES * 2):
+        weights = torch.randn(sum(map(len, sequences)), 32, generator=torch.Generator().manual_seed(1))
+        results = []
+        for compiled in (False, True):
+            masters.flat.grad = None
+            with forward.layer_options(lm, TrainConfig(compile=compiled)), masters.lent(torch.float32, compiled):
+                hidden = forward.final_hidden(lm, sequences)
+                (hidden * weights).sum().backward()
+            results.append((hidden.detach(), masters.flat.grad))
+        assert error(results[1][0], results[0][0]) < 1e-5
+        assert error(results[1][1], results[0][1]) < 1e-5
+    seen = torch._dynamo.utils.counters
+    assert seen["stats"]["unique_graphs"] == seen["frames"]["total"] == forms
+    assert not seen["graph_break"]
+    # base: q, k, v, o, gate, up, down, and the gradients of their inputs; adapter: A of q, k and v in one product, A of
+    # o, four B; backward, the gradients of their inputs and their own
+    forward_products, backward_products = products[:2]
+    assert (forward_products, backward_products) == (7 + 2 + 4, 7 + 2 * (2 + 4))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_operator_of_compiled_layers(window: int | None) -> None:
+    """Its declared shapes and its gradient, by torch's own checks; errors pass through it."""
+    ends = Packing((5, 1, 7), torch.device("cpu")).ends
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(13, heads, 8, generator=g, requires_grad=True) for heads in (4, 2, 2))
+    torch.library.opcheck(packing._attend, (q, k, v, ends, 0.3, window, None, None, "A"))
+    out = packing._attend(q, k, v, ends, 0.3, window, 2.0, None, "A")[0]
+    expected = packing.grouped(q, k, v, Packing((5, 1, 7), q.device), 0.3, window, 2.0)
+    weight = torch.randn(out.shape, generator=g)
+    torch.testing.assert_close(out, expected)
+    both = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(PackingError, match="A hands no packing"):
+        packing._attend(q, k, v, ends[:-1], 0.3, window, None, None, "A")
+    with pytest.raises(PackingError, match="A does not tell its attention of the window of 6 tokens"):
+        packing._attend(q, k, v, ends, 0.3, None, None, 6, "A")
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -268,10 +340,10 @@ def test_torch_varlen_is_called_as_its_version_asks(newer: bool, monkeypatch: py
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["flash", "varlen", "grouped"])
+@pytest.mark.parametrize("name", ["flash", "varlen", "grouped", "compiled"])
 @pytest.mark.parametrize("window", [None, 7])
 def test_backends_agree_on_a_gpu(name: str, window: int | None) -> None:
-    """flash_attn and torch's own kernel against float64, forward and backward."""
+    """flash_attn, torch's own kernel and the operator of compiled layers against float64, forward and backward."""
     if name == "flash" and packing._flash_attn() is None:
         pytest.skip("flash_attn is not installed")
     if name == "varlen" and packing._varlen() is None:
@@ -286,8 +358,12 @@ def test_backends_agree_on_a_gpu(name: str, window: int | None) -> None:
         out = function(*leaves, p, 0.125, window, None)
         return [out.double(), *(x.double() for x in torch.autograd.grad(out.sum(), leaves))]
 
+    def compiled(q: Tensor, k: Tensor, v: Tensor, p: Packing, scale: float, window: int | None, cap: None) -> Tensor:
+        return packing._attend(q, k, v, p.ends, scale, window, cap, None, "")[0]
+
+    function = compiled if name == "compiled" else getattr(packing, name)
     true, theirs = gradients(packing.grouped, torch.float64), gradients(packing.grouped, torch.bfloat16)
-    for t, reference, mine in zip(true, theirs, gradients(getattr(packing, name), torch.bfloat16), strict=True):
+    for t, reference, mine in zip(true, theirs, gradients(function, torch.bfloat16), strict=True):
         assert (mine - t).norm() <= 2 * (reference - t).norm() + 1e-3 * t.norm()
 
 

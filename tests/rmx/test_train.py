@@ -1,18 +1,22 @@
 """The loss and its gradient against a naive full-logits implementation, however sequences are batched; the loop."""
 
 import math
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmx import forward, lora
-from rmx.config import LoraConfig, TrainConfig
+from rmx.config import LoraConfig, ModelConfig, TrainConfig
 from rmx.lora import Adapter
 from rmx.loss import BaseSource, batch_loss, sequence_weights
-from rmx.model import CausalLM
+from rmx.model import CausalLM, load
 from rmx.records import Rollout, TrainingSequence
 from rmx.score import Keep, score_rollouts
 from rmx.train import TrainingError, learning_rate, step_order, train_adapter
@@ -344,3 +348,45 @@ def test_training_ends_early_when_right_decisions_sink(tiny: CausalLM, capsys: p
     assert sum(shifts[-3:]) < 0
     assert all(sum(shifts[i : i + 3]) >= 0 for i in range(len(shifts) - 3))
     assert f"stops early after step {len(history)}" in capsys.readouterr().err
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed: about a kernel each on a GPU. Views and what reads no tensor are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"):
+            self.seen[name] += 1
+        return out
+
+
+def test_operations_of_a_step(tmp_path: Path) -> None:
+    """What a step does outside its layers, and in each layer without the compiler: so many operations, no more."""
+    counts = {}
+    for layers in (2, 4):
+        path = save_tiny_model(tmp_path / str(layers), num_hidden_layers=layers, dtype="bfloat16")
+        lm = load(ModelConfig(name=str(path), dtype="bfloat16", device="cpu"))
+        adapter = lora.attach(lm.model, LoraConfig(r=2, alpha=4), seed=0)
+        base = kept(lm, SEQUENCES, Keep("all", 0))
+        forward.check(lm, 0)
+        config = TrainConfig(epochs=2, sequences_per_step=5)
+        marks: list[Counter[str]] = []
+        with Operations() as operations:
+
+            def mark(*_: object, marks: list[Counter[str]] = marks, seen: Counter[str] = operations.seen) -> None:
+                marks.append(seen.copy())
+
+            train_adapter(lm, adapter, SEQUENCES, config, 0, base=base, on_step=mark)
+        counts[layers] = marks[1] - marks[0]  # the second step: the first makes the optimiser's state
+    a_layer = (counts[4].total() - counts[2].total()) // 2
+    others = counts[2].total() - 2 * a_layer
+    assert counts[4]["_fused_adamw_"] == 1
+    assert counts[4]["_local_scalar_dense"] <= 2  # the device is waited for in none of them: they read the host's rows
+    assert counts[4]["select_backward"] == 0
+    assert a_layer <= 165
+    assert others <= 80
