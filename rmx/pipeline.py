@@ -32,7 +32,7 @@ from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
-from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
 from rmx.rundir import STAGES, RunDirectory, RunError
 from rmx.verify import Judgement, verify
 
@@ -66,9 +66,7 @@ class Run(RunDirectory):
         ``group`` is for training alone: the other processes call :meth:`follow_training`.
         """
         order = list(STAGES)
-        for earlier in order[: order.index(stage)]:
-            if not self.is_done(earlier):
-                raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
+        self.check_order(stage)
         old = self.stages().get(stage)
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
@@ -120,7 +118,7 @@ class Run(RunDirectory):
         self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
     ) -> list[Rollout]:
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
-        renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
+        lm, renderer = self.lm, self.renderer  # loads the model before the bar appears
         origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.weights}
         origin["model"] = self.config.model.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
@@ -249,7 +247,7 @@ class Run(RunDirectory):
 
     def _training_log(
         self, stack: ExitStack, checkpoint: Checkpoint, steps: int, adapter: lora.Adapter
-    ) -> Callable[[train.StepMetrics, int], None]:
+    ) -> Callable[[StepMetrics, int], None]:
         made = checkpoint.peek()
         if made:
             console.print(f"train: goes on after step {made} of {steps}")
@@ -262,7 +260,7 @@ class Run(RunDirectory):
         update = stack.enter_context(progress("train", steps, "steps"))
         update(made, "")
 
-        def on_step(metrics: train.StepMetrics, total: int) -> None:
+        def on_step(metrics: StepMetrics, total: int) -> None:
             log(metrics)
             self.meter.read += metrics.tokens
             if metrics.step in kept:
@@ -377,7 +375,7 @@ class Run(RunDirectory):
         scores, sequences, tau, history = self.scores(), self.training_set(), self.tau(), self.history()
         entropy, evaluation = score.entropies(scores), self.evaluation()
         report.plot(self.path("report.png"), entropy, tau, history, evaluation)
-        tokenizer = self.lm.tokenizer
+        tokenizer = self.vocabulary.tokenizer
         page = html.Page(
             config=self.config,
             evaluation=evaluation,

@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rmx.artefacts import replacing
-from rmx.records import Evaluation, Interval
-from rmx.train import StepMetrics
+from rmx.records import Evaluation, Interval, StepMetrics
 
 BASE, TUNED, GATE = "#7a8ca3", "#d1495b", "#edae49"
 WINDOW = 5  # steps in a running mean

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-import rmx_kernels
-from rmx import loss, model, score, select, train
-from rmx.analyses.pair import score_text
+from rmx import select, source
 from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records
 from rmx.config import Config
 from rmx.errors import RmxError
 from rmx.problems import fingerprints
 from rmx.progress import console
 from rmx.prompts import Renderer, renderer_for
-from rmx.records import Evaluation, Problem, Rollout, Scores, TrainingSequence, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Scores, StepMetrics, TrainingSequence, Verdict
+
+if TYPE_CHECKING:  # torch is imported by what uses it: what a run has done is known without it
+    from rmx import loss, model, score
 
 # Each stage in order, with the settings that it depends on beyond those of the stages before it.
 OUTPUTS = {
@@ -64,13 +65,24 @@ class RunDirectory:
 
     # The model is loaded once, and only by a stage that needs it.
     @cached_property
-    def lm(self) -> model.CausalLM:
+    def lm(self) -> "model.CausalLM":
+        from rmx import model
+
         console.print(f"loading {self.config.model.name}", markup=False, highlight=False)
         return model.load(self.config.model)
 
     @cached_property
+    def vocabulary(self) -> "model.Vocabulary":
+        """Of the model; its weights are not loaded for it."""
+        from rmx import model
+
+        if "lm" in self.__dict__:
+            return model.Vocabulary(self.lm.tokenizer, self.lm.model.config)
+        return model.load_vocabulary(self.config.model)
+
+    @cached_property
     def renderer(self) -> Renderer:
-        return renderer_for(self.lm, self.config)
+        return renderer_for(self.vocabulary.tokenizer, self.vocabulary.model_type, self.config)
 
     # Which stages are done, and with which settings.
     def stages(self) -> dict[str, Any]:
@@ -105,7 +117,7 @@ class RunDirectory:
 
     @cached_property
     def weights(self) -> str | None:
-        return model.fingerprint(self.config.model)
+        return source.fingerprint(self.config.model)
 
     @property
     def model_mark(self) -> str:
@@ -138,6 +150,12 @@ class RunDirectory:
             if not self.is_done(needed):
                 raise RunError(f"{self.dir}: stage {needed!r} is not done: run `rmx {needed}` first{instead}")
 
+    def check_order(self, stage: str) -> None:
+        """Raise RunError unless the stages before this one are finished, with these settings."""
+        for earlier in list(STAGES)[: list(STAGES).index(stage)]:
+            if not self.is_done(earlier):
+                raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time in a run directory."""
@@ -152,8 +170,10 @@ class RunDirectory:
     # What the stages wrote.
     def meta(self, **more: Any) -> dict[str, Any]:
         """Written into every artefact after the rollouts: the same prompts all along, or an error."""
+        from rmx_kernels import __version__
+
         prompt = read_meta(self.path("rollouts.jsonl"))["prompt"]
-        return {"rmx": rmx_kernels.__version__, "prompt": prompt, **more}
+        return {"rmx": __version__, "prompt": prompt, **more}
 
     def problems(self, split: str) -> list[Problem]:
         return [p for p in read_records(self.path("problems.jsonl"), Problem)[1] if p.split == split]
@@ -178,8 +198,10 @@ class RunDirectory:
     def scores(self) -> list[Scores]:
         return self.kept_scores()[0].scores()
 
-    def kept_scores(self) -> tuple[score.ScoreStore, score.Keep]:
+    def kept_scores(self) -> "tuple[score.ScoreStore, score.Keep]":
         """The score stage's files, and which base states they hold."""
+        from rmx import score
+
         path = self.path("scores/index.json")
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -188,7 +210,7 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise ArtefactError(f"{path}: cannot be read: {fault}; run `rmx score` with --again") from fault
 
-    def score_origin(self, keep: score.Keep) -> dict[str, Any]:
+    def score_origin(self, keep: "score.Keep") -> dict[str, Any]:
         """All that scores and base states depend on, beside the rollouts."""
         return {
             "weights": self.model_mark,
@@ -200,12 +222,14 @@ class RunDirectory:
             "prompt": self.meta()["prompt"],
         }
 
-    def wanted(self) -> score.Keep:
+    def wanted(self) -> "score.Keep":
         """The base states that training will ask for."""
+        from rmx import score
+
         settings = self.config.train
         return score.Keep(settings.anchor if settings.anchor_weight else "none", self.config.lora.first_layer)
 
-    def base_source(self) -> tuple[loss.BaseSource | None, score.Keep]:
+    def base_source(self) -> "tuple[loss.BaseSource | None, score.Keep]":
         """(base states from the score stage's files, torn ones made again; which they are); None if not kept."""
         store, keep = self.kept_scores()
         for key, value in self.score_origin(keep).items():
@@ -226,6 +250,8 @@ class RunDirectory:
 
     def base_scores(self) -> list[Scores]:
         """The base model's scores of every rollout, for the analyses; the score stage may look at fewer."""
+        from rmx.analyses.pair import score_text
+
         return score_text(
             self.lm, "base", self.model_mark, self.rollouts(), self.path("base_scores"), self.config.score
         )
@@ -236,8 +262,8 @@ class RunDirectory:
     def tau(self) -> float:
         return float(read_meta(self.path("training_set.jsonl"))["tau"])
 
-    def history(self) -> list[train.StepMetrics]:
-        parse = parser(train.StepMetrics)
+    def history(self) -> list[StepMetrics]:
+        parse = parser(StepMetrics)
         return [parse(value) for _, value in read_lines(self.path("metrics.jsonl"))]
 
     def evaluation(self) -> Evaluation:
