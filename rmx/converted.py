@@ -50,12 +50,13 @@ class Entry:
 
     cache: Path
     gguf: Path
+    folder: Path  # of the model, in which the GGUF file lies
     dtype: str  # of the tensors that are kept: those of the loaded model
 
     @cached_property
     def key(self) -> str:
         """Of the content of the GGUF file and of the files beside it, the dtype, and what converts them."""
-        beside = sorted(p for p in self.gguf.parent.iterdir() if p.suffix in BESIDE and p.is_file())
+        beside = sorted(p for p in self.folder.iterdir() if p.suffix in BESIDE and p.is_file())
         parts = {
             "form": FORM,
             "dtype": self.dtype,
@@ -96,6 +97,8 @@ class Entry:
             tokenizer.save_pretrained(aside)
             files = {p.name: (p.stat().st_size, _sha256(p)) for p in sorted(aside.iterdir())}
             write_json(aside / INDEX, {"source": str(self.gguf), "dtype": self.dtype, "files": files})
+        size = _size(sum(size for size, _ in files.values()))
+        say(f"{self.gguf.name} was converted once and is kept in {self.path} ({size}; RMX_CACHE sets the place)")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -114,10 +117,10 @@ class Entry:
             yield
 
 
-def entry(gguf: Path, dtype: str) -> Entry | None:
+def entry(gguf: Path, folder: Path, dtype: str) -> Entry | None:
     """None where the cache is off."""
     cache = place()
-    return None if cache is None else Entry(cache, gguf, dtype)
+    return None if cache is None else Entry(cache, gguf, folder, dtype)
 
 
 @dataclass(frozen=True)
@@ -152,11 +155,6 @@ def clear(cache: Path) -> None:
 
 def say(text: str) -> None:
     console.print(f"model cache: {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def say_kept(entry: Entry) -> None:
-    size = sum(p.stat().st_size for p in entry.path.iterdir())
-    say(f"{entry.gguf.name} was converted once and is kept in {entry.path} ({_size(size)}; RMX_CACHE sets the place)")
 
 
 def say_not_kept(entry: Entry, fault: OSError | SafetensorError) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from rmx import converted
 from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
-from rmx.source import ModelError, fingerprint, locate, offline
+from rmx.source import ModelError, fingerprint, locate, reach
 
 __all__ = ["CausalLM", "ModelError", "Vocabulary", "batches", "fingerprint", "load", "load_vocabulary", "pad", "save"]
 
@@ -109,7 +109,7 @@ def load_vocabulary(config: ModelConfig) -> Vocabulary:
     with _faults(config):
         files = _Files(config)
         if files.gguf is not None:
-            entry = converted.entry(files.gguf, files.dtype_name)
+            entry = files.entry()
             if entry is not None and entry.whole(weights=False):
                 files = files.at(entry)
         return Vocabulary(files.tokenizer(), files.config())
@@ -121,15 +121,18 @@ class _Files:
     def __init__(self, config: ModelConfig) -> None:
         self.settings = config
         self.name, gguf_file = locate(config)
-        self.common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-        if not Path(self.name).is_dir():
-            self.common["local_files_only"] = offline(self.name, config.revision, gguf_file or "config.json")
-        # transformers would load the base model of an adapter, and the adapter from a pickle if it has no other file
-        only = {key: value for key, value in self.common.items() if key != "trust_remote_code"}
-        if find_adapter_config_file(self.name, **only) is not None:
-            raise ValueError("it is an adapter; name its base model")
-        self.gguf = None if gguf_file is None else Path(str(cached_file(self.name, gguf_file, **only)))
         self.source = self.name  # where the files are read
+        if not Path(self.name).is_dir():
+            self.source = reach(self.name, config.revision, gguf_file or "config.json")
+        revision = {"revision": config.revision}
+        # transformers would load the base model of an adapter, and the adapter from a pickle if it has no other file
+        if find_adapter_config_file(self.source, **revision) is not None:
+            raise ValueError("it is an adapter; name its base model")
+        self.common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **revision}
+        self.gguf: Path | None = None
+        if gguf_file is not None:
+            self.gguf = Path(str(cached_file(self.source, gguf_file, **revision)))
+            self.common["gguf_file"] = gguf_file
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -140,19 +143,22 @@ class _Files:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    def entry(self) -> converted.Entry | None:
+        """Where the cache keeps what a GGUF file is converted to; None where the cache is off."""
+        assert self.gguf is not None
+        folder = self.gguf.parents[len(Path(self.common["gguf_file"]).parts) - 1]
+        return converted.entry(self.gguf, folder, self.dtype_name)
+
     def at(self, entry: converted.Entry) -> "_Files":
         """The same model, converted."""
-        self.source, self.gguf, self.common = str(entry.path), None, {"local_files_only": True}
+        self.source, self.gguf, self.common = str(entry.path), None, {}
         return self
 
-    def _unpack(self) -> dict[str, Any]:
-        return self.common if self.gguf is None else {**self.common, "gguf_file": self.gguf.name}
-
     def config(self) -> Any:
-        return AutoConfig.from_pretrained(self.source, **self._unpack())
+        return AutoConfig.from_pretrained(self.source, **self.common)
 
     def tokenizer(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.source, **self._unpack())
+        tokenizer = AutoTokenizer.from_pretrained(self.source, **self.common)
         tokenizer.name_or_path = self.name
         return tokenizer
 
@@ -161,7 +167,7 @@ class _Files:
         if self.gguf is not None:
             weights = {"quantization_config": GgufConfig(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(
-            self.source, dtype=self.dtype, attn_implementation=self.settings.attention, **self._unpack(), **weights
+            self.source, dtype=self.dtype, attn_implementation=self.settings.attention, **self.common, **weights
         )
         model.name_or_path = model.config.name_or_path = self.name
         return model
@@ -170,27 +176,25 @@ class _Files:
 def _converted(files: _Files) -> tuple[PreTrainedModel, Any]:
     """A model of a GGUF file and its tokenizer: from the cache, else from the file itself, and then into the cache."""
     assert files.gguf is not None
-    entry = converted.entry(files.gguf, files.dtype_name)
+    entry = files.entry()
     if entry is None:
         return files.model(), files.tokenizer()
-    made = None
-    try:
-        if not entry.whole():
-            with entry.locked():
-                if not entry.whole():  # another process may have made it since
-                    converted.say(f"converts {files.gguf.name}, once")
-                    made = files.model(), files.tokenizer()
+    if not entry.whole():
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(entry.locked())
+            except OSError as fault:
+                converted.say_not_kept(entry, fault)
+                return files.model(), files.tokenizer()
+            if not entry.whole():  # another process may have made it since
+                made = files.model(), files.tokenizer()
+                try:
                     entry.write(*made)
-                    converted.say_kept(entry)
-    except (OSError, SafetensorError) as fault:
-        if made is None and not isinstance(fault, OSError):
-            raise
-        converted.say_not_kept(entry, fault)
-        return made or (files.model(), files.tokenizer())
-    if made is None:
-        files = files.at(entry)
-        made = files.model(), files.tokenizer()
-    return made
+                except (OSError, SafetensorError) as fault:
+                    converted.say_not_kept(entry, fault)
+                return made
+    files = files.at(entry)
+    return files.model(), files.tokenizer()
 
 
 @contextmanager

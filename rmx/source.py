@@ -101,35 +101,36 @@ def fingerprint(config: ModelConfig) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def offline(name: str, revision: str | None, file: str = "config.json") -> bool:
-    """Whether a model of the hub has to come from the hub's local cache, since the hub cannot be reached.
+def reach(name: str, revision: str | None, file: str = "config.json") -> str:
+    """The name itself where the hub answers; else the directory of the hub's local cache that holds the model.
 
     One question, without the many tries that transformers would make for each file of the model.
 
     Args:
-        file: one that the local cache holds if it holds the model.
+        file: one of the model's, by which to know that the local cache holds it.
 
     Raises:
         ModelError: the hub has no such model, or it cannot be reached and the local cache does not hold the model.
     """
-    reached, said = _ask_hub(name, revision, file)
+    found, said = _ask_hub(name, revision, file)
     if said:
         raise ModelError(
             f"model.name={name!r}: {said}. Expected a directory that exists, a .gguf file, package:NAME, or a model of "
             "the Hugging Face hub"
         )
-    return not reached
+    return found
 
 
 @functools.cache
-def _ask_hub(name: str, revision: str | None, file: str) -> tuple[bool, str]:
-    """(whether the hub answered, what is wrong or an empty text)."""
+def _ask_hub(name: str, revision: str | None, file: str) -> tuple[str, str]:
+    """(what :func:`reach` returns, what is wrong or an empty text)."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    kept = isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+    found = try_to_load_from_cache(name, file, revision=revision)
+    kept = str(Path(found).parents[len(Path(file).parts) - 1]) if isinstance(found, str) else ""
     if constants.HF_HUB_OFFLINE:
-        return False, "" if kept else "HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model"
+        return kept, "" if kept else "HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model"
     faults: list[Exception | None] = []
 
     def ask() -> None:
@@ -145,17 +146,17 @@ def _ask_hub(name: str, revision: str | None, file: str) -> tuple[bool, str]:
     thread.join(HUB_SECONDS)
     fault = faults[0] if faults else TimeoutError(f"no answer in {HUB_SECONDS:g} s")
     if fault is None:
-        return True, ""
+        return name, ""
     if isinstance(fault, GatedRepoError):
-        return True, "the hub lets only users with access see this model: log in with `hf auth login`, or set HF_TOKEN"
+        return name, "the hub lets only users with access see this model: log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(fault, RevisionNotFoundError):
-        return True, f"the hub's model has no revision {revision!r}"
+        return name, f"the hub's model has no revision {revision!r}"
     if isinstance(fault, RepositoryNotFoundError):
-        return True, "no directory of this name is here, and the hub has no such model (or a private one)"
+        return name, "no directory of this name is here, and the hub has no such model (or a private one)"
     if kept:
-        return False, ""
+        return kept, ""
     why = next(iter(str(fault).strip().splitlines()), type(fault).__name__)
-    return False, (
+    return kept, (
         f"no directory of this name is here, the hub's local cache does not hold it, and {constants.ENDPOINT} "
         f"cannot be reached ({why})"
     )

@@ -249,7 +249,7 @@ def test_a_tokenizer_of_a_damaged_entry_is_not_used(tiny_gguf: Path, cache: Path
 
 
 def test_what_a_killed_process_left_is_replaced(tiny_gguf: Path, cache: Path) -> None:
-    found = converted.entry(tiny_gguf, "float32")
+    found = converted.entry(tiny_gguf, tiny_gguf.parent, "float32")
     assert found is not None
     partial = found.path.with_name(f".{found.path.name}.partial")
     partial.mkdir(parents=True)
@@ -300,7 +300,7 @@ print(float(sum(p.double().sum() for p in lm.model.parameters())))
 
 def test_two_processes_at_once_convert_it_once(tiny_gguf: Path, cache: Path) -> None:
     """The lock is held until both have started, so that both come upon an entry that is not there."""
-    found = converted.entry(tiny_gguf, "float32")
+    found = converted.entry(tiny_gguf, tiny_gguf.parent, "float32")
     assert found is not None
     with found.locked():
         line = [sys.executable, "-c", LOADS, str(tiny_gguf)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rmx import artefacts, rundir
+from rmx import artefacts, model
 from rmx.artefacts import ArtefactError
 from rmx.config import Config
 from rmx.pipeline import Run
@@ -76,7 +76,7 @@ def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
 
 def test_a_finished_run_is_not_repeated(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.dir.rglob("*.json*")}
-    monkeypatch.setattr(rundir.model, "load", lambda _: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(model, "load", lambda _: pytest.fail("nothing is left to do"))
     again = Run(finished.config)
     assert again.run() == finished.evaluation()
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
