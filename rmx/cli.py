@@ -67,7 +67,8 @@ def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) 
 
             run = Run(directory.config)
             if group.leads:
-                run.execute(name, again, group)
+                with run.stoppable():
+                    run.execute(name, again, group)
             else:
                 run.follow_training(group)
 

@@ -83,8 +83,11 @@ class Vocabulary:
         return int(self.config.get_text_config().vocab_size)
 
 
-def load(config: ModelConfig) -> CausalLM:
+def load(config: ModelConfig, vocabulary: Vocabulary | None = None) -> CausalLM:
     """Load a frozen model in evaluation mode from safetensors or GGUF; pickled weights are never opened.
+
+    Args:
+        vocabulary: of this model, where it is loaded already.
 
     Raises:
         ModelError: no such directory or package, no usable weights, or a head that rmx does not reproduce.
@@ -94,6 +97,8 @@ def load(config: ModelConfig) -> CausalLM:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _faults(config):
         files = _Files(config)
+        if vocabulary is not None:
+            files.known = vocabulary.tokenizer
         model, tokenizer = _converted(files) if files.gguf is not None else (files.model(), files.tokenizer())
         model = model.to(device)
     model.eval().requires_grad_(False)
@@ -120,6 +125,7 @@ class _Files:
 
     def __init__(self, config: ModelConfig) -> None:
         self.settings = config
+        self.known: Any = None  # the tokenizer, where it is loaded already
         self.name, gguf_file = locate(config)
         self.source = self.name  # where the files are read
         if not Path(self.name).is_dir():
@@ -158,6 +164,8 @@ class _Files:
         return AutoConfig.from_pretrained(self.source, **self.common)
 
     def tokenizer(self) -> Any:
+        if self.known is not None:
+            return self.known
         tokenizer = AutoTokenizer.from_pretrained(self.source, **self.common)
         tokenizer.name_or_path = self.name
         return tokenizer

@@ -67,6 +67,7 @@ class Run(RunDirectory):
         """
         order = list(STAGES)
         self.check_order(stage)
+        self.under_way, self.kept = stage, ""
         old = self.stages().get(stage)
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
@@ -82,6 +83,7 @@ class Run(RunDirectory):
         for finished in order[: order.index(stage) + 1]:  # an earlier one may have been killed before it came here
             for name in SPENT.get(finished, ()):
                 remove(self.path(name))
+        self.under_way = ""
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
         console.print(f"{stage}: {words} ({record['seconds']:.0f} s)", highlight=False, markup=False, soft_wrap=True)
 
@@ -125,16 +127,21 @@ class Run(RunDirectory):
         total = len(problems) * sampling.samples
         title = name.rpartition("/")[2].removeprefix("evaluation.")
         with journal, progress(title, total, "rollouts") as update:
-            done = len(known)
-            update(done, "")
+            done = 0
+
+            def count(more: int) -> None:
+                nonlocal done
+                done += more
+                self.kept = f"{done} of {total} rollouts are kept in {journal.path}"
+                update(done, "")
+
+            count(len(known))
 
             def on_unit(unit: list[Rollout]) -> None:
-                nonlocal done
                 journal.append(unit)
-                done += len(unit)
                 self.meter.read += sum(len(r.prompt_ids) for r in {r.problem_id: r for r in unit}.values())
                 self.meter.generated += sum(len(r.completion_ids) for r in unit)
-                update(done, "")
+                count(len(unit))
 
             found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
         write_records(self.path(f"{name}.jsonl"), found, meta)
@@ -170,6 +177,7 @@ class Run(RunDirectory):
 
             def on_done(done: int, read: int) -> None:
                 self.meter.read = read
+                self.kept = f"the scores of {done} of {len(found)} rollouts are kept in {store.path}"
                 update(done, "")
 
             store.fill(lm, settings, keep, on_done=on_done)

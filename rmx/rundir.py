@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,7 +15,7 @@ import pydantic
 from rmx import select, source
 from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records
 from rmx.config import Config
-from rmx.errors import RmxError
+from rmx.errors import Interrupted, RmxError
 from rmx.problems import fingerprints
 from rmx.progress import console
 from rmx.prompts import Renderer, renderer_for
@@ -59,6 +60,8 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dir = Path(config.run_dir).expanduser()
+        self.under_way = ""  # the stage that is running
+        self.kept = ""  # of it, should it be interrupted
 
     def path(self, name: str) -> Path:
         return self.dir / name
@@ -69,7 +72,7 @@ class RunDirectory:
         from rmx import model
 
         console.print(f"loading {self.config.model.name}", markup=False, highlight=False)
-        return model.load(self.config.model)
+        return model.load(self.config.model, self.__dict__.get("vocabulary"))
 
     @cached_property
     def vocabulary(self) -> "model.Vocabulary":
@@ -165,7 +168,24 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as fault:
                 raise RunError(f"{self.dir}: another process is running in it") from fault
+            with self.stoppable():
+                yield
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Inside, Ctrl-C ends the work with a word about what is kept.
+
+        Raises:
+            Interrupted: SIGINT arrived.
+        """
+        try:
             yield
+        except KeyboardInterrupt as stop:
+            kept = self.kept or (
+                "nothing of this stage is kept" if self.under_way else f"what was finished is kept in {self.dir}"
+            )
+            said = f"{self.under_way or self.dir}: SIGINT; {kept}; start again to go on"
+            raise Interrupted(said, signal.SIGINT) from stop
 
     # What the stages wrote.
     def meta(self, **more: Any) -> dict[str, Any]:
