@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from rmx.records import StepMetrics
 from rmx.report import running_mean
-from rmx.train import StepMetrics
 
 BINS = 60  # of the histogram
 POINTS = 500  # of a curve

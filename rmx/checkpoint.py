@@ -16,19 +16,11 @@ import safetensors.torch
 import torch
 
 from rmx.artefacts import replacing
-from rmx.errors import RmxError
+from rmx.errors import Interrupted
 from rmx.lora import Masters
 
 PARTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 FIELDS = ("step", "token_budget", "shifts", "stopped")  # of State
-
-
-class Interrupted(RmxError):
-    """A signal ended the training; its state is in the checkpoint."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 @dataclass

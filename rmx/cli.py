@@ -37,27 +37,43 @@ Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 
 
 def _open(config: Path, overrides: list[str] | None) -> "Run":
+    """Errors of the configuration first: what comes after them imports torch, which takes seconds."""
     from rmx.config import load_config
+    from rmx.source import locate
+
+    settings = load_config(config, overrides)
+    locate(settings.located_model)
     from rmx.pipeline import Run
 
-    return Run(load_config(config, overrides))
+    return Run(settings)
 
 
 def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) -> None:
+    from rmx.config import load_config
+
+    settings = load_config(config, overrides)
     from rmx.distributed import processes
     from rmx.progress import console
+    from rmx.rundir import RunDirectory
 
-    run = _open(config, overrides)
+    directory = RunDirectory(settings)
     with processes() as group:
         if group.size > 1 and name != "train":
             raise RmxError(f"rmx {name} runs in one process; torchrun is for rmx train")
-        with run.locked() if group.leads else nullcontext():
-            done = group.leads and not again and name != "report" and run.is_done(name)
+        with directory.locked() if group.leads else nullcontext():
+            done = group.leads and not again and name != "report" and directory.is_done(name)
             if group.largest(int(done)):
                 if group.leads:
-                    console.print(f"{run.dir}: {name} is done; --again redoes it", markup=False, soft_wrap=True)
-            elif group.leads:
-                run.execute(name, again, group)
+                    console.print(f"{directory.dir}: {name} is done; --again redoes it", markup=False, soft_wrap=True)
+                return
+            if group.leads:
+                directory.check_order(name)
+            from rmx.pipeline import Run  # imports torch, which takes seconds
+
+            run = Run(directory.config)
+            if group.leads:
+                with run.stoppable():
+                    run.execute(name, again, group)
             else:
                 run.follow_training(group)
 
@@ -132,10 +148,11 @@ def export_command(
     config: ConfigPath, out: Annotated[Path, typer.Argument(help="directory to write")], set_: Overrides = None
 ) -> None:
     """Write problems, scored rollouts and training set as JSON of the method's released code."""
+    run = _open(config, set_)
     from rmx.progress import console
     from rmx.transfer import export_run
 
-    for path in export_run(_open(config, set_), out):
+    for path in export_run(run, out):
         console.print(f"export: written {path}", markup=False, soft_wrap=True)
 
 
@@ -149,9 +166,10 @@ def import_command(
     ] = False,
 ) -> None:
     """Start a run from JSON of the method's released code; `rmx run` goes on from there."""
+    run = _open(config, set_)
     from rmx.transfer import import_run
 
-    import_run(_open(config, set_), source, any_prompt=any_prompt)
+    import_run(run, source, any_prompt=any_prompt)
 
 
 @app.command()
@@ -162,11 +180,11 @@ def compare(
     set_: Overrides = None,
 ) -> None:
     """Where OTHER's most probable token is not BASE's: how often, at which entropy, from which rank."""
+    run = _open(config, set_)
     from rmx.analyses import compare
     from rmx.analyses.pair import paired
     from rmx.tables import show
 
-    run = _open(config, set_)
     folder = out or run.path("compare")
     run.need("rollouts")
     if not other:
@@ -188,10 +206,10 @@ def coverage(
     set_: Overrides = None,
 ) -> None:
     """Of the decision points in all rollouts, how many do a few of the rollouts already contain."""
+    run = _open(config, set_)
     from rmx.analyses import coverage
     from rmx.tables import show
 
-    run = _open(config, set_)
     with run.locked():
         result = coverage.cover_run(run, tau, draws)
     coverage.write(result, out or run.path("coverage"), run.meta())
@@ -217,13 +235,15 @@ def benchmark_command(
     set_: Overrides = None,
 ) -> None:
     """Accuracy of the model, and with an adapter, on benchmarks."""
+    run = _open(config, set_)
     from rmx.benchmarks import run_benchmarks, table
     from rmx.tables import show
 
-    results = run_benchmarks(
-        _open(config, set_), names, tuned=tuned, adapter=adapter, limit=limit, samples=samples, data=data, out=out
+    show(
+        table(
+            run_benchmarks(run, names, tuned=tuned, adapter=adapter, limit=limit, samples=samples, data=data, out=out)
+        )
     )
-    show(table(results))
 
 
 @app.command()
@@ -237,10 +257,10 @@ def ablate(
     set_: Overrides = None,
 ) -> None:
     """The run's training with one thing changed: other gates, shuffled advantages, positives only, other adapters."""
+    run = _open(config, set_)
     from rmx.analyses import ablate
     from rmx.tables import show
 
-    run = _open(config, set_)
     folder = out or run.path("ablate")
     with run.locked():
         result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
@@ -262,13 +282,13 @@ def intervene(
     """How much of OTHER's accuracy BASE gains by taking its tokens at a few positions, against controls."""
     from rich.console import Console
 
+    if gate not in ("disagreement", "entropy"):
+        raise RmxError(f"--gate {gate}: expected disagreement or entropy")
+    run = _open(config, set_)
     from rmx.analyses import intervene
     from rmx.analyses.pair import paired
     from rmx.tables import show
 
-    if gate not in ("disagreement", "entropy"):
-        raise RmxError(f"--gate {gate}: expected disagreement or entropy")
-    run = _open(config, set_)
     folder = out or run.path("intervene")
     run.need("problems")
     if gate == "entropy" and tau is None:
@@ -295,13 +315,34 @@ def demo(
 ) -> None:
     """Train SmolLM2-135M-Instruct on small arithmetic and show what it gained; some minutes on two cores."""
     from rmx.demo import demo_config
-    from rmx.pipeline import Run
 
     if size not in ("auto", "full", "small"):
         raise RmxError(f"--size {size}: expected auto, full or small")
     with as_file(files("rmx") / "demo.yaml") as path:
         config = demo_config(path, seed, run_dir or f"runs/demo-{seed}", set_ or [], size)  # type: ignore[arg-type]
+        from rmx.pipeline import Run
+
         _run(Run(config))
+
+
+@app.command("cache")
+def cache_command(
+    clear: Annotated[bool, typer.Option("--clear", help="delete all of it")] = False,
+) -> None:
+    """Models that were converted from GGUF files once and are kept, or with --clear their removal."""
+    from rmx import converted
+
+    cache = converted.place()
+    if cache is None:
+        print("off: RMX_CACHE=off")
+        return
+    kept = converted.listed(cache)
+    for entry in kept:
+        print(f"{entry.bytes / 2**20:8,.0f} MiB  {entry.dtype:<9} {entry.path.name}  {entry.source}")
+    total = f"{sum(entry.bytes for entry in kept) / 2**20:,.0f} MiB in {cache}"
+    if clear:
+        converted.clear(cache)
+    print(f"deleted: {total}" if clear else total)
 
 
 @app.command("doctor")

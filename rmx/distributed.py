@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
+if TYPE_CHECKING:  # a process alone needs neither
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -27,35 +29,48 @@ class Group:
         """Every size-th item, so that shares differ by one at most."""
         return list(items[self.rank :: self.size])
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: "Sequence[nn.Parameter]") -> None:
         """Replace each gradient by the sum over processes: that of one process at the same global batch."""
         if self.size == 1:
             return
+        import torch
+        import torch.distributed as dist
+
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         dist.all_reduce(flat)
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def sum(self, values: "np.ndarray") -> "np.ndarray":
         """Element by element, over processes."""
         if self.size == 1:
             return values
+        import torch
+        import torch.distributed as dist
+
         return _reduced(torch.from_numpy(values), dist.ReduceOp.SUM).numpy()
 
     def largest(self, value: int) -> int:
         """Over processes."""
         if self.size == 1:
             return value
+        import torch
+        import torch.distributed as dist
+
         return int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
+            import torch.distributed as dist
+
             dist.barrier()
 
 
-def _reduced(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+def _reduced(values: "torch.Tensor", op: "dist.ReduceOp.RedOpType") -> "torch.Tensor":
     """On the CPU; by way of the device that the backend works on."""
+    import torch.distributed as dist
+
     there = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(there, op=op)
     return there.cpu()
@@ -71,6 +86,9 @@ def processes() -> Iterator[Group]:
     if size == 1:
         yield ALONE
         return
+    import torch
+    import torch.distributed as dist
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

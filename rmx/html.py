@@ -20,9 +20,8 @@ from rmx import cost, report
 from rmx.artefacts import replacing
 from rmx.charts import curves, histogram, percent, tick_labels, tick_values
 from rmx.config import Config
-from rmx.records import Evaluation, Interval, Problem, Rollout, Scores, TrainingSequence, Verdict
+from rmx.records import Evaluation, Interval, Problem, Rollout, Scores, StepMetrics, TrainingSequence, Verdict
 from rmx.select import gated_share
-from rmx.train import StepMetrics
 
 PROBLEMS = 3  # whose rollouts are shown
 SHOWN = 500  # tokens of a completion that are shown: about 100 kB of page

@@ -1,29 +1,28 @@
 """One causal language model: loading it, its final hidden states, its output head."""
 
-import hashlib
-import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
 
+from rmx import converted
 from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
-from rmx.errors import RmxError
 from rmx.progress import quiet
+from rmx.source import ModelError, fingerprint, locate, reach
 from rmx_kernels import precision
 
-
-class ModelError(RmxError):
-    """The model cannot be loaded, or its logits are not what its hidden states and head say."""
+__all__ = ["CausalLM", "ModelError", "Vocabulary", "batches", "fingerprint", "load", "load_vocabulary", "pad", "save"]
 
 
 @dataclass(frozen=True)
@@ -69,52 +68,158 @@ class CausalLM:
         return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap}
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model without its weights: enough to render prompts and to decode tokens."""
+
+    tokenizer: Any
+    config: Any  # of transformers
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def size(self) -> int:
+        """How many rows the output head has."""
+        return int(self.config.get_text_config().vocab_size)
+
+
 @quiet()
-def load(config: ModelConfig) -> CausalLM:
+def load(config: ModelConfig, vocabulary: Vocabulary | None = None) -> CausalLM:
     """Load a frozen model in evaluation mode from safetensors or GGUF; pickled weights are never opened.
+
+    Args:
+        vocabulary: of this model, where it is loaded already.
 
     Raises:
         ModelError: no such directory or package, no usable weights, or a head that rmx does not reproduce.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, precision.choose(device).dtype if config.dtype == "auto" else config.dtype)
-    source, gguf_file = _locate(config)
-    common = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    weights: dict[str, Any] = {"use_safetensors": True}
-    if gguf_file is not None:
-        common["gguf_file"] = gguf_file
-        weights = {"quantization_config": GgufConfig(dequantize=True)}
-    try:
-        # transformers would load the base model of an adapter, and the adapter from a pickle if it has no other file
-        if find_adapter_config_file(source, revision=config.revision) is not None:
-            raise ValueError("it is an adapter; name its base model")
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=config.attention, **common, **weights
-        ).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as fault:
-        raise ModelError(f"model.name={config.name!r}: cannot be loaded: {fault}") from fault
+    with _faults(config):
+        files = _Files(config)
+        if vocabulary is not None:
+            files.known = vocabulary.tokenizer
+        model, tokenizer = _converted(files) if files.gguf is not None else (files.model(), files.tokenizer())
+        model = model.to(files.device)
     model.eval().requires_grad_(False)
     return wrap(model, tokenizer, config.packing)
 
 
-def fingerprint(config: ModelConfig) -> str | None:
-    """Tells local weight files apart, by name, size, first and last MiB; None for a hub name."""
-    source, gguf_file = _locate(config)
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]
+def load_vocabulary(config: ModelConfig) -> Vocabulary:
+    """The tokenizer and the configuration of the model that :func:`load` loads.
+
+    Raises:
+        ModelError: as :func:`load`.
+    """
+    with _faults(config):
+        files = _Files(config)
+        if files.gguf is not None:
+            entry = files.entry()
+            if entry is not None and entry.whole(weights=False):
+                files = files.at(entry)
+        return Vocabulary(files.tokenizer(), files.config())
+
+
+class _Files:
+    """What transformers is told to read."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.settings = config
+        self.known: Any = None  # the tokenizer, where it is loaded already
+        self.name, gguf_file = locate(config)
+        self.source = self.name  # where the files are read
+        if not Path(self.name).is_dir():
+            self.source = reach(self.name, config.revision, gguf_file or "config.json")
+        revision = {"revision": config.revision}
+        # transformers would load the base model of an adapter, and the adapter from a pickle if it has no other file
+        if find_adapter_config_file(self.source, **revision) is not None:
+            raise ValueError("it is an adapter; name its base model")
+        self.common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **revision}
+        self.gguf: Path | None = None
+        if gguf_file is not None:
+            self.gguf = Path(str(cached_file(self.source, gguf_file, **revision)))
+            self.common["gguf_file"] = gguf_file
+
+    @property
+    def device(self) -> str:
+        if self.settings.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.settings.device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        name = precision.choose(self.device).dtype if self.settings.dtype == "auto" else self.settings.dtype
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def entry(self) -> converted.Entry | None:
+        """Where the cache keeps what a GGUF file is converted to; None where the cache is off."""
+        assert self.gguf is not None
+        folder = self.gguf.parents[len(Path(self.common["gguf_file"]).parts) - 1]
+        return converted.entry(self.gguf, folder, self.dtype_name)
+
+    def at(self, entry: converted.Entry) -> "_Files":
+        """The same model, converted."""
+        self.source, self.gguf, self.common = str(entry.path), None, {}
+        return self
+
+    def config(self) -> Any:
+        return AutoConfig.from_pretrained(self.source, **self.common)
+
+    def tokenizer(self) -> Any:
+        if self.known is not None:
+            return self.known
+        tokenizer = AutoTokenizer.from_pretrained(self.source, **self.common)
+        tokenizer.name_or_path = self.name
+        return tokenizer
+
+    def model(self) -> PreTrainedModel:
+        weights: dict[str, Any] = {"use_safetensors": True}
+        if self.gguf is not None:
+            weights = {"quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(
+            self.source, dtype=self.dtype, attn_implementation=self.settings.attention, **self.common, **weights
+        )
+        model.name_or_path = model.config.name_or_path = self.name
+        return model
+
+
+def _converted(files: _Files) -> tuple[PreTrainedModel, Any]:
+    """A model of a GGUF file and its tokenizer: from the cache, else from the file itself, and then into the cache."""
+    assert files.gguf is not None
+    entry = files.entry()
+    if entry is None:
+        return files.model(), files.tokenizer()
+    if not entry.whole():
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(entry.locked())
+            except OSError as fault:
+                converted.say_not_kept(entry, fault)
+                return files.model(), files.tokenizer()
+            if not entry.whole():  # another process may have made it since
+                made = files.model(), files.tokenizer()
+                try:
+                    entry.write(*made)
+                except (OSError, SafetensorError) as fault:
+                    converted.say_not_kept(entry, fault)
+                return made
+    files = files.at(entry)
+    return files.model(), files.tokenizer()
+
+
+@contextmanager
+def _faults(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AssertionError, SafetensorError) as fault:
+        raise ModelError(f"model.name={config.name!r}: cannot be loaded: {fault}") from fault
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> CausalLM:
@@ -163,40 +268,6 @@ def save(lm: CausalLM, path: Path) -> None:
     with replacing(path) as aside:
         lm.model.save_pretrained(aside)
         lm.tokenizer.save_pretrained(aside)
-
-
-def _locate(config: ModelConfig) -> tuple[str, str | None]:
-    """(directory or hub name, GGUF file name or None)."""
-    name = config.name
-    if name.startswith("package:"):
-        package = name.removeprefix("package:")
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"model.name={name!r}: the Python package {package!r} is not installed")
-        path = Path(spec.submodule_search_locations[0])
-    else:
-        path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), path.name
-    if not path.is_dir():
-        if path.is_absolute() or name.startswith((".", "~")):
-            raise ModelError(f"model.name={name!r}: no such directory")
-        return name, config.gguf_file  # a hub name
-    if config.gguf_file is not None:
-        return str(path), config.gguf_file
-    if any(path.glob("*.safetensors")):
-        return str(path), None
-    ggufs = sorted(file.name for file in path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return str(path), ggufs[0]
-    if ggufs:
-        raise ModelError(f"model.name={name!r}: holds several GGUF files ({', '.join(ggufs)}); set model.gguf_file")
-    pickles = sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-    raise ModelError(f"model.name={name!r}: the directory holds no weights (*.safetensors or *.gguf){hint}")
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
-from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
 from rmx.rundir import STAGES, RunDirectory, RunError, meant
 from rmx.verify import Judgement, verify
 
@@ -66,12 +66,11 @@ class Run(RunDirectory):
         ``group`` is for training alone: the other processes call :meth:`follow_training`.
         """
         order = list(STAGES)
-        for earlier in order[: order.index(stage)]:
-            if not self.is_done(earlier):
-                raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
+        self.check_order(stage)
         imported = any("imported" in record for record in self.stages().values())
-        if order.index(stage) < order.index("train") and not imported:  # of how many steps is known after select
+        if list(STAGES).index(stage) < list(STAGES).index("train") and not imported:  # the steps are known after select
             train.check_warmup(self.config.train, self.config.most_steps, "at most ")
+        self.under_way, self.kept = stage, ""
         old = self.stages().get(stage)
         # From here on neither this stage nor a later one counts as done, should it be interrupted.
         write_json(
@@ -87,6 +86,7 @@ class Run(RunDirectory):
         for finished in order[: order.index(stage) + 1]:  # an earlier one may have been killed before it came here
             for name in SPENT.get(finished, ()):
                 remove(self.path(name))
+        self.under_way = ""
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
         console.print(f"{stage}: {words} ({record['seconds']:.0f} s)", highlight=False, markup=False, soft_wrap=True)
 
@@ -134,23 +134,28 @@ class Run(RunDirectory):
         self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
     ) -> list[Rollout]:
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
-        renderer, lm = self.renderer, self.lm  # loads the model before the bar appears
+        lm, renderer = self.lm, self.renderer  # loads the model before the bar appears
         origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.weights}
         origin["model"] = self.model_settings.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
         total = len(problems) * sampling.samples
         title = name.rpartition("/")[2].removeprefix("evaluation.")
         with journal, progress(title, total, "rollouts") as update:
-            done = len(known)
-            update(done, "")
+            done = 0
+
+            def count(more: int) -> None:
+                nonlocal done
+                done += more
+                self.kept = f"{done} of {total} rollouts are kept in {journal.path}"
+                update(done, "")
+
+            count(len(known))
 
             def on_unit(unit: list[Rollout]) -> None:
-                nonlocal done
                 journal.append(unit)
-                done += len(unit)
                 self.meter.read += sum(len(r.prompt_ids) for r in {r.problem_id: r for r in unit}.values())
                 self.meter.generated += sum(len(r.completion_ids) for r in unit)
-                update(done, "")
+                count(len(unit))
 
             found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
         write_records(self.path(f"{name}.jsonl"), found, meta)
@@ -186,6 +191,7 @@ class Run(RunDirectory):
 
             def on_done(done: int, read: int) -> None:
                 self.meter.read = read
+                self.kept = f"the scores of {done} of {len(found)} rollouts are kept in {store.path}"
                 update(done, "")
 
             store.fill(lm, settings, keep, on_done=on_done)
@@ -265,7 +271,7 @@ class Run(RunDirectory):
 
     def _training_log(
         self, stack: ExitStack, checkpoint: Checkpoint, steps: int, adapter: lora.Adapter
-    ) -> Callable[[train.StepMetrics, int], None]:
+    ) -> Callable[[StepMetrics, int], None]:
         made = checkpoint.peek()
         if made:
             console.print(f"train: goes on after step {made} of {steps}")
@@ -278,7 +284,7 @@ class Run(RunDirectory):
         update = stack.enter_context(progress("train", steps, "steps"))
         update(made, "")
 
-        def on_step(metrics: train.StepMetrics, total: int) -> None:
+        def on_step(metrics: StepMetrics, total: int) -> None:
             log(metrics)
             self.meter.read += metrics.tokens
             if metrics.step in kept:
@@ -394,7 +400,7 @@ class Run(RunDirectory):
         scores, sequences, tau, history = self.scores(), self.training_set(), self.tau(), self.history()
         entropy, evaluation = score.entropies(scores), self.evaluation()
         report.plot(self.path("report.png"), entropy, tau, history, evaluation)
-        tokenizer = self.lm.tokenizer
+        tokenizer = self.vocabulary.tokenizer
         page = html.Page(
             config=self.config,
             evaluation=evaluation,

@@ -14,7 +14,6 @@ import jinja2
 from rmx.artefacts import fingerprint
 from rmx.config import Config, PromptConfig
 from rmx.errors import RmxError
-from rmx.model import CausalLM
 from rmx.progress import console
 
 STEPS = "Solve the following math problem step by step."
@@ -150,9 +149,9 @@ class Renderer:
         return TEXTS[self.style].replace("{question}", question + self.config.suffix)
 
 
-def renderer_for(lm: CausalLM, config: Config) -> Renderer:
+def renderer_for(tokenizer: Any, model_type: str, config: Config) -> Renderer:
     """The renderer of a run; it says what ``prompt.style=auto`` became."""
-    renderer = Renderer(lm.tokenizer, config.prompt, config.located_model.name, lm.model.config.model_type)
+    renderer = Renderer(tokenizer, config.prompt, config.located_model.name, model_type)
     if config.prompt.style == "auto":
         console.print(f"prompt.style=auto: {renderer.style}", markup=False, highlight=False)
     return renderer

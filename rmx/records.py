@@ -95,6 +95,22 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One step of the training: a line of metrics.jsonl."""
+
+    step: int  # 1 ..
+    loss: float  # nats
+    decision: float  # its contrastive part
+    anchor_kl: float  # mean KL(base || student) over anchor positions, nats
+    positive_shift: float | None  # mean change of log p since the base, decisions of right rollouts, nats
+    negative_shift: float | None  # the same of wrong rollouts
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    tokens: int  # read, without padding
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Interval:
     """An estimate with its 95 % bootstrap interval."""
 

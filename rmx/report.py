@@ -13,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rmx.artefacts import replacing
-from rmx.records import Evaluation, Interval
+from rmx.records import Evaluation, Interval, StepMetrics
 from rmx.tables import new_table
-from rmx.train import StepMetrics
 
 COLOURS = {  # of the pictures, and of report.html on a light page
     "base": "#6c8099",

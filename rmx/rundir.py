@@ -3,24 +3,26 @@
 import dataclasses
 import fcntl
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-import rmx_kernels
-from rmx import loss, model, score, select, train
-from rmx.analyses.pair import score_text
+from rmx import select, source
 from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records, write_json
 from rmx.config import Config, ModelConfig
-from rmx.errors import RmxError
+from rmx.errors import Interrupted, RmxError
 from rmx.problems import fingerprints
 from rmx.progress import console
 from rmx.prompts import Renderer, renderer_for
-from rmx.records import Evaluation, Problem, Rollout, Scores, TrainingSequence, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Scores, StepMetrics, TrainingSequence, Verdict
+
+if TYPE_CHECKING:  # torch is imported by what uses it: what a run has done is known without it
+    from rmx import loss, model, score
 
 # Each stage in order, with the settings that it depends on beyond those of the stages before it.
 OUTPUTS = {
@@ -61,18 +63,24 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.dir = config.path(config.run_dir, "stages.json")
+        self.under_way = ""  # the stage that is running
+        self.kept = ""  # of it, should it be interrupted
 
     def path(self, name: str) -> Path:
         return self.dir / name
 
     # The model is loaded once, and only by a stage that needs it.
     @cached_property
-    def lm(self) -> model.CausalLM:
+    def lm(self) -> "model.CausalLM":
+        from rmx import model
+
         dtype, reason = self.dtype
         said = f"loading {self.config.model.name} in {dtype}"
         said += f" (model.dtype=auto: {reason})" if self.config.model.dtype == "auto" else ""
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-        return model.load(self.config.located_model.model_copy(update={"dtype": dtype}))
+        return model.load(
+            self.config.located_model.model_copy(update={"dtype": dtype}), self.__dict__.get("vocabulary")
+        )
 
     @cached_property
     def dtype(self) -> tuple[str, str]:
@@ -87,10 +95,10 @@ class RunDirectory:
         elif self.path("rollouts.journal.jsonl").exists():
             began = FIRST_AUTO
         else:
-            from rmx_kernels import precision  # asks torch, which the other cases need not import
+            from rmx_kernels import __version__, precision  # ask torch, which the other cases need not import
 
             found = precision.choose(self.config.model.device)
-            write_json(path, {"rmx": rmx_kernels.__version__, **dataclasses.asdict(found)})
+            write_json(path, {"rmx": __version__, **dataclasses.asdict(found)})
             return found.dtype, found.reason
         return began, "this run began with it"
 
@@ -109,8 +117,17 @@ class RunDirectory:
         return self.config.model.model_copy(update={"dtype": self.dtype[0]})
 
     @cached_property
+    def vocabulary(self) -> "model.Vocabulary":
+        """Of the model; its weights are not loaded for it."""
+        from rmx import model
+
+        if "lm" in self.__dict__:
+            return model.Vocabulary(self.lm.tokenizer, self.lm.model.config)
+        return model.load_vocabulary(self.config.located_model.model_copy(update={"dtype": self.dtype[0]}))
+
+    @cached_property
     def renderer(self) -> Renderer:
-        return renderer_for(self.lm, self.config)
+        return renderer_for(self.vocabulary.tokenizer, self.vocabulary.model_type, self.config)
 
     # Which stages are done, and with which settings.
     def stages(self) -> dict[str, Any]:
@@ -147,7 +164,7 @@ class RunDirectory:
 
     @cached_property
     def weights(self) -> str | None:
-        return model.fingerprint(self.config.located_model)
+        return source.fingerprint(self.config.located_model)
 
     @property
     def model_mark(self) -> str:
@@ -183,6 +200,12 @@ class RunDirectory:
             if not self.is_done(needed):
                 raise RunError(f"{self.dir}: stage {needed!r} is not done: run `rmx {needed}` first{instead}")
 
+    def check_order(self, stage: str) -> None:
+        """Raise RunError unless the stages before this one are finished, with these settings."""
+        for earlier in list(STAGES)[: list(STAGES).index(stage)]:
+            if not self.is_done(earlier):
+                raise RunError(f"{self.dir}: stage {stage!r} needs stage {earlier!r}: run `rmx {earlier}` first")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time in a run directory."""
@@ -192,13 +215,32 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as fault:
                 raise RunError(f"{self.dir}: another process is running in it") from fault
+            with self.stoppable():
+                yield
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Inside, Ctrl-C ends the work with a word about what is kept.
+
+        Raises:
+            Interrupted: SIGINT arrived.
+        """
+        try:
             yield
+        except KeyboardInterrupt as stop:
+            kept = self.kept or (
+                "nothing of this stage is kept" if self.under_way else f"what was finished is kept in {self.dir}"
+            )
+            said = f"{self.under_way or self.dir}: SIGINT; {kept}; start again to go on"
+            raise Interrupted(said, signal.SIGINT) from stop
 
     # What the stages wrote.
     def meta(self, **more: Any) -> dict[str, Any]:
         """Written into every artefact after the rollouts: the same prompts all along, or an error."""
+        from rmx_kernels import __version__
+
         prompt = read_meta(self.path("rollouts.jsonl"))["prompt"]
-        return {"rmx": rmx_kernels.__version__, "prompt": prompt, **more}
+        return {"rmx": __version__, "prompt": prompt, **more}
 
     def problems(self, split: str) -> list[Problem]:
         return [p for p in read_records(self.path("problems.jsonl"), Problem)[1] if p.split == split]
@@ -223,8 +265,10 @@ class RunDirectory:
     def scores(self) -> list[Scores]:
         return self.kept_scores()[0].scores()
 
-    def kept_scores(self) -> tuple[score.ScoreStore, score.Keep]:
+    def kept_scores(self) -> "tuple[score.ScoreStore, score.Keep]":
         """The score stage's files, and which base states they hold."""
+        from rmx import score
+
         path = self.path("scores/index.json")
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -233,7 +277,7 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise ArtefactError(f"{path}: cannot be read: {fault}; run `rmx score` with --again") from fault
 
-    def score_origin(self, keep: score.Keep) -> dict[str, Any]:
+    def score_origin(self, keep: "score.Keep") -> dict[str, Any]:
         """All that scores and base states depend on, beside the rollouts."""
         return {
             "weights": self.model_mark,
@@ -245,12 +289,14 @@ class RunDirectory:
             "prompt": self.meta()["prompt"],
         }
 
-    def wanted(self) -> score.Keep:
+    def wanted(self) -> "score.Keep":
         """The base states that training will ask for."""
+        from rmx import score
+
         settings = self.config.train
         return score.Keep(settings.anchor if settings.anchor_weight else "none", self.config.lora.first_layer)
 
-    def base_source(self) -> tuple[loss.BaseSource | None, score.Keep]:
+    def base_source(self) -> "tuple[loss.BaseSource | None, score.Keep]":
         """(base states from the score stage's files, torn ones made again; which they are); None if not kept."""
         store, keep = self.kept_scores()
         for key, value in self.score_origin(keep).items():
@@ -271,6 +317,8 @@ class RunDirectory:
 
     def base_scores(self) -> list[Scores]:
         """The base model's scores of every rollout, for the analyses; the score stage may look at fewer."""
+        from rmx.analyses.pair import score_text
+
         return score_text(
             self.lm, "base", self.model_mark, self.rollouts(), self.path("base_scores"), self.config.score
         )
@@ -281,8 +329,8 @@ class RunDirectory:
     def tau(self) -> float:
         return float(read_meta(self.path("training_set.jsonl"))["tau"])
 
-    def history(self) -> list[train.StepMetrics]:
-        parse = parser(train.StepMetrics)
+    def history(self) -> list[StepMetrics]:
+        parse = parser(StepMetrics)
         return [parse(value) for _, value in read_lines(self.path("metrics.jsonl"))]
 
     def evaluation(self) -> Evaluation:

@@ -27,26 +27,12 @@ from rmx.lora import Adapter, Masters
 from rmx.loss import BaseSource, BatchRows, Prepared, prepare, prepared_loss
 from rmx.model import CausalLM
 from rmx.progress import console
-from rmx.records import TrainingSequence
+from rmx.records import StepMetrics, TrainingSequence
 from rmx_kernels import ContrastiveLoss
 
 
 class TrainingError(RmxError):
     """Training cannot start, or stopped at a value that is not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    step: int  # 1 ..
-    loss: float  # nats
-    decision: float  # its contrastive part
-    anchor_kl: float  # mean KL(base || student) over anchor positions, nats
-    positive_shift: float | None  # mean change of log p since the base, decisions of right rollouts, nats
-    negative_shift: float | None  # the same of wrong rollouts
-    gradient_norm: float  # before clipping
-    learning_rate: float
-    tokens: int  # read, without padding
-    seconds: float
 
 
 def step_order(count: int, config: TrainConfig, seed: int) -> list[list[int]]:

@@ -144,7 +144,7 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
 
 
 def _import_rollouts(run: Run, source: Path, training: TrainingSet | None, any_prompt: bool) -> dict[str, Any]:
-    decode = partial(run.lm.tokenizer.decode, skip_special_tokens=True)
+    decode = partial(run.vocabulary.tokenizer.decode, skip_special_tokens=True)
     path = source / ROLLOUTS
     if path.exists():
         scored = import_rollouts(path, decode)
@@ -188,7 +188,7 @@ def _check_prompts(path: Path, run: Run, rollouts: Sequence[Rollout], any_prompt
     """Problems are known, ids are the model's, and prompts those of the configuration."""
     ids = "tokens" if path.name == ROLLOUTS else "input_ids"
     rendered = {p.problem_id: run.renderer(p.question) for p in run.problems("train")}
-    V = run.lm.weight.shape[0]
+    V = run.vocabulary.size
     for i, rollout in enumerate(rollouts):
         where = f"{path}: rollouts[{i}]"
         if rollout.problem_id not in rendered:
@@ -199,7 +199,7 @@ def _check_prompts(path: Path, run: Run, rollouts: Sequence[Rollout], any_prompt
         if given != wanted and not any_prompt:
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(given, wanted, strict=False))
             n = sum(1 for _ in same)
-            theirs, ours = (run.lm.tokenizer.decode(prompt[n : n + 16]) for prompt in (given, wanted))
+            theirs, ours = (run.vocabulary.tokenizer.decode(prompt[n : n + 16]) for prompt in (given, wanted))
             raise ArtefactError(
                 f"{where}: {ids}.{n}: the prompt goes on with {theirs!r}, that of this configuration with {ours!r}: "
                 f"set `prompt` to match (its style is {run.renderer.style}), or import with --any-prompt"

@@ -124,7 +124,7 @@ SCALARS = 16  # scalar registers that an AMD kernel may keep in the lanes of a v
 
 
 def spills(binary: Any, architecture: str, folder: Path) -> int:
-    """What goes to memory for want of registers, as the assembler counts it: in bytes on NVIDIA, in registers on AMD."""
+    """What goes to memory for want of registers, by the assembler: in bytes on NVIDIA, in registers on AMD."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
         counted = {kind: re.findall(rf"\.{kind}gpr_spill_count:\s+(\d+)", text) for kind in "vs"}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rmx import artefacts, pipeline, rundir
+from rmx import artefacts, model, pipeline
 from rmx.artefacts import ArtefactError
 from rmx.config import Config, load_config
 from rmx.lora import AdapterError
@@ -81,10 +81,44 @@ def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
 
 def test_a_finished_run_is_not_repeated(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.dir.rglob("*.json*")}
-    monkeypatch.setattr(rundir.model, "load", lambda _: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("nothing is left to do"))
     again = Run(finished.config)
     assert again.run() == finished.evaluation()
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_the_report_reads_tokens_without_the_weights(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens() -> str:
+        page = finished.path("report.html").read_text()
+        return page[page.index('<section id="rollouts">') : page.index('<section id="training">')]
+
+    before = tokens()
+    assert 'class="tokens"' in before
+    finished.path("report.html").unlink()
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("the weights were loaded"))
+    Run(finished.config).execute("report")
+    assert tokens() == before
+
+
+@pytest.mark.parametrize("stage", ["problems", "verify", "select"])
+def test_a_stage_without_a_model_loads_nothing_of_it(
+    finished: Run, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    for name in ("load", "load_vocabulary"):
+        monkeypatch.setattr(model, name, lambda *_: pytest.fail("nothing of the model is needed"))
+    Run(finished.config).execute(stage, again=True)
+
+
+def test_a_stage_that_is_done_says_so_without_torch(finished: Run, tmp_path: Path) -> None:
+    path = write_yaml(finished.config, tmp_path / "done.yaml")
+    for stage in STAGES:
+        if stage == "report":
+            continue
+        code = "import sys; from rmx import cli; cli.app(sys.argv[1:], standalone_mode=False)"
+        code += "; print(*({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code, stage, path], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+        assert f"{stage} is done; --again redoes it" in done.stderr.replace("\n", " ")
 
 
 def test_changed_settings_are_named_and_only_where_they_matter(finished: Run) -> None:

@@ -399,6 +399,56 @@ def test_a_signal_ends_a_training_that_goes_on_with_the_same_bits(
     assert not run.path("checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize("command", ["rollouts", "run"])
+def test_ctrl_c_in_the_rollouts_says_what_is_kept(tiny_config: Config, tmp_path: Path, command: str) -> None:
+    small = {"rollouts": {"batch_size": 1}}  # of many units
+    undisturbed, run = (Run(many_units(tiny_config, tmp_path / name, **small)) for name in ("undisturbed", "run"))
+    for stage in ("problems", "rollouts"):
+        undisturbed.execute(stage)
+    run.execute("problems")
+    path = write_yaml(run.config, tmp_path / "run.yaml")
+    said = stopped(command, path, Moment("run/rollouts.journal.jsonl", 3), tmp_path)
+    found = re.search(
+        r"^rmx: error: rollouts: SIGINT; (\d+) of 240 rollouts are kept in (\S+); start again", said, re.M
+    )
+    assert found is not None, said
+    journal = run.path("rollouts.journal.jsonl")
+    kept = journal.read_bytes().count(b"\n") - 1
+    assert found[2] == str(journal) and 2 <= kept < 240
+    assert int(found[1]) in (kept, kept - 1)  # it may come between the writing of a unit and the counting
+    run.execute("rollouts")
+    assert run.path("rollouts.jsonl").read_bytes() == undisturbed.path("rollouts.jsonl").read_bytes()
+
+
+def test_ctrl_c_in_the_scores_says_what_is_kept(tiny_config: Config, tmp_path: Path) -> None:
+    run = Run(many_units(tiny_config, tmp_path / "run", score={"shard_tokens": 10, "problems": "all"}))
+    for stage in list(STAGES)[:3]:
+        run.execute(stage)
+    path = write_yaml(run.config, tmp_path / "run.yaml")
+    said = stopped("score", path, Moment("run/scores/shard-00003.safetensors"), tmp_path)
+    found = re.search(
+        r"^rmx: error: score: SIGINT; the scores of (\d+) of 240 rollouts are kept in (\S+); start", said, re.M
+    )
+    assert found is not None, said
+    shards = sorted(run.path("scores").glob("shard-*"))
+    assert found[2] == str(run.path("scores")) and int(found[1]) >= 3 and 4 <= len(shards) < 200
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    run.execute("score")
+    assert [shard.stat().st_mtime_ns for shard in shards] == times
+
+
+def stopped(command: str, path: Path, moment: Moment, folder: Path) -> str:
+    """What `rmx COMMAND` says on standard error when Ctrl-C is pressed at that moment."""
+    process = subprocess.Popen([*RMX, command, str(path)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while not moment.came(folder):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in said
+    return said
+
+
 def test_a_signal_in_the_last_step_is_heard_too(copied: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """`rmx run` would go on to the evaluation otherwise."""
     undisturbed, run = copied("undisturbed"), copied("run")

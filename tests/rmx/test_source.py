@@ -1,0 +1,240 @@
+"""Where a model is looked for: a path is never a question to the hub, and the hub is asked once."""
+
+import http.server
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+
+from rmx import model, source
+from rmx.config import ModelConfig
+from rmx.source import ModelError
+
+
+def config(name: object, **more: object) -> ModelConfig:
+    return ModelConfig.model_validate({"name": str(name), "dtype": "float32", "device": "cpu", **more})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./mine", r"no such directory; .* \(the name is a path\)"),
+        ("../mine", "the name is a path"),
+        ("~/no/such/model", "the name is a path"),
+        ("/no/such/model", r"no such directory; '/' is one \(the name is a path\)"),
+        ("mine.gguf", r"no such file \(a name that ends in .gguf is a path\)"),
+        ("folder/mine.safetensors", r"no such file \(a name that ends in .safetensors is a path\)"),
+        ("runs/mine", r"no such directory; '.*runs' is one \('runs' is a directory here"),
+        ("runs/mine/merged", "cannot be a name of the Hugging Face hub"),
+        ("my model", "cannot be a name of the Hugging Face hub"),
+        ("weights.safetensors", "expected a directory or a .gguf file, got another file"),
+        ("notes", "expected a directory or a .gguf file, got another file"),
+    ],
+)
+def test_what_looks_like_a_path_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for file in ("weights.safetensors", "notes"):
+        (tmp_path / file).touch()
+    monkeypatch.setattr(source, "_ask_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError, match=reason) as caught:
+        source.locate(config(name))
+    assert repr(name) in str(caught.value)
+    with pytest.raises(ModelError, match=reason):
+        model.load(config(name))
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-1.5B", "gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_other_names_are_those_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source.locate(config(name, gguf_file="x.gguf")) == (name, "x.gguf")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty local cache of the hub; nothing is remembered of what was asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    huggingface_hub.close_session()
+    source._ask_hub.cache_clear()
+    yield tmp_path / "hub"
+    huggingface_hub.close_session()
+    source._ask_hub.cache_clear()
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> str:
+    """No one listens there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    return url
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """Takes connections, and never answers."""
+    taken: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    taken.append(server.accept()[0])
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(source, "HUB_SECONDS", 0.5)
+        yield taken
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in taken:
+        connection.close()
+
+
+def answering(status: int, error: str) -> tuple[http.server.HTTPServer, list[str]]:
+    asked: list[str] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("X-Error-Code", error)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, asked
+
+
+def test_a_hub_that_refuses(hub_cache: Path, refusing: str) -> None:
+    with pytest.raises(ModelError, match=rf"no directory of this name is here, .*{refusing} cannot be reached \(.+\)"):
+        model.load(config("owner/typo"))
+    with pytest.raises(ModelError, match="cannot be reached"):
+        model.load_vocabulary(config("owner/typo"))
+
+
+def test_a_hub_that_hangs_is_asked_once(hub_cache: Path, hanging: list[socket.socket]) -> None:
+    for load in (model.load, model.load_vocabulary):
+        with pytest.raises(ModelError, match=r"cannot be reached \((no answer in 0.5 s|.*timed out)"):
+            load(config("owner/typo"))
+    assert len(hanging) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (404, "RepoNotFound", "no directory of this name is here, and the hub has no such model"),
+        (404, "RevisionNotFound", "the hub's model has no revision 'old'"),
+        (403, "GatedRepo", "log in with `hf auth login`, or set HF_TOKEN"),
+    ],
+)
+def test_what_the_hub_says_no_to(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, status: int, error: str, said: str
+) -> None:
+    server, asked = answering(status, error)
+    try:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ModelError, match=said):
+            model.load(config("owner/typo", revision="old"))
+        assert len(asked) == 1 and "owner/typo" in asked[0]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@torch.no_grad()
+def test_a_model_of_the_hubs_cache_needs_no_network(
+    hub_cache: Path, hanging: list[socket.socket], tiny_path: Path
+) -> None:
+    commit = "0" * 40
+    folder = hub_cache / "models--owner--tiny"
+    shutil.copytree(tiny_path, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    settings = config("owner/tiny")
+    lm, expected = model.load(settings), model.load(config(tiny_path))
+    assert torch.equal(lm.weight, expected.weight)
+    assert lm.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert model.load_vocabulary(settings).size == 21
+    assert lm.tokenizer.name_or_path == lm.model.name_or_path == "owner/tiny"
+    assert source.fingerprint(settings) is None
+    assert len(hanging) == 1
+
+
+def test_offline_mode_asks_nobody(
+    hub_cache: Path, hanging: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model"):
+        model.load(config("owner/typo"))
+    assert hanging == []
+
+
+# ---- errors before anything heavy is imported ---------------------------------------------------------------------
+
+QUICK = """
+import sys
+from rmx import cli
+
+sys.argv = ["rmx", *sys.argv[1:]]
+try:
+    cli.main()
+except SystemExit as end:
+    status = end.code
+heavy = ("torch", "transformers", "matplotlib", "numpy", "safetensors", "tokenizers", "huggingface_hub")
+print("loaded:", *(name for name in heavy if name in sys.modules))
+sys.exit(status)
+"""
+GOOD = "run_dir: {folder}/run\nmodel: {{name: {model}}}\nproblems: {{sources: [{{jsonl: p.jsonl}}]}}\n"
+COMMANDS = [
+    *(["run"], ["train"], ["report"], ["problems"], ["rollouts"], ["compare"], ["coverage"], ["ablate"], ["intervene"]),
+    *(["benchmark", "gsm8k"], ["merge", "out"], ["export", "out"], ["import", "there"]),
+]
+
+
+def quick(folder: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    line = [sys.executable, "-c", QUICK, arguments[0], str(path), *arguments[1:]]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0])
+def test_an_error_of_the_configuration_comes_before_heavy_imports(tmp_path: Path, command: list[str]) -> None:
+    done = quick(tmp_path, GOOD.format(folder=tmp_path, model="m") + "trian: {epochs: 2}\n", *command)
+    assert (done.returncode, done.stdout) == (1, "loaded:\n")
+    assert done.stderr == f"rmx: error: {tmp_path / 'run.yaml'}: trian: unknown key\n"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] in ("run", "merge", "compare")], ids=lambda c: c[0])
+def test_an_error_of_the_models_path_too(tmp_path: Path, command: list[str]) -> None:
+    done = quick(tmp_path, GOOD.format(folder=tmp_path, model="/no/such/model"), *command)
+    assert (done.returncode, done.stdout) == (1, "loaded:\n")
+    assert done.stderr == (
+        "rmx: error: model.name='/no/such/model': no such directory; '/' is one (the name is a path)\n"
+    )
+
+
+def test_a_stage_whose_turn_it_is_not_says_so_without_torch(tmp_path: Path) -> None:
+    done = quick(tmp_path, GOOD.format(folder=tmp_path, model="m"), "train")
+    assert done.returncode == 1 and "stage 'train' needs stage 'problems'" in done.stderr
+    assert not {"torch", "transformers", "matplotlib"} & set(done.stdout.split())
