@@ -65,7 +65,12 @@ setup(
     ext_modules=[
         Extension(
             "rmx_kernels.librmx_cpu",
-            sources=["csrc/entropy_topk.cpp", "csrc/gated_contrastive_loss.cpp", "csrc/library.cpp"],
+            sources=[
+                "csrc/decode_attention.cpp",
+                "csrc/entropy_topk.cpp",
+                "csrc/gated_contrastive_loss.cpp",
+                "csrc/library.cpp",
+            ],
             depends=["csrc/rmx_cpu.h", "csrc/rows.h", "csrc/parallel.h", "csrc/vec_math.h"],
             extra_compile_args=FLAGS,
             language="c++",

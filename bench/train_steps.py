@@ -167,9 +167,10 @@ def check(
 ) -> dict[str, dict[str, float]]:
     """Relative errors of loss and gradient (2-norm) of each provider against the released step in float32.
 
-    In the model's own dtype ours may err twice as much as the released way does. A loss is one number, which may be
-    right by luck: a rounding step of bfloat16 is its floor. In float32 all must compute the same loss up to rounding,
-    also with a heavier anchor, since at the real weight the KL is a hundredth of the gradient and hardly seen.
+    In the model's own dtype ours may err twice as much as the released way does; where that is float32, the bounds of
+    float32 hold alone. A loss is one number, which may be right by luck: a rounding step of bfloat16 is its floor. In
+    float32 all must compute the same loss up to rounding, also with a heavier anchor, since at the real weight the KL
+    is a hundredth of the gradient and hardly seen.
     """
     high = pair.float32()
     high.keep(sequences, config)
@@ -184,7 +185,8 @@ def check(
     for name in steps.keys() - {"released"}:
         same = errors(steps[name], high, heavy, exact_heavy)
         assert same["loss"] < 1e-4 and same["gradient"] < 1e-3, f"{name}: another loss, seen in float32: {same}"
-        assert figures[name]["gradient"] <= 2 * figures["released"]["gradient"], f"{name}: {figures}"
+        rounding = 5e-4 if pair.lm.weight.dtype == torch.float32 else 0.0
+        assert figures[name]["gradient"] <= 2 * max(figures["released"]["gradient"], rounding), f"{name}: {figures}"
         assert figures[name]["loss"] <= 2 * max(figures["released"]["loss"], 2**-8), f"{name}: {figures}"
         figures[name] |= {f"{key}_float32": error for key, error in same.items()}
     return figures

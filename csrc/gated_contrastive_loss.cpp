@@ -90,7 +90,11 @@ RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* ba
         if (base_x != nullptr) {
             load_block(base_z, base_x + start, n, scale);
             T kls[LANES] = {}, masses[LANES] = {};
-            for (int64_t j = 0; j < padded; j += LANES)
+            for (int64_t j = 0; j < padded; j += LANES) {
+                if (!TERMS) {  // the rows come from memory: fetch the next block of both meanwhile
+                    __builtin_prefetch(x + start + n + j);
+                    __builtin_prefetch(base_x + start + n + j);
+                }
                 for (int64_t l = 0; l < LANES; ++l) {
                     const T log_s = (z[j + l] - m) - log_d, log_b = (base_z[j + l] - base_m) - base_log_d;
                     const T p_s = exp_or_zero(lowest, log_s), p_b = exp_or_zero(lowest, log_b);
@@ -100,6 +104,7 @@ RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* ba
                     }
                     if (GRADIENT) dz[j + l] = p_s * ce + (p_s - p_b) * kl_weight;  // the difference is exact near 0
                 }
+            }
             if (TERMS) {
                 *kl += add_lanes(kls);
                 *mass += add_lanes(masses);

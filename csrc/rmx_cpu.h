@@ -12,12 +12,12 @@ extern "C" {
 #endif
 
 #define RMX_API __attribute__((visibility("default")))
-#define RMX_ABI 1  // raised with every change of this file; the Python side refuses a library of another number
+#define RMX_ABI 2  // raised with every change of this file; the Python side refuses a library of another number
 
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
 
-enum { RMX_OK = 0, RMX_BAD_DTYPE = 1, RMX_BAD_POOL = 2 };  // returned by the kernels
+enum { RMX_OK = 0, RMX_BAD_DTYPE = 1, RMX_BAD_POOL = 2, RMX_BAD_SHAPE = 3 };  // returned by the kernels
 
 // func(begin, end, context) over disjoint ranges that cover [begin, end). libtorch's torch_parallel_for; NULL: serial.
 typedef void (*rmx_range_func)(int64_t begin, int64_t end, void* context);
@@ -100,6 +100,19 @@ RMX_API int rmx_gated_contrastive_loss(const rmx_rows* student, const rmx_rows* 
 RMX_API int rmx_gated_contrastive_loss_backward(const rmx_rows* student, const rmx_rows* base, int64_t anchored,
                                         const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
                                         const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool);
+
+// Attention of one new token a sequence, B sequences, Hk heads of keys with G heads of queries each, L keys of width D, all
+// in float: out[b, h, g] = sum_l p_l v[b, h, l], p = softmax_l(scale q[b, h, g] . k[b, h, l] + bias[b, l]).
+// D is a multiple of 16 and G at most 64, else RMX_BAD_SHAPE. Key l of a head is at k[b * k_batch + h * k_head + l * D].
+typedef struct {
+    const void *q, *k, *v;                     // [B, Hk, G, D], contiguous; [B, Hk, L, D], strided
+    const void* bias;                          // [B, L], or NULL
+    void *scores, *out;                        // [B, Hk, G, L], scratch; [B, Hk, G, D]
+    int64_t k_batch, k_head, v_batch, v_head;  // strides
+    int64_t B, Hk, G, L, D;
+    double scale;
+} rmx_attention;
+RMX_API int rmx_decode_attention(const rmx_attention* attention, rmx_parallel_for pool);
 
 // Ask for 2 MiB pages under a large scratch buffer that was not touched yet (Linux): 48 MiB of small ones cost 14 ms.
 RMX_API void rmx_use_huge_pages(void* data, int64_t bytes);

@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit("rmx: error: the pipeline needs more packages: pip install 'rmx[train]'") from missing
 
 from rmx.errors import RmxError
+from rmx.openmp import let_threads_sleep
 
 if TYPE_CHECKING:  # commands import what they use: `rmx --help` needs no torch
     from rmx.pipeline import Run
@@ -368,6 +369,7 @@ def backends_command() -> None:
 
 def main() -> None:
     """Entry point: errors that the user can mend are one line on standard error, exit code 1."""
+    let_threads_sleep()
     try:
         app()
     except RmxError as fault:

@@ -5,6 +5,7 @@ of ``unit.keys``; units may come in any order.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 from transformers.cache_utils import DynamicLayer
 
 from rmx.config import Sampling
+from rmx.decode_attention import decoding
 from rmx.errors import RmxError
 from rmx.model import CausalLM, ModelError, pad
 from rmx.prompts import Renderer
 from rmx.records import Problem
 from rmx.sampling import SamplingParams, sample_tokens
+from rmx_kernels.native import scratch
 
 SHRINK = 0.75  # finished sequences leave the batch when so few are left that copying the cache pays
 ROOM = 1 / 8  # of its length by which the cache grows at a time; more, and the empty part costs locality
@@ -97,12 +100,17 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         for name, states in new.items():
             held, buffer = getattr(self, name), getattr(self, f"{name}_buffer", None)
             if buffer is None or buffer.shape[0] != held.shape[0] or buffer.shape[-2] < end:
-                buffer = held.new_empty(*held.shape[:2], end + int(ROOM * end), held.shape[-1])
+                buffer = _room(held, (*held.shape[:2], end + int(ROOM * end), held.shape[-1]))
                 buffer[:, :, :length] = held
                 setattr(self, f"{name}_buffer", buffer)
             buffer[:, :, length:end] = states
             setattr(self, name, buffer[:, :, :end])
         return self.keys, self.values
+
+
+def _room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor; on a CPU in huge pages, since the first touch of small ones costs more than the copy."""
+    return scratch(math.prod(shape), like.dtype).view(shape) if like.device.type == "cpu" else like.new_empty(shape)
 
 
 def _cache(lm: CausalLM) -> DynamicCache:
@@ -136,7 +144,7 @@ class Decoder:
         self.position = positions[:, -1].repeat_interleave(repeats)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        with self.within():
+        with self.within(), decoding(self.lm.model):
             return self.lm.hidden(ids, mask, position_ids=positions, past_key_values=self.cache, use_cache=True)[:, -1]
 
     def read(self, tokens: Tensor) -> None:

@@ -489,13 +489,21 @@ class _Explicit(torch.autograd.Function):
 @contextmanager
 def packed(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's attention is that of packed sequences."""
+    with attention_function(model, NAME):
+        yield
+
+
+@contextmanager
+def attention_function(model: PreTrainedModel, name: str, instead_of: str | None = None) -> Iterator[None]:
+    """Inside, the model's attention is transformers' function ``name``, where it is ``instead_of`` or that is None."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     text = model.config.get_text_config()
     configs[id(text)] = text
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
+        for key, config in configs.items():
+            if instead_of is None or before[key] == instead_of:
+                config._attn_implementation_internal = name
         yield
     finally:
         for key, config in configs.items():

@@ -8,6 +8,7 @@ same bits. Training reads the states through memory maps: no pass of the base mo
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rmx.allocator import keeping_freed_memory
 from rmx.artefacts import ArtefactError, fingerprint, replacing
 from rmx.config import ScoreConfig
 from rmx.forward import all_states, passes
@@ -155,10 +157,9 @@ class ScoreStore:
         on_done(done, read)
         for number in missing:
             members = [self.rollouts[i] for i in self.shards[number]]
-            self._write(
-                number,
-                score_rollouts(lm, members, top_k=settings.top_k, token_budget=settings.token_budget, keep=keep),
-            )
+            with keeping_freed_memory() if lm.device.type == "cpu" else nullcontext():
+                found = score_rollouts(lm, members, top_k=settings.top_k, token_budget=settings.token_budget, keep=keep)
+            self._write(number, found)
             done += len(members)
             read += sum(len(r.ids) for r in members)
             on_done(done, read)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rmx import forward
+from rmx.allocator import keeping_freed_memory
 from rmx.artefacts import replacing
 from rmx.checkpoint import Checkpoint, State
 from rmx.config import TrainConfig
@@ -109,6 +110,8 @@ def train_adapter(
     with ExitStack() as stack:
         stack.enter_context(adapter.training())
         stack.enter_context(forward.layer_options(lm, config))
+        if lm.device.type == "cpu":
+            stack.enter_context(keeping_freed_memory())
         if checkpoint is not None:
             stack.enter_context(checkpoint.watching())
             checkpoint.restore(state)

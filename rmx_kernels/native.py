@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1  # RMX_ABI of csrc/rmx_cpu.h
+ABI = 2  # RMX_ABI of csrc/rmx_cpu.h
 LIBRARY = Path(__file__).with_name("librmx_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -55,6 +55,14 @@ class Loss(Structure):
     ]
 
 
+class Attention(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "bias", "scores", "out")),
+        *((name, c_int64) for name in ("k_batch", "k_head", "v_batch", "v_head", "B", "Hk", "G", "L", "D")),
+        ("scale", c_double),
+    ]
+
+
 SIGNATURES: dict[str, list[Any]] = {
     "rmx_entropy_topk": [POINTER(Rows), POINTER(Scale), c_int64, c_int64, c_int64, POINTER(Sums), c_void_p],
     "rmx_entropy_topk_finish": [c_int32, c_int64, POINTER(Sums), POINTER(Stats), c_void_p],
@@ -71,8 +79,9 @@ SIGNATURES: dict[str, list[Any]] = {
         *(POINTER(Loss), POINTER(Rows), c_void_p),
     ],
 }
+SIGNATURES["rmx_decode_attention"] = [POINTER(Attention), c_void_p]
 HUGE = 4 << 20  # bytes from which huge pages pay
-ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work"}
+ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work", 3: "heads of a width that it does not know"}
 
 
 @functools.cache

@@ -128,7 +128,7 @@ def backward(
 ) -> Tensor:
     """The kernel of rmx_kernels::entropy_topk_backward."""
     gradient = StatsGradient(target, topk_ids, m, log_d, entropy, g_lse, g_entropy, g_logprob, g_topk)
-    dx = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dx = native.scratch(logits.numel(), logits.dtype).view(logits.shape)
     scale = native.scale(temperature, softcap)
     gradient(native.rows(logits), native.rows(dx), scale, slice(0, gradient.N), 0, logits.shape[-1])
     return dx

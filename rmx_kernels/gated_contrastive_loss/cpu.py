@@ -78,8 +78,9 @@ def backward(
     V = logits.shape[-1]
     ids, ce, kl_w = flat_weights(target, ce_weight, kl_weight, V, norms.dtype)
     index, anchored = live_rows(ce, kl_w)
-    make = torch.empty_like if index.shape[0] == ids.shape[0] else torch.zeros_like  # dead rows have none
-    dx = make(logits, memory_format=torch.contiguous_format)
+    dx = native.scratch(logits.numel(), logits.dtype).view(logits.shape)
+    if index.shape[0] < ids.shape[0]:
+        dx.zero_()  # rows without a weight have no gradient
     own = [x[index] for x in (ids, ce, kl_w, *norms)]
     loss = _pack(*own, None, None)
     loss.upstream = g_loss.item()

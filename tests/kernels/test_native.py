@@ -121,6 +121,34 @@ def test_every_instruction_set_gives_the_same_bits(builds: dict[str, Path], leve
                 assert torch.equal(a, b), f"V = {V}, {scaling}, result {i}"
 
 
+def attention(B: int, Hk: int, G: int, L: int, D: int) -> Tensor:
+    """What rmx_decode_attention makes of keys with room behind them, large scores and hidden keys."""
+    q, k, v = randn(B, Hk, G, D, seed=1) * 30, randn(B, Hk, L + 3, D, seed=2)[:, :, :L], randn(B, Hk, L, D, seed=3)
+    bias = randn(B, L, seed=4)
+    bias[0, : L // 2] = -INF
+    scores, out = torch.empty(B, Hk, G, L), torch.full((B, Hk, G, D), math.nan)
+    pointers = [x.data_ptr() for x in (q, k, v, bias, scores, out)]
+    strides = [*k.stride()[:2], *v.stride()[:2]]
+    native.call("rmx_decode_attention", native.Attention(*pointers, *strides, B, Hk, G, L, D, 0.3))
+    return out
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_attention_has_the_same_bits_on_every_instruction_set(builds: dict[str, Path], level: str) -> None:
+    if level not in builds:
+        pytest.skip(f"this CPU does not run {level}")
+    for shape in ((2, 1, 1, 1, 16), (2, 3, 3, 70, 64), (1, 2, 8, 129, 80), (3, 1, 64, 33, 128)):
+        expected = attention(*shape)
+        assert bool(torch.isfinite(expected).all())
+        with another_library(builds[level]):
+            assert torch.equal(attention(*shape), expected), shape
+
+
+def test_attention_refuses_widths_that_it_does_not_know() -> None:
+    with pytest.raises(RuntimeError, match="width"):
+        attention(1, 1, 1, 4, 24)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tile", [1024, 3072])
 def test_tiles_give_the_bits_of_the_whole_row(dtype: torch.dtype, tile: int) -> None:

@@ -116,6 +116,7 @@ MIRRORS = {
     "rmx_stats": native.Stats,
     "rmx_stats_gradient": native.StatsGradient,
     "rmx_loss": native.Loss,
+    "rmx_attention": native.Attention,
 }
 C_TYPES = {"double": ctypes.c_double, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
 
