@@ -3,6 +3,7 @@
 A row's bits depend on these numbers, so they are part of what reproduces a result on an architecture.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +73,13 @@ def architecture(device: torch.device) -> str:
         return "sm_90"
     if torch.version.hip is not None:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
+    major = _major(device)
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+@functools.cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def config(device: torch.device) -> Config:

@@ -383,17 +383,11 @@ class Statistics:
 
     def results(self, lead: torch.Size) -> tuple[Tensor, ...]:
         """(lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d), each [B...] or [B..., k]."""
-        logprob = self.logprob if self.target is None else self.logprob.view(lead)
-        values, ids = (x.view(*lead, self.k) for x in (self.values, self.ids))
-        return (
-            self.lse.view(lead),
-            self.entropy.view(lead),
-            logprob,
-            values,
-            ids,
-            self.m.view(lead),
-            self.log_d.view(lead),
-        )
+        found = (self.lse, self.entropy, self.logprob, self.values, self.ids, self.m, self.log_d)
+        if len(lead) == 1:
+            return found
+        of_rows = (x if x is self.logprob and self.target is None else x.view(lead + x.shape[1:]) for x in found)
+        return tuple(of_rows)
 
 
 def forward(
