@@ -132,7 +132,7 @@ def capped(x, softcap):
 def uncapped(dz, z, softcap):
     """The gradient with respect to logits before the softcap: dcap(u) / du = 1 - (cap / softcap)^2."""
     if softcap is not None:
-        ratio = z / softcap
+        ratio = z * (1.0 / softcap)
         dz = dz * (1 - ratio * ratio)
     return dz
 

@@ -1,9 +1,14 @@
-"""Models that tests convert from GGUF files are kept for this run of the tests alone."""
+"""What holds for all tests: a cache of models of this run's own, and Ctrl-C that is heard."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+# A shell starts background jobs with SIGINT ignored, and so would the processes be that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

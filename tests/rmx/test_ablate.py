@@ -11,6 +11,7 @@ from test_pipeline import changed, command, write_yaml
 from rmx.analyses.ablate import OWN, TRAINED, Ablation, Outcome, ablate, table, variants
 from rmx.analyses.pair import AnalysisError
 from rmx.config import Config
+from rmx.errors import Interrupted
 from rmx.lora import load_adapter
 from rmx.pipeline import Run
 from rmx.records import Interval
@@ -117,7 +118,7 @@ def test_what_is_done_stays_and_what_changed_is_done_again(run: Run, monkeypatch
         return ablate(source, run.path("ablate"), ["random", "all"], **options)  # type: ignore[arg-type]
 
     stop = 6
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         again(run)
     assert made == [*(f"random-0 {stage}" for stage in TRAINED), "all-0 select", "all-0 train"]
     stop = 0

@@ -16,6 +16,7 @@ from rmx import lora, model, report, rollouts
 from rmx.artefacts import ArtefactError
 from rmx.benchmarks import BENCHMARKS, BenchmarkError, Result, plot, read_benchmark, run_benchmarks, table
 from rmx.config import Config, LoraConfig, ModelConfig
+from rmx.errors import Interrupted
 from rmx.lora import AdapterError
 from rmx.pipeline import Run
 from rmx.problems import ProblemsError
@@ -216,7 +217,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(
             yield found
 
     monkeypatch.setitem(rollouts.ENGINES, "loop", lambda *a: counted(*a, stop_after=2))  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run_benchmarks(Run(config), [str(digits)])
     assert len(units) == 2
     monkeypatch.setitem(rollouts.ENGINES, "loop", counted)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import pytest
 from rmx import score
 from rmx.artefacts import ArtefactError
 from rmx.config import Config
+from rmx.errors import Interrupted
 from rmx.interchange import (
     ScoredRollouts,
     export_records,
@@ -386,7 +387,7 @@ def test_an_import_that_was_killed_leaves_no_stage_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(score, "score_rollouts", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             import_run(elsewhere(finished, "again"), released)
     assert not elsewhere(finished, "again").stages()
     again = elsewhere(finished, "again")
