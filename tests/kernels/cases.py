@@ -145,12 +145,44 @@ def full_logits(op: str, arguments: Arguments, ids: Tensor | None, dtype: torch.
     return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents(outputs))]
 
 
+def turned(op: str, arguments: Arguments) -> Arguments:
+    """The arguments with the vocabulary in the reverse order: the same results, summed in another order."""
+
+    def of(name: str, value: Any) -> Any:
+        if name == "target":
+            return V - 1 - value
+        if name == "lora" and value is not None:
+            return value[0], value[1].flip(0), value[2]
+        return value.flip(-1) if "logits" in name else value.flip(0) if name in ("weight", "bias") else value
+
+    V = arguments["weight"].shape[0] if "weight" in arguments else arguments["logits"].shape[-1]
+    return {name: of(name, value) for name, value in arguments.items()}
+
+
+def eager_both_ways(op: str, arguments: Arguments, ids: Tensor | None, **scaling: Any) -> list[tuple[Tensor, Tensor]]:
+    """Eager's results and gradients in the dtype of the arguments, summed from the first token on and from the last.
+
+    How far a plain float32 sum over the vocabulary is off depends on its order, and on the processor that chose it.
+    """
+    dtype = arguments[DIFFERENTIABLE[op][0]].dtype
+    V = arguments["weight"].shape[0] if "weight" in arguments else arguments["logits"].shape[-1]
+    forwards = full_logits(op, arguments, ids, dtype, **scaling)
+    backwards = full_logits(op, turned(op, arguments), None if ids is None else V - 1 - ids, dtype, **scaling)
+    names = [name for name in DIFFERENTIABLE[op] if name in arguments]
+    names += ["A", "B"] if "lora" in arguments else []
+    results = len(forwards) - len(names)
+    for place, name in enumerate(names, results):
+        dim = -1 if name == "logits" else 0 if name in ("weight", "bias", "B") else None
+        backwards[place] = backwards[place] if dim is None else backwards[place].flip(dim)
+    return list(zip(forwards, backwards, strict=True))
+
+
 class Compared(NamedTuple):
     """A differentiable result or a gradient; the magnitude of it or of the terms it sums."""
 
     name: str
     got: Tensor
-    eager: Tensor
+    eager: tuple[Tensor, Tensor]  # summed in two orders
     oracle: Tensor
     size: Tensor
 
@@ -166,7 +198,7 @@ def compare(op: str, arguments: Arguments, impl: str, **scaling: Any) -> tuple[A
     if op.endswith("entropy_topk"):
         # the log-probs of the tokens that were chosen; that these are the right ones is a test of its own
         ids = arguments["target"].long()[..., None][..., :0] if result.topk_ids is None else result.topk_ids
-    eager = full_logits(op, arguments, ids, dtype, **scaling)
+    eager = eager_both_ways(op, arguments, ids, **scaling)
     oracle = full_logits(op, arguments, ids, torch.float64, **scaling)
     names = [n for n, v in zip(result._fields, result, strict=True) if any(v is o for o in outputs)]
     names += ["d " + name for name in DIFFERENTIABLE[op] if name in arguments]

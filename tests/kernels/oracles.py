@@ -4,6 +4,7 @@ Each function works in the dtype of its inputs: in float64 it is the truth, in t
 the eager code that people write (logits and their scaling in that dtype, then ``.float().log_softmax``).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,10 +91,17 @@ def contrastive_loss(
 
 
 def assert_as_good_as_eager(
-    got: Tensor, eager: Tensor, oracle: Tensor, *, size: Tensor, what: str, input_dtype: torch.dtype
+    got: Tensor,
+    eager: Tensor | Sequence[Tensor],
+    oracle: Tensor,
+    *,
+    size: Tensor,
+    what: str,
+    input_dtype: torch.dtype,
 ) -> None:
     """Error at most twice that of eager, in the largest and in the mean entry, plus a few roundings of ``size``.
 
+    ``eager`` may be the results by several orders of summation; then the largest error counts.
     Eager's error counts as half a step of the dtype of the result where eager was luckier than that.
     ``size`` is the magnitude of the result or of the terms it sums. In float64 eager and oracle are the same code, so
     there the roundings alone decide.
@@ -105,10 +113,13 @@ def assert_as_good_as_eager(
     floor = 64 * torch.finfo(torch.float64).eps if fp64 else 8 * torch.finfo(torch.float32).eps
     size = size.detach().double()
     got_error = (got.detach().double() - oracle.detach()).abs()
-    eager_error = (eager.detach().double() - oracle.detach()).abs()
+    eager_errors = [
+        (e.detach().double() - oracle.detach()).abs() for e in ([eager] if isinstance(eager, Tensor) else eager)
+    ]
     half_step = torch.finfo(got.dtype).eps / 2
     for norm in (torch.max, torch.mean):  # the mean sees the many small probabilities that the largest entry hides
-        allowed = 2 * max(norm(eager_error), half_step * norm(size)) + floor * norm(size)
+        of_eager = max(norm(e) for e in eager_errors)
+        allowed = 2 * max(of_eager, half_step * norm(size)) + floor * norm(size)
         assert norm(got_error) <= allowed, (
-            f"{what}: {norm.__name__} error {norm(got_error):.3g} above {allowed:.3g} (eager {norm(eager_error):.3g})"
+            f"{what}: {norm.__name__} error {norm(got_error):.3g} above {allowed:.3g} (eager {of_eager:.3g})"
         )
