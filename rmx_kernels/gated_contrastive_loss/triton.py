@@ -11,8 +11,9 @@ may be any constant; it follows the part that holds most of the base's mass, so 
 
     KL = Q / d_b - (mu - log(1 + mu)),   mu = A / d_b,   log(1 + mu) = lse_s - lse_b - kappa
 
-Where that last equation does not hold (an entry of -inf, a sum out of float32's range) or little is left of Q, it walks
-along the row a second time, with the norms known. So masked rows cost twice the others and are as exact.
+Where that last equation does not hold (an entry of -inf, a sum out of float32's range), mu is not small or little is
+left of Q, it walks along the row a second time, with the norms known. So rows that are masked, or whose models are far
+apart, cost twice the others and are as exact.
 """
 
 import torch
@@ -237,7 +238,7 @@ def finish(
             exact = mean - (mu - log_mu)
             off = tl.abs(log_mu.to(tl.float32) - (ratio - common))
             fine = (off <= 1e-4 + 1e-6 * tl.abs(ratio)) & (tl.abs(common) < 1000)  # beyond, off has no digits left
-            fine = fine & ((mean < 64 * exact) | (mean < 1e-12))
+            fine = fine & (tl.abs(mu) < 0.5) & ((mean < 8 * exact) | (mean < 1e-12))  # else digits are lost
             total = tl.where(exact < 0, 0.0, exact).to(tl.float32)
             if fine == 0:
                 base_start = place(tl.program_id(0), 1, base_inner, base_outer_stride, base_stride)[2]
