@@ -237,7 +237,7 @@ def finish(
             mean = (Q_sum / base_D).to(tl.float64)
             exact = mean - (mu - log_mu)
             off = tl.abs(log_mu.to(tl.float32) - (ratio - common))
-            fine = (off <= 1e-4 + 1e-6 * tl.abs(ratio)) & (tl.abs(common) < 1000)  # beyond, off has no digits left
+            fine = (off <= 3e-6 + 1e-6 * tl.abs(ratio)) & (tl.abs(common) < 1000)  # beyond, off has no digits left
             fine = fine & (tl.abs(mu) < 0.5) & ((mean < 8 * exact) | (mean < 1e-12))  # else digits are lost
             total = tl.where(exact < 0, 0.0, exact).to(tl.float32)
             if fine == 0:
