@@ -95,10 +95,10 @@ def fold(
         lm, ld, lT = fold_step(capped(raw, softcap), lm, ld, lT, c)
         if peaks is not None:
             peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
-            last = step % U == U - 1
-            tl.store(peaks + row * C + step // U * L + lane, peak.to(peaks.dtype.element_ty), mask=last)
-            top = tl.maximum(top, peak)
-            peak = tl.where(last, float("-inf"), peak)
+            if step % U == U - 1:
+                tl.store(peaks + row * C + step // U * L + lane, peak.to(peaks.dtype.element_ty))
+                top = tl.maximum(top, peak)
+                peak = tl.full([L], float("-inf"), tl.float32)
     rest = (whole < first + STEPS) & (whole * TILE < V)
     if rest:
         left = V - whole * TILE
@@ -131,7 +131,7 @@ def finish(
     target,  # [N] or None
     parts,  # [3, N, S]
     peaks, lanes,  # [N, C], [N, S * L], or None
-    lists, keys,  # [N, 4 + 2 room] int32: lengths, lanes and chunks; [N, room] int64: logits; or None
+    lists, keys,  # [N, 4 + 3 room] int32: lengths, lanes, chunks, loads; [N, room] int64: logits; or None
     row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
     N, V, S, C, STEPS, K, room, c, per_temperature, softcap,
@@ -180,15 +180,16 @@ def finish(
             reached = tl.where(enough, count, reached)
             high = tl.where(enough, high, middle - 1)
         least = value_of(low)
-        counts = lists + row * (4 + 2 * room)
-        few, chunks, keys_of_row = counts + 4, counts + 4 + room, keys + row * room
+        counts = lists + row * (4 + 3 * room)
+        few, chunks, loads = counts + 4, counts + 4 + room, counts + 4 + 2 * room
+        keys_of_row = keys + row * room
         tl.store(counts + tl.arange(0, 4), tl.zeros([4], tl.int32))
         tl.debug_barrier()
         append(few, counts, room, slot, there & (order >= low))
         tl.debug_barrier()
         n = tl.load(counts)
-        for begin in range(0, tl.minimum(n, room), 16):
-            entry = begin + tl.arange(0, 16)[:, None]
+        for begin in range(0, tl.minimum(n, room), 32):
+            entry = begin + tl.arange(0, 32)[:, None]
             own = tl.load(few + entry, mask=entry < n, other=0)
             group = tl.arange(0, GROUPS)[None, :]
             chunk = (own // L * (STEPS // U) + group) * L + own % L
@@ -199,27 +200,37 @@ def finish(
         found = tl.load(counts + 1)
         aligned = V // J * J
         for begin in range(0, tl.minimum(found, room), 8):
-            entry = begin + tl.arange(0, 8)[:, None, None]
+            entry = begin + tl.arange(0, 8)[:, None]
             own = tl.load(chunks + entry, mask=entry < found, other=0)
-            load = tl.arange(0, R * U)[None, :, None]
+            load = tl.arange(0, R * U)[None, :]
             first = (own // L * U + load // R) * (R * L * J) + load % R * (L * J) + own % L * J
             inside = (entry < found) & (first < aligned)
-            column = first + tl.arange(0, J)[None, None, :]
-            raw = widened(tl.load(x + start + column, mask=inside, other=float("-inf")))
-            append(keys_of_row, counts + 2, room, key_of(order_of(raw), column), inside & (raw >= least))
+            column = first[:, :, None] + tl.arange(0, J)[None, None, :]
+            raw = widened(tl.load(x + start + column, mask=inside[:, :, None], other=float("-inf")))
+            append(loads, counts + 2, room, first, inside & (tl.max(raw, 2) >= least))
+        tl.debug_barrier()
+        read_again = tl.load(counts + 2)
+        for begin in range(0, tl.minimum(read_again, room), 32):
+            entry = begin + tl.arange(0, 32)[:, None]
+            column = tl.load(loads + entry, mask=entry < read_again, other=0) + tl.arange(0, J)[None, :]
+            raw = widened(tl.load(x + start + column, mask=entry < read_again, other=float("-inf")))
+            append(keys_of_row, counts + 3, room, key_of(order_of(raw), column), (entry < read_again) & (raw >= least))
         if aligned < V:
             column = aligned + tl.arange(0, J)
             raw = widened(tl.load(x + start + column, mask=column < V, other=float("-inf")))
-            append(keys_of_row, counts + 2, room, key_of(order_of(raw), column), (column < V) & (raw >= least))
+            append(keys_of_row, counts + 3, room, key_of(order_of(raw), column), (column < V) & (raw >= least))
         tl.debug_barrier()
-        logits = tl.load(counts + 2)
-        if (n <= room) & (found <= room) & (logits <= room) & (logits >= K):
+        logits = tl.load(counts + 3)
+        longest = tl.maximum(tl.maximum(n, found), tl.maximum(read_again, logits))
+        if (longest <= room) & (logits >= K):
             for begin in range(0, logits, 32):
                 entry = begin + tl.arange(0, 32)
                 key = tl.load(keys_of_row + entry, mask=entry < logits, other=NO_KEY)
                 rank = tl.zeros([32], tl.int32)
-                for other in range(logits):
-                    rank += (tl.load(keys_of_row + other) > key).to(tl.int32)
+                for other in range(0, logits, 32):
+                    against = other + tl.arange(0, 32)
+                    rival = tl.load(keys_of_row + against, mask=against < logits, other=NO_KEY)
+                    rank += tl.sum((rival[:, None] > key[None, :]).to(tl.int32), 0)
                 kept = (entry < logits) & (rank < K)
                 value = value_of((key >> 32).to(tl.int32))
                 logprobs = (capped(value, softcap) - M) * per_temperature - log_d
@@ -286,7 +297,7 @@ def gradient(
             if g_entropy is not None:
                 dz -= p * ((g_H * LN2) * tl.maximum(u, NO_POWER))
             if g_logprob is not None:
-                chosen = tl.load(target + row) - first - begin
+                chosen = tl.load(target + row).to(tl.int64) - first - begin
                 if (chosen >= 0) & (chosen < TILE):
                     dz += tl.where(columns_of(at, R, L, J) == chosen, tl.load(g_logprob + row), 0.0)
             if g_topk is not None:
@@ -335,7 +346,7 @@ class Statistics:
         if in_kernel:
             peaks = x.x.new_empty(n, C)
             lanes = parts.new_empty(n, S * sweep.lanes)
-            lists = torch.empty(n, 4 + 2 * room, dtype=torch.int32, device=device)
+            lists = torch.empty(n, 4 + 3 * room, dtype=torch.int32, device=device)
             keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
             *(fold, n * S, device, *x.arguments, parts, peaks, lanes, n, V, S, C, steps, c, softcap),

@@ -26,11 +26,12 @@ def split_rows(ce_weight: Tensor, kl_weight: Tensor) -> list[tuple[Tensor, bool]
 
 
 def live_rows(ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
-    """(positions of the rows with a weight, those with an anchor first; how many have one)."""
-    groups = split_rows(ce_weight, kl_weight)
-    none = torch.empty(0, dtype=torch.int64, device=ce_weight.device)
-    index = torch.cat([none, *(rows for rows, _ in groups)])
-    return index, sum(rows.shape[0] for rows, with_base in groups if with_base)
+    """(positions of the rows with a weight, those with an anchor first; how many have one). Waits for a GPU once."""
+    anchored = kl_weight != 0
+    live = anchored | (ce_weight != 0)
+    order = torch.argsort(2 - live.int() - anchored.int(), stable=True)
+    rows, with_base = torch.stack([live.sum(), anchored.sum()]).tolist()
+    return order[:rows], with_base
 
 
 class _ContrastiveLoss(torch.autograd.Function):

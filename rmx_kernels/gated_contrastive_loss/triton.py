@@ -6,14 +6,14 @@ linear losses, on whole rows of logits.
     delta = log p_s - log p_b - kappa,   A = sum p_b (e^delta - 1),   Q = sum p_b (e^delta - 1 - delta)
 
 with p_b not yet divided by its sum. No term of Q is negative, and equal rows give exactly 0, from a single read. kappa
-may be any constant; it follows the part that holds most of the base's mass, so that Q is never much larger than the KL.
-``finish`` merges the parts:
+may be any constant; that of a lane follows the step that holds most of the base's mass, and where lanes or parts are
+merged it is log(d_s / d_b), so that Q is the KL but for rounding. ``finish`` merges the parts:
 
     KL = Q / d_b - (mu - log(1 + mu)),   mu = A / d_b,   log(1 + mu) = lse_s - lse_b - kappa
 
-Where that last equation does not hold (an entry of -inf, a sum out of float32's range), mu is not small or little is
-left of Q, it walks along the row a second time, with the norms known. So rows that are masked, or whose models are far
-apart, cost twice the others and are as exact.
+Where that last equation does not hold (an entry of -inf, a sum out of float32's range), mu is not small or the merging
+left little of Q, it walks along the row a second time, with the norms known. So rows that are masked, or whose models
+are far apart, cost twice the others and are as exact.
 """
 
 import torch
@@ -25,6 +25,7 @@ from rmx_kernels import configs
 from rmx_kernels.gated_contrastive_loss.ops import run as run
 from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
 from rmx_kernels.vec_triton import (
+    LN2,
     LOG2E,
     LOWEST,
     NEAR,
@@ -108,17 +109,25 @@ def pair_step(z, base_z, inside, m, d, base_m, base_d, kappa, A, Q, c, per_tempe
 
 
 @triton.jit
-def gathered(m, d, base_m, base_d, kappa, A, Q, c):
-    """The seven values of all parts together: scalars from vectors. Parts without mass of the base add nothing."""
+def gathered(m, d, base_m, base_d, kappa, A, Q, c, per_temperature):
+    """The seven values of all parts together: scalars from vectors. Parts without mass of the base add nothing.
+
+    Q is NaN where the parts' terms cancel to less than an eighth, since little is left of their digits then.
+    """
     M, base_M = tl.max(m), tl.max(base_m)
-    w = tl.exp2(decay(m, M, c))
-    D = tl.sum(w * d)
+    D = tl.sum(tl.exp2(decay(m, M, c)) * d)
     w = tl.exp2(decay(base_m, base_M, c))
     mass = w * base_d
-    common = tl.max(tl.where(mass == tl.max(mass), kappa, float("-inf")))  # of a largest part
+    base_D = tl.sum(mass)
+    common = (M - base_M) * per_temperature + (tl.log2(D) - tl.log2(base_D)) * LN2
     shift = tl.where(mass > 0, kappa - common, 0.0)
-    A, Q = moved(shift, mass, w * A, w * Q)
-    return M, D, base_M, tl.sum(mass), common, tl.sum(A), tl.sum(Q)
+    A, Q = w * A, w * Q
+    _A, apart = moved(shift, mass, 0.0, 0.0)
+    size = tl.sum(Q + apart)
+    A, Q = moved(shift, mass, A, Q)
+    Q_sum = tl.sum(Q)
+    cancelled = (Q_sum * 8 < size) & (size > 1e-12 * base_D)
+    return M, D, base_M, base_D, common, tl.sum(A), tl.where(cancelled, float("nan"), Q_sum)
 
 
 @triton.jit(do_not_specialize=["N", "V", "S", "STEPS"])
@@ -164,7 +173,7 @@ def fold(
                 m, d, base_m, base_d, kappa, A, Q = pair_step(
                     z, base_z, inside, m, d, base_m, base_d, kappa, A, Q, c, per_temperature
                 )
-            M, D, base_M, base_D, common, A_sum, Q_sum = gathered(m, d, base_m, base_d, kappa, A, Q, c)
+            M, D, base_M, base_D, common, A_sum, Q_sum = gathered(m, d, base_m, base_d, kappa, A, Q, c, per_temperature)
             tl.store(part, M)
             tl.store(part + field, D)
             tl.store(part + 2 * field, base_M)
@@ -229,7 +238,9 @@ def finish(
             kappa = tl.load(part + 4 * field, mask=known, other=0.0)
             A = tl.load(part + 5 * field, mask=known, other=0.0)
             Q = tl.load(part + 6 * field, mask=known, other=0.0)
-            _M, _D, base_top, base_D, common, A_sum, Q_sum = gathered(m, d, base_m, base_d, kappa, A, Q, c)
+            _M, _D, base_top, base_D, common, A_sum, Q_sum = gathered(
+                m, d, base_m, base_d, kappa, A, Q, c, per_temperature
+            )
             base_M, base_log_d = norm_of(base_top, base_D)
             mu = (A_sum / base_D).to(tl.float64)
             log_mu = tl.log(1 + mu)
@@ -238,7 +249,7 @@ def finish(
             exact = mean - (mu - log_mu)
             off = tl.abs(log_mu.to(tl.float32) - (ratio - common))
             fine = (off <= 3e-6 + 1e-6 * tl.abs(ratio)) & (tl.abs(common) < 1000)  # beyond, off has no digits left
-            fine = fine & (tl.abs(mu) < 0.5) & ((mean < 8 * exact) | (mean < 1e-12))  # else digits are lost
+            fine = fine & (tl.abs(mu) < 0.5) & ((mean < 8 * exact) | (mean < 1e-12))
             total = tl.where(exact < 0, 0.0, exact).to(tl.float32)
             if fine == 0:
                 base_start = place(tl.program_id(0), 1, base_inner, base_outer_stride, base_stride)[2]

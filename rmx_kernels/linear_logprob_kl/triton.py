@@ -63,7 +63,7 @@ class LossRows:
                 dz = self._turn(z, base_z, rows, terms[2:], target, own_weights, size)
                 self._back(dz, rows, size, dx, du)
         found = self._placed(found)
-        return found[0].clone(), found[1].clone(), found[2:].clone(), dx, du
+        return found[0].clone(), found[1].clone(), found[2:].clone(), self._in_place(dx), self._in_place(du)
 
     def gradients(self, weights: Weights, norms: Tensor, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
         """(d x [N, H], d u [N, r]) of all rows, from known norms; without elements where not asked for."""
@@ -110,12 +110,20 @@ class LossRows:
         return tuple(x if x is None or self.index is None else x[self.index] for x in of_rows)
 
     def _room(self, need_x: bool, need_u: bool) -> tuple[Tensor, Tensor]:
-        """For the gradients of x and u; 0 for rows that are not computed."""
-        dtype = gradient_dtype(self.x)
-        make = self.x.new_empty if self.index is None else self.x.new_zeros
-        dx = make(self.x.shape if need_x else (0,), dtype=dtype)
-        du = make(self.u.shape if need_u and self.u is not None else (0,), dtype=dtype)
+        """For the gradients of the n rows of x and u, in their order, and of one more where rows are left out."""
+        dtype, rows = gradient_dtype(self.x), min(self.n + 1, self.x.shape[0])
+        dx = self.x.new_empty((rows, self.x.shape[1]) if need_x else (0,), dtype=dtype)
+        du = self.x.new_empty((rows, self.u.shape[1]) if need_u and self.u is not None else (0,), dtype=dtype)
         return dx, du
+
+    def _in_place(self, gradient: Tensor) -> Tensor:
+        """The gradients of the rows in the places of all rows [N, H]; 0 for rows that are not computed."""
+        if self.index is None or gradient.dim() == 1:
+            return gradient
+        gradient[self.n :].zero_()
+        place = torch.full((self.x.shape[0],), self.n, device=self.index.device)
+        place[self.index] = torch.arange(self.n, device=self.index.device)
+        return gradient[place]
 
     def _placed(self, found: Tensor) -> Tensor:
         """found [6, n] in the places of its rows [6, N]; NaN elsewhere."""
@@ -161,16 +169,10 @@ class LossRows:
         return dz
 
     def _back(self, dz: Tensor, rows: slice, size: Tensor | None, dx: Tensor, du: Tensor) -> None:
-        own, part = self._own(rows), None if size is None else size[rows]
+        part = None if size is None else size[rows]
         for gradient, weight in ((dx, self.head.weight), (du, self.head.lora_weight)):
-            if not gradient.numel() or weight is None:
-                continue
-            if isinstance(own, slice):
-                self.head.back(dz, weight, part, gradient[own])
-            else:
-                out = gradient.new_empty(own.shape[0], gradient.shape[1])
-                self.head.back(dz, weight, part, out)
-                gradient[own] = out
+            if gradient.numel() and weight is not None:
+                self.head.back(dz, weight, part, gradient[rows])
 
 
 def all_rows(
