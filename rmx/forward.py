@@ -1,7 +1,7 @@
 """Forward passes of a decoder over sequences end to end: all its layers, or from a later layer on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -176,10 +176,12 @@ def _starting_at(lm: CausalLM, first: int, states: Tensor) -> Iterator[None]:
 def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
     """Inside, the decoder layers run as ``activation_checkpointing`` and ``compile`` say; dropout stays off.
 
-    Backward passes belong inside too: layers that run again there need the attention of packed sequences.
+    On a GPU, layers that are not compiled run their element-wise work fused. Backward passes belong inside too: layers
+    that run again there need the attention of packed sequences.
     """
     if not (config.activation_checkpointing or config.compile):
-        yield
+        with _fused(lm.model):
+            yield
         return
     layers = decoder_layers(lm.model)[1]
     dropouts = [(layer, name) for layer in layers for name, value in vars(layer).items() if _is_dropout(name, value)]
@@ -194,7 +196,7 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
         if config.compile:
             for layer in layers:
                 layer._compiled_call_impl = _compiled(layer)
-        with packed(lm.model) if lm.packing else nullcontext():
+        with packed(lm.model) if lm.packing else nullcontext(), nullcontext() if config.compile else _fused(lm.model):
             yield
     finally:
         if config.activation_checkpointing:
@@ -204,6 +206,14 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
             layer._compiled_call_impl = None
         for place, value in zip(dropouts, before, strict=True):
             setattr(*place, value)
+
+
+def _fused(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    if model.device.type != "cuda":
+        return nullcontext()
+    from rmx.fused import fused  # with Triton, which not every system has
+
+    return fused(model)
 
 
 def _compiled(layer: nn.Module) -> Callable[..., Any]:

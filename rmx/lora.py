@@ -1,12 +1,12 @@
 """Low-rank adapters on linear layers, stored as PEFT stores them.
 
 Master weights are float32 over a base of any dtype; the low-rank products run in the dtype of the base layer. Layers
-that read the same tensor (q, k and v; gate and up) share the first of them.
+that read the same tensor (q, k and v; gate and up) are computed together.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from rmx.artefacts import fingerprint, replacing
@@ -53,36 +54,106 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         if not self.enabled:
-            return y
-        z = F.linear(F.dropout(x, self.dropout), self.A(x.dtype)) if self.shared is None else self.shared(x, self)
-        B = (self.scaling * self.lora_B if self.lent is None else self.lent[1]).to(x.dtype)
-        if torch.compiler.is_compiling():  # the sum becomes part of what follows; addmm would copy y first
-            return y + F.linear(z, B)
-        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), B.T).view(y.shape)
+            return self.base(x)
+        if torch.compiler.is_compiling():  # which makes the sums part of what follows
+            z = F.linear(F.dropout(x, self.dropout), self.A(x.dtype)) if self.shared is None else self.shared.z(x, self)
+            return self.base(x) + F.linear(z, self.B(x.dtype))
+        return adapted(x, [self])[0] if self.shared is None else self.shared.y(x, self)
 
     def A(self, dtype: torch.dtype) -> Tensor:
         return (self.lora_A if self.lent is None else self.lent[0]).to(dtype)
 
+    def B(self, dtype: torch.dtype) -> Tensor:
+        """Times alpha / r."""
+        return (self.scaling * self.lora_B if self.lent is None else self.lent[1]).to(dtype)
+
+
+class _Adapted(torch.autograd.Function):
+    """y_i = W_i x + b_i + B_i A_i x' of layers of one input; x' is x after dropout, or None for x.
+
+    Sums are made inside the products, forward and backward, so that no tensor is read for an addition alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, bases: list[nn.Linear], *Bs: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows = x.flatten(0, -2)
+        source = rows if dropped is None else dropped.flatten(0, -2)
+        z = source @ A.T
+        ctx.save_for_backward(source, A, z, *Bs)
+        ctx.bases, ctx.shape, ctx.apart = bases, x.shape, dropped is not None
+        ctx.set_materialize_grads(False)
+        parts = z.split([B.shape[1] for B in Bs], -1)
+        ys = (base(rows).addmm_(part, B.T) for base, B, part in zip(bases, Bs, parts, strict=True))
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        source, A, z, *Bs = ctx.saved_tensors
+        sizes = [B.shape[1] for B in Bs]
+        dz, dx = torch.empty_like(z), None
+        dBs: list[Tensor | None] = []
+        for g, base, B, own, d_own in zip(
+            upstream, ctx.bases, Bs, z.split(sizes, -1), dz.split(sizes, -1), strict=True
+        ):
+            if g is None:
+                d_own.zero_()
+                dBs.append(None)
+                continue
+            g = g.flatten(0, -2)
+            torch.mm(g, B, out=d_own)
+            dBs.append(g.T @ own)
+            if ctx.needs_input_grad[0]:
+                dx = g @ base.weight if dx is None else dx.addmm_(g, base.weight)
+        dA, d_dropped = dz.T @ source, None
+        if ctx.apart:
+            d_dropped = (dz @ A).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        elif dx is not None:
+            dx.addmm_(dz, A)
+        return None if dx is None else dx.view(ctx.shape), d_dropped, dA, None, *dBs
+
+
+def adapted(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
+    """The results of layers that read the same x."""
+    A = torch.cat([layer.A(x.dtype) for layer in layers]) if len(layers) > 1 else layers[0].A(x.dtype)
+    dropout = layers[0].dropout
+    dropped = F.dropout(x, dropout) if dropout else None
+    Bs = [layer.B(x.dtype) for layer in layers]
+    results: tuple[Tensor, ...] = _Adapted.apply(x, dropped, A, [layer.base for layer in layers], *Bs)
+    return results
+
 
 class SharedInput:
-    """Layers that read the same tensor, one after the other: A x of all of them is one product."""
+    """Layers that read the same tensor, one after the other; the first call computes for all."""
 
     def __init__(self, layers: list[LoraLinear]) -> None:
         self.layers = layers
         self.x: Tensor | None = None
         self.left: dict[int, Tensor] = {}
 
-    def __call__(self, x: Tensor, layer: LoraLinear) -> Tensor:
-        if self.x is not x or layer.place not in self.left:  # another tensor, or the same one in another pass
+    def y(self, x: Tensor, layer: LoraLinear) -> Tensor:
+        """The result of a layer."""
+        return self._own(x, layer, lambda: adapted(x, self.layers))
+
+    def z(self, x: Tensor, layer: LoraLinear) -> Tensor:
+        """A x of a layer."""
+
+        def products() -> tuple[Tensor, ...]:
             A = torch.cat([member.A(x.dtype) for member in self.layers])
-            parts = F.linear(F.dropout(x, layer.dropout), A).chunk(len(self.layers), -1)
-            self.x, self.left = x, dict(enumerate(parts))
-        z = self.left.pop(layer.place)
+            return F.linear(F.dropout(x, layer.dropout), A).chunk(len(self.layers), -1)
+
+        return self._own(x, layer, products)
+
+    def _own(self, x: Tensor, layer: LoraLinear, compute: Callable[[], tuple[Tensor, ...]]) -> Tensor:
+        if self.x is not x or layer.place not in self.left:  # another tensor, or the same one in another pass
+            self.x, self.left = x, dict(enumerate(compute()))
+        own = self.left.pop(layer.place)
         if not self.left:
             self.x = None
-        return z
+        return own
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ CONFIGS = {"sm_80": _config(32), "sm_90": _config(32), "sm_100": _config(32), "g
 LEAST_SCRATCH, MOST_SCRATCH = 224 * MIB, 896 * MIB
 DEFAULT_LOGITS = torch.bfloat16  # of a bfloat16 head
 ROW_MULTIPLE = 128  # rows of one product: few enough that reading the head bounds it, and what products are padded to
+FULL_WAVES = 512  # multiples of so many rows leave few processors idle in a product's last wave (docs/kernels.md)
 HEAD_TILE_BYTES = 48 * MIB  # of a slice of a trained head's gradient in float32, and of the logits that it is made of
 
 

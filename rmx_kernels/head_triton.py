@@ -61,7 +61,8 @@ class Head:
         self.apart = self.logit_dtype != weight.dtype  # a gradient has no place where the logits were
         size = models * self.logit_dtype.itemsize + (weight.element_size() if self.apart else 0)
         fit = configs.scratch_bytes(weight.device) // (self.V * size)
-        self.chunk = max(1, fit // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
+        step = configs.FULL_WAVES if fit >= configs.FULL_WAVES else configs.ROW_MULTIPLE
+        self.chunk = max(1, fit // step) * step
 
     def buffer(self, rows: int, columns: int) -> Tensor:
         """Room for a tile of logits, whose rows begin at multiples of 64 bytes at least."""

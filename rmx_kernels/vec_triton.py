@@ -199,10 +199,12 @@ def order_of(z):
 
 
 @triton.jit
-def append(items, count, room, item, take):
-    """Add each ``item`` to take to the list ``items``, in any order; those beyond its room are counted, not kept."""
-    at = tl.atomic_add(count + tl.zeros_like(take.to(tl.int32)), 1, mask=take, sem="relaxed", scope="cta")
+def append(items, length, room, item, take):
+    """The length of the list ``items`` with each ``item`` to take added; those beyond its room are counted alone."""
+    count = take.to(tl.int32)
+    at = length + tl.cumsum(count, 0) - 1
     tl.store(items + at, item, mask=take & (at < room))
+    return length + tl.sum(count)
 
 
 @triton.jit
@@ -243,15 +245,39 @@ class Rows:
         return self.x, max(1, self.x.shape[1]), self.x.stride(0), self.x.stride(1)
 
 
+_compiled: dict[Any, Any] = {}  # what Triton compiled, by all that it was compiled for
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> None:
-    """Launch on the device of the tensors, which need not be the current one."""
+    """Launch on the device of the tensors, which need not be the current one.
+
+    Triton finds the compilation that fits the arguments anew at every launch, which takes longer than a small kernel
+    runs. So it is asked once for each kind of arguments.
+    """
     if programs == 0:
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants, num_warps=warps)
-    else:
+            launch(kernel, programs, device, *arguments, warps=warps, **constants)
+        return
+    if device.type != "cuda":
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
+        return
+    key = (kernel, device.index, warps, *constants.items(), *map(_kind, arguments))
+    found = _compiled.get(key)
+    if found is None:
+        _compiled[key] = kernel[(programs,)](*arguments, **constants, num_warps=warps)
+    else:
+        found[(programs, 1, 1)](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+
+
+def _kind(argument: Any) -> Any:
+    """All of an argument that Triton compiles for: type, alignment to 16, being 1, size of an integer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
+    return type(argument)
 
 
 def power_of_2(n: int) -> int:

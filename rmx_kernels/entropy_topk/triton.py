@@ -109,8 +109,8 @@ def fold(
         lm, ld, lT = fold_step(z, lm, ld, lT, c)
         whole += 1
         peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
-        top = tl.maximum(top, peak)
     if peaks is not None:
+        top = tl.maximum(top, peak)
         unfinished = rest | (whole % U != 0)
         group = peaks + row * C + (whole - 1) // U * L
         tl.store(group + lane, peak.to(peaks.dtype.element_ty), mask=unfinished & (whole > first))
@@ -131,7 +131,7 @@ def finish(
     target,  # [N] or None
     parts,  # [3, N, S]
     peaks, lanes,  # [N, C], [N, S * L], or None
-    lists, keys,  # [N, 4 + 3 room] int32: lengths, lanes, chunks, loads; [N, room] int64: logits; or None
+    lists, keys,  # [N, 3 room] int32: lanes, chunks, loads; [N, room] int64: logits; or None
     row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
     N, V, S, C, STEPS, K, room, c, per_temperature, softcap,
@@ -180,48 +180,45 @@ def finish(
             reached = tl.where(enough, count, reached)
             high = tl.where(enough, high, middle - 1)
         least = value_of(low)
-        counts = lists + row * (4 + 3 * room)
-        few, chunks, loads = counts + 4, counts + 4 + room, counts + 4 + 2 * room
-        keys_of_row = keys + row * room
-        tl.store(counts + tl.arange(0, 4), tl.zeros([4], tl.int32))
+        few = lists + row * (3 * room)
+        chunks, loads, keys_of_row = few + room, few + 2 * room, keys + row * room
+        n = append(few, 0, room, slot, there & (order >= low))
         tl.debug_barrier()
-        append(few, counts, room, slot, there & (order >= low))
-        tl.debug_barrier()
-        n = tl.load(counts)
-        for begin in range(0, tl.minimum(n, room), 32):
-            entry = begin + tl.arange(0, 32)[:, None]
-            own = tl.load(few + entry, mask=entry < n, other=0)
-            group = tl.arange(0, GROUPS)[None, :]
-            chunk = (own // L * (STEPS // U) + group) * L + own % L
-            inside = (entry < n) & (group < STEPS // U) & (chunk < C)
+        found = 0
+        for begin in range(0, tl.minimum(n, room) * GROUPS, 128):
+            index = begin + tl.arange(0, 128)
+            own = tl.load(few + index // GROUPS, mask=index // GROUPS < n, other=0)
+            chunk = (own // L * (STEPS // U) + index % GROUPS) * L + own % L
+            inside = (index // GROUPS < n) & (index % GROUPS < STEPS // U) & (chunk < C)
             peak = widened(tl.load(peaks + row * C + chunk, mask=inside, other=float("-inf")))
-            append(chunks, counts + 1, room, chunk, inside & (peak >= least))
+            found = append(chunks, found, room, chunk, inside & (peak >= least))
         tl.debug_barrier()
-        found = tl.load(counts + 1)
         aligned = V // J * J
-        for begin in range(0, tl.minimum(found, room), 8):
-            entry = begin + tl.arange(0, 8)[:, None]
-            own = tl.load(chunks + entry, mask=entry < found, other=0)
-            load = tl.arange(0, R * U)[None, :]
+        again = 0
+        for begin in range(0, tl.minimum(found, room) * (R * U), 64):
+            index = begin + tl.arange(0, 64)
+            own = tl.load(chunks + index // (R * U), mask=index // (R * U) < found, other=0)
+            load = index % (R * U)
             first = (own // L * U + load // R) * (R * L * J) + load % R * (L * J) + own % L * J
-            inside = (entry < found) & (first < aligned)
-            column = first[:, :, None] + tl.arange(0, J)[None, None, :]
-            raw = widened(tl.load(x + start + column, mask=inside[:, :, None], other=float("-inf")))
-            append(loads, counts + 2, room, first, inside & (tl.max(raw, 2) >= least))
+            inside = (index // (R * U) < found) & (first < aligned)
+            column = first[:, None] + tl.arange(0, J)[None, :]
+            raw = widened(tl.load(x + start + column, mask=inside[:, None], other=float("-inf")))
+            again = append(loads, again, room, first, inside & (tl.max(raw, 1) >= least))
         tl.debug_barrier()
-        read_again = tl.load(counts + 2)
-        for begin in range(0, tl.minimum(read_again, room), 32):
-            entry = begin + tl.arange(0, 32)[:, None]
-            column = tl.load(loads + entry, mask=entry < read_again, other=0) + tl.arange(0, J)[None, :]
-            raw = widened(tl.load(x + start + column, mask=entry < read_again, other=float("-inf")))
-            append(keys_of_row, counts + 3, room, key_of(order_of(raw), column), (entry < read_again) & (raw >= least))
+        logits = 0
+        for begin in range(0, tl.minimum(again, room) * J, 128):
+            index = begin + tl.arange(0, 128)
+            inside = index // J < again
+            column = tl.load(loads + index // J, mask=inside, other=0) + index % J
+            raw = widened(tl.load(x + start + column, mask=inside, other=float("-inf")))
+            logits = append(keys_of_row, logits, room, key_of(order_of(raw), column), inside & (raw >= least))
         if aligned < V:
             column = aligned + tl.arange(0, J)
             raw = widened(tl.load(x + start + column, mask=column < V, other=float("-inf")))
-            append(keys_of_row, counts + 3, room, key_of(order_of(raw), column), (column < V) & (raw >= least))
+            taken = (column < V) & (raw >= least)
+            logits = append(keys_of_row, logits, room, key_of(order_of(raw), column), taken)
         tl.debug_barrier()
-        logits = tl.load(counts + 3)
-        longest = tl.maximum(tl.maximum(n, found), tl.maximum(read_again, logits))
+        longest = tl.maximum(tl.maximum(n, found), tl.maximum(again, logits))
         if (longest <= room) & (logits >= K):
             for begin in range(0, logits, 32):
                 entry = begin + tl.arange(0, 32)
@@ -346,7 +343,7 @@ class Statistics:
         if in_kernel:
             peaks = x.x.new_empty(n, C)
             lanes = parts.new_empty(n, S * sweep.lanes)
-            lists = torch.empty(n, 4 + 3 * room, dtype=torch.int32, device=device)
+            lists = torch.empty(n, 3 * room, dtype=torch.int32, device=device)
             keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
             *(fold, n * S, device, *x.arguments, parts, peaks, lanes, n, V, S, C, steps, c, softcap),
