@@ -3,7 +3,7 @@
 Eager PyTorch reads and writes a tensor some twenty times for one RMSNorm with its backward. Here it is read once
 forward and twice backward. A module is replaced only where it then gives what it gave before, which is tried on random
 input: the error against float32 may be at most twice the module's own. Weights of norms are frozen in this training,
-so they get no gradient.
+so they get no gradient. Sizes are specialised, since a mask whose end is no multiple of 16 forbids loads of 16 bytes.
 """
 
 import copy
@@ -30,7 +30,7 @@ GELU_SCALE = tl.constexpr((2 / torch.pi) ** 0.5)
 GELU_CUBE = tl.constexpr(0.044715)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit
 def norm_forward(x, weight, y, rstd, H, eps, offset, ROUND: tl.constexpr, WIDTH: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = column < H
@@ -45,7 +45,7 @@ def norm_forward(x, weight, y, rstd, H, eps, offset, ROUND: tl.constexpr, WIDTH:
     tl.store(rstd + row, scale)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit
 def norm_backward(g, x, weight, rstd, dx, H, offset, WIDTH: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside = column < H
@@ -73,7 +73,7 @@ def activated(z, GELU: tl.constexpr):
     return a, d
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def gated_forward(gate, up, y, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -83,7 +83,7 @@ def gated_forward(gate, up, y, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y + at, (a.to(z.dtype).to(tl.float32) * u).to(z.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def gated_backward(g, gate, up, d_gate, d_up, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -101,15 +101,18 @@ def rotate(
     cos, sin, table_batch,  # [B or 1, T, 2 D]
     y, y_batch, y_head, y_token,
     T, heads,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2) of the two halves of a head, or that map transposed."""
     token, batch = tl.program_id(0).to(tl.int64) % T, tl.program_id(0).to(tl.int64) // T
-    half, head = tl.arange(0, D)[None, :], tl.arange(0, HEADS)[:, None]
-    inside = (head < heads) & (half < D)
+    half, head = tl.arange(0, HALF)[None, :], tl.arange(0, HEADS)[:, None]
+    known = half < D
+    inside = (head < heads) & known
     table = batch * table_batch + token * (2 * D) + half
-    cos1, cos2 = tl.load(cos + table).to(tl.float32), tl.load(cos + table + D).to(tl.float32)
-    sin1, sin2 = tl.load(sin + table).to(tl.float32), tl.load(sin + table + D).to(tl.float32)
+    cos1 = tl.load(cos + table, mask=known, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + table + D, mask=known, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + table, mask=known, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + table + D, mask=known, other=0.0).to(tl.float32)
     at = batch * x_batch + head * x_head + token * x_token + half
     x1 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(x + at + D, mask=inside, other=0.0).to(tl.float32)
@@ -197,6 +200,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
     y = torch.empty(B, T, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
     table_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     constants: dict[str, Any] = {"INVERSE": inverse, "HEADS": power_of_2(heads), "D": width // 2}
+    constants["HALF"] = power_of_2(width // 2)
     launch(
         *(rotate, B * T, x.device, x, *x.stride()[:3], cos, sin, table_batch, y, *y.stride()[:3], T, heads),
         warps=4,

@@ -8,6 +8,7 @@ Exponentials are powers of 2: e^(z - m) = 2^((z - m) c) with c = log2(e) / tempe
 the largest logit gives exactly 1.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -263,21 +264,35 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, wa
     if device.type != "cuda":
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
         return
-    key = (kernel, device.index, warps, *constants.items(), *map(_kind, arguments))
+    key = (kernel, device.index, warps, *constants.items(), *_kinds(arguments))
     found = _compiled.get(key)
     if found is None:
         _compiled[key] = kernel[(programs,)](*arguments, **constants, num_warps=warps)
     else:
-        found[(programs, 1, 1)](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+        found[(programs, 1, 1)](*arguments, *[constants[name] for name in kernel.arg_names[len(arguments) :]])
 
 
-def _kind(argument: Any) -> Any:
-    """All of an argument that Triton compiles for: type, alignment to 16, being 1, size of an integer."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
-    return type(argument)
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """All of the arguments that Triton compiles for: types, and of integers and addresses what follows below."""
+    kinds: list[Any] = []
+    addresses = 0
+    for argument in arguments:
+        of = argument.__class__
+        if of is int:
+            kinds.append(_kind_of_int(argument))
+        elif of is Tensor or isinstance(argument, Tensor):
+            kinds.append(argument.dtype)
+            addresses |= argument.data_ptr()
+        else:
+            kinds.append(of)
+    if addresses % 16:  # of which tensors
+        kinds += [argument.data_ptr() % 16 == 0 for argument in arguments if isinstance(argument, Tensor)]
+    return kinds
+
+
+@functools.lru_cache(1 << 16)
+def _kind_of_int(argument: int) -> tuple[bool, bool, bool]:
+    return argument % 16 == 0, argument == 1, -(2**31) <= argument < 2**31
 
 
 def power_of_2(n: int) -> int:

@@ -1,6 +1,6 @@
 """Triton kernels: one read of the logits for all statistics. Also serve linear_entropy_topk, on whole rows of logits.
 
-``fold`` walks along a part of a row and keeps m, d and T by lane, and the largest logit of every chunk: the ``U`` steps
+``fold`` walks along a part of a row and keeps m, d and T by lane, and the largest logit of every chunk: 2^LOG_U steps
 of one lane. ``finish`` merges the parts of a row and finds the top-k. It takes a bound that at least k lanes reach,
 reads the chunks that reach it again, and ranks their logits from the bound on. Where those are too many (rows of equal
 logits), it walks along the whole row once for each distinct value instead. Neither kernel knows how many rows there
@@ -53,8 +53,8 @@ SORT_BYTES = 64 << 20  # of rows in float32, where the top-k is found by sorting
 MAX_K = 128  # of the top-k by ``finish``; above it the rows are sorted
 ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much more for each 16
 BLOCK = 256  # columns that ``finish`` reads at a time where it walks along a row
-# Parts of a row, and groups of chunks in a part, are padded to so many: vocabularies below 160,000 share a compilation.
-LEAST_SEGMENTS, LEAST_GROUPS = 4, 8
+FEW = 16  # tokens of the top-k, up to which chunks are large: a chunk is 16 bytes at a time from places far apart
+LEAST_SEGMENTS = 4  # parts of a row are padded to so many: vocabularies below 160,000 share a compilation
 LANES_A_WARP = 512  # of ``finish``, in which a warp keeps the largest logits of so many lanes in registers
 
 
@@ -70,14 +70,14 @@ def fold_step(z, m, d, T, c):
     return new, w * d + lane_sum(e), T
 
 
-@triton.jit(do_not_specialize=["N", "V", "S", "C", "STEPS"])
+@triton.jit(do_not_specialize=["N", "V", "S", "C", "STEPS", "LOG_U"])
 def fold(
     x, inner, outer_stride, stride,  # [N, V]
     parts,  # [3, N, S]: m, d and T
     peaks,  # [N, C], the largest logit of each chunk, or None
     lanes,  # [N, S * L], that of each lane, or None
-    N, V, S, C, STEPS, c, softcap,
-    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
+    N, V, S, C, STEPS, LOG_U, c, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
     TILE: tl.constexpr = R * L * J
@@ -95,8 +95,8 @@ def fold(
         lm, ld, lT = fold_step(capped(raw, softcap), lm, ld, lT, c)
         if peaks is not None:
             peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
-            if step % U == U - 1:
-                tl.store(peaks + row * C + step // U * L + lane, peak.to(peaks.dtype.element_ty))
+            if ((step + 1) >> LOG_U << LOG_U) == step + 1:
+                tl.store(peaks + row * C + (step >> LOG_U) * L + lane, peak.to(peaks.dtype.element_ty))
                 top = tl.maximum(top, peak)
                 peak = tl.full([L], float("-inf"), tl.float32)
     rest = (whole < first + STEPS) & (whole * TILE < V)
@@ -111,8 +111,8 @@ def fold(
         peak = tl.maximum(peak, tl.max(tl.max(raw, 2), 1))
     if peaks is not None:
         top = tl.maximum(top, peak)
-        unfinished = rest | (whole % U != 0)
-        group = peaks + row * C + (whole - 1) // U * L
+        unfinished = rest | ((whole >> LOG_U << LOG_U) != whole)
+        group = peaks + row * C + ((whole - 1) >> LOG_U) * L
         tl.store(group + lane, peak.to(peaks.dtype.element_ty), mask=unfinished & (whole > first))
         tl.store(lanes + (row * S + segment) * L + lane, top)
     M = tl.max(lm)
@@ -125,7 +125,7 @@ def fold(
     tl.store(part + 2 * field, tl.sum(w * lT + (w * fall) * ld))
 
 
-@triton.jit(do_not_specialize=["N", "V", "S", "C", "STEPS", "K", "room"])
+@triton.jit(do_not_specialize=["N", "V", "S", "C", "STEPS", "LOG_U", "K", "room"])
 def finish(
     x, inner, outer_stride, stride,  # [N, V]
     target,  # [N] or None
@@ -134,9 +134,8 @@ def finish(
     lists, keys,  # [N, 3 room] int32: lanes, chunks, loads; [N, room] int64: logits; or None
     row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
-    N, V, S, C, STEPS, K, room, c, per_temperature, softcap,
-    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, U: tl.constexpr,
-    SEGMENTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    N, V, S, C, STEPS, LOG_U, K, room, c, per_temperature, softcap,
+    R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
     segment = tl.arange(0, SEGMENTS)
@@ -152,9 +151,9 @@ def finish(
     D = tl.sum(w * d)
     moved_T = tl.sum(w * T + (w * fall) * d)
     M = tl.where((D > 0) & (tl.abs(D) < float("inf")), M, float("nan"))  # NaN where there is no distribution
-    exact = exact_log(D)
-    log_d = tl.where(M == M, exact.to(tl.float32), float("nan"))
-    H = (exact - (moved_T * LN2).to(tl.float64) / D.to(tl.float64)).to(tl.float32)
+    exact = exact_log(D).to(tl.float32)
+    log_d = tl.where(M == M, exact, float("nan"))
+    H = exact - (moved_T * LN2) / D  # neither term is negative
     tl.store(row_m + row, M)
     tl.store(row_log_d + row, log_d)
     tl.store(lse + row, M * per_temperature + log_d)
@@ -184,23 +183,26 @@ def finish(
         chunks, loads, keys_of_row = few + room, few + 2 * room, keys + row * room
         n = append(few, 0, room, slot, there & (order >= low))
         tl.debug_barrier()
+        groups = STEPS >> LOG_U
         found = 0
-        for begin in range(0, tl.minimum(n, room) * GROUPS, 128):
+        for begin in range(0, tl.minimum(n, room) * groups, 128):
             index = begin + tl.arange(0, 128)
-            own = tl.load(few + index // GROUPS, mask=index // GROUPS < n, other=0)
-            chunk = (own // L * (STEPS // U) + index % GROUPS) * L + own % L
-            inside = (index // GROUPS < n) & (index % GROUPS < STEPS // U) & (chunk < C)
+            entry, group = index // groups, index % groups
+            own = tl.load(few + entry, mask=entry < n, other=0)
+            chunk = (own // L * groups + group) * L + own % L
+            inside = (entry < n) & (chunk < C)
             peak = widened(tl.load(peaks + row * C + chunk, mask=inside, other=float("-inf")))
             found = append(chunks, found, room, chunk, inside & (peak >= least))
         tl.debug_barrier()
         aligned = V // J * J
         again = 0
-        for begin in range(0, tl.minimum(found, room) * (R * U), 64):
+        for begin in range(0, (tl.minimum(found, room) * R) << LOG_U, 64):
             index = begin + tl.arange(0, 64)
-            own = tl.load(chunks + index // (R * U), mask=index // (R * U) < found, other=0)
-            load = index % (R * U)
-            first = (own // L * U + load // R) * (R * L * J) + load % R * (L * J) + own % L * J
-            inside = (index // (R * U) < found) & (first < aligned)
+            entry, load = index >> (LOG_U + (R - 1)), index & ((R << LOG_U) - 1)
+            own = tl.load(chunks + entry, mask=entry < found, other=0)
+            step = (own // L << LOG_U) + load // R
+            first = step * (R * L * J) + load % R * (L * J) + own % L * J
+            inside = (entry < found) & (first < aligned)
             column = first[:, None] + tl.arange(0, J)[None, :]
             raw = widened(tl.load(x + start + column, mask=inside[:, None], other=float("-inf")))
             again = append(loads, again, room, first, inside & (tl.max(raw, 1) >= least))
@@ -220,8 +222,8 @@ def finish(
         tl.debug_barrier()
         longest = tl.maximum(tl.maximum(n, found), tl.maximum(again, logits))
         if (longest <= room) & (logits >= K):
-            for begin in range(0, logits, 32):
-                entry = begin + tl.arange(0, 32)
+            for first_entry in range(0, logits, 32):
+                entry = first_entry + tl.arange(0, 32)
                 key = tl.load(keys_of_row + entry, mask=entry < logits, other=NO_KEY)
                 rank = tl.zeros([32], tl.int32)
                 for other in range(0, logits, 32):
@@ -332,10 +334,11 @@ class Statistics:
         n, V, device, itemsize = rows.stop - rows.start, x.columns, self.m.device, x.x.element_size()
         setting = configs.config(device)
         sweep, shape = setting.statistics, setting.statistics.shape(itemsize)
-        U = max(1, setting.chunk // (shape["R"] * shape["J"]))
-        S, steps = sweep.division(V, itemsize, U)
+        most = max(1, setting.chunk // (shape["R"] * shape["J"]))  # steps of a chunk; halved where many are read again
+        log_u = (most if self.k <= FEW else max(1, most // 2)).bit_length() - 1
+        S, steps = sweep.division(V, itemsize, most)
         in_kernel = 0 < self.k <= MAX_K
-        C = -(-V // (sweep.columns(itemsize) * U)) * sweep.lanes
+        C = -(-V // (sweep.columns(itemsize) << log_u)) * sweep.lanes
         c, per_temperature, softcap = scaling(temperature, softcap)
         parts = torch.empty(3, n, S, dtype=torch.float32, device=device)
         peaks = lanes = lists = keys = None
@@ -346,9 +349,8 @@ class Statistics:
             lists = torch.empty(n, 3 * room, dtype=torch.int32, device=device)
             keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
-            *(fold, n * S, device, *x.arguments, parts, peaks, lanes, n, V, S, C, steps, c, softcap),
+            *(fold, n * S, device, *x.arguments, parts, peaks, lanes, n, V, S, C, steps, log_u, c, softcap),
             warps=sweep.warps,
-            U=U,
             STAGES=sweep.stages,
             **shape,
         )
@@ -372,6 +374,7 @@ class Statistics:
                 S,
                 C,
                 steps,
+                log_u,
                 self.k,
                 room,
                 c,
@@ -379,9 +382,7 @@ class Statistics:
                 softcap,
             ),
             warps=max(1, segments * sweep.lanes // LANES_A_WARP),
-            U=U,
             SEGMENTS=segments,
-            GROUPS=max(LEAST_GROUPS, power_of_2(steps // U)),
             BLOCK=BLOCK,
             **shape,
         )

@@ -93,7 +93,7 @@ def test_arguments_of_one_kind_are_of_one_kind_for_triton() -> None:
     for argument in tensors + numbers:
         for specialised in (True, False):
             theirs = jit.native_specialize_impl(backend, argument, False, specialised, specialised)
-            assert found.setdefault((vec_triton._kind(argument), specialised), theirs) == theirs, argument
+            assert found.setdefault((*vec_triton._kinds((argument,)), specialised), theirs) == theirs, argument
 
 
 def test_nothing_is_launched_for_no_programs() -> None:

@@ -74,11 +74,12 @@ def test_triton_gated_activation(dtype: torch.dtype, gelu: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_triton_rotation(dtype: torch.dtype, batch: int) -> None:
+@pytest.mark.parametrize("half", [4, 5])
+def test_triton_rotation(dtype: torch.dtype, batch: int, half: int) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    angle = torch.randn(batch, 5, 4, device=DEVICE).repeat(1, 1, 2)
-    x = torch.randn(2, 5, 3, 8, device=DEVICE).to(dtype).transpose(1, 2)  # as the projections give it
+    angle = torch.randn(batch, 5, half, device=DEVICE).repeat(1, 1, 2)
+    x = torch.randn(2, 5, 3, 2 * half, device=DEVICE).to(dtype).transpose(1, 2)  # as the projections give it
 
     def eager(x: Tensor) -> Tensor:
         return apply_rotary_pos_emb(x, x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))[0]
