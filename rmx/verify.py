@@ -58,7 +58,7 @@ def verify(
     judge: Callable[[Problem, str], Judgement] = judge,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> list[Verdict]:
-    """One verdict a rollout, in their order. ``judge`` must be importable (workers are spawned)."""
+    """One verdict a rollout, in their order. ``judge`` must be importable by a worker."""
     by_id = {problem.problem_id: problem for problem in problems}
     # Short answers repeat: the same text for the same problem is judged once.
     jobs = list(dict.fromkeys((rollout.problem_id, rollout.text) for rollout in rollouts))
@@ -97,7 +97,9 @@ class _Worker:
         self.spawn()
 
     def spawn(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A server that has imported the parsers once forks every worker, in milliseconds, also one to replace another.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rmx.verify", *self.modules])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.judge, self.modules), daemon=True)
         self.process.start()

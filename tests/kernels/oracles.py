@@ -98,11 +98,13 @@ def assert_as_good_as_eager(
     size: Tensor,
     what: str,
     input_dtype: torch.dtype,
+    roundings: int = 1,
 ) -> None:
     """Error at most twice that of eager, in the largest and in the mean entry, plus a few roundings of ``size``.
 
-    ``eager`` may be the results by several orders of summation; then the largest error counts.
-    Eager's error counts as half a step of the dtype of the result where eager was luckier than that.
+    ``eager`` may be the results of several evaluations that are as good; then the largest error counts.
+    Eager's error counts as half a step of the dtype of the result, for each of the ``roundings`` that eager makes of
+    numbers of its size, where eager was luckier than that.
     ``size`` is the magnitude of the result or of the terms it sums. In float64 eager and oracle are the same code, so
     there the roundings alone decide.
     """
@@ -116,10 +118,10 @@ def assert_as_good_as_eager(
     eager_errors = [
         (e.detach().double() - oracle.detach()).abs() for e in ([eager] if isinstance(eager, Tensor) else eager)
     ]
-    half_step = torch.finfo(got.dtype).eps / 2
+    rounding = roundings * torch.finfo(got.dtype).eps / 2
     for norm in (torch.max, torch.mean):  # the mean sees the many small probabilities that the largest entry hides
         of_eager = max(norm(e) for e in eager_errors)
-        allowed = 2 * max(of_eager, half_step * norm(size)) + floor * norm(size)
+        allowed = 2 * max(of_eager, rounding * norm(size)) + floor * norm(size)
         assert norm(got_error) <= allowed, (
             f"{what}: {norm.__name__} error {norm(got_error):.3g} above {allowed:.3g} (eager {of_eager:.3g})"
         )

@@ -7,7 +7,7 @@ import cases
 import oracles
 import pytest
 import torch
-from cases import SCALED, randint, tiny_tiles
+from cases import SCALED, randint, tiny_tiles, unless_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -75,7 +75,7 @@ def test_equals_entropy_topk_of_the_logits(device: str, impl: str, fp64: torch.d
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=unless_interpreted(60, 20), deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 5),
     V=st.integers(1, 40),

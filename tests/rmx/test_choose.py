@@ -92,11 +92,9 @@ def test_candidates_of_an_interrupted_training_are_those_of_an_undisturbed_one(
     assert run.path("choice.json").read_bytes() == whole.path("choice.json").read_bytes()
 
 
-def test_one_candidate_needs_no_choice(tiny_config: Config) -> None:
-    run = Run(tiny_config)
-    run.run()
-    assert json.loads(run.path("choice.json").read_text())["candidates"] == []
-    assert not run.path("candidates").exists()
+def test_one_candidate_needs_no_choice(finished: Run) -> None:
+    assert json.loads(finished.path("choice.json").read_text())["candidates"] == []
+    assert not finished.path("candidates").exists()
 
 
 def test_candidates_without_problems_to_choose_on_are_refused(tiny_config: Config) -> None:

@@ -111,10 +111,9 @@ def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, 
         compare_models(other, adapter_path, rollouts(), tmp_path)
 
 
-def test_the_command_writes_table_json_and_picture(tiny_config: Config, tmp_path: Path) -> None:
-    run = Run(tiny_config)
-    run.run()
-    done = command("compare", write_yaml(tiny_config, tmp_path / "run.yaml"))
+def test_the_command_writes_table_json_and_picture(finished: Run, tmp_path: Path) -> None:
+    run = finished
+    done = command("compare", write_yaml(run.config, tmp_path / "run.yaml"))
     assert done.returncode == 0, done.stderr
     for words in ("unshifted", "reranked", "mean rank"):
         assert words in done.stdout

@@ -15,9 +15,8 @@ from rmx.rundir import STAGES
 from rmx.score import ScoreStore
 
 
-def test_a_run_counts_what_it_reads_and_samples(tiny_config: Config) -> None:
-    run = Run(tiny_config)
-    run.run()
+def test_a_run_counts_what_it_reads_and_samples(finished: Run) -> None:
+    run = finished
     rows = {row.stage: row for row in stage_costs(run.path("costs.jsonl"), list(STAGES), CostConfig(per_hour=3.6))}
     assert list(rows) == list(STAGES)
     rollouts = run.rollouts()

@@ -232,13 +232,6 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, reader: Any, name: st
 
 
 @pytest.fixture
-def finished(tiny_config: Config) -> Run:
-    run = Run(tiny_config)
-    run.run()
-    return run
-
-
-@pytest.fixture
 def released(finished: Run, tmp_path: Path) -> Path:
     """The files of a finished run."""
     assert [p.name for p in export_run(finished, tmp_path / "released")] == [

@@ -43,13 +43,6 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
-@pytest.fixture
-def finished(tiny_config: Config) -> Run:
-    run = Run(tiny_config)
-    run.run()
-    return run
-
-
 def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
     assert list(finished.stages()) == list(STAGES)
     names = {path.name for path in finished.dir.iterdir()}
@@ -306,7 +299,9 @@ def test_a_configuration_and_its_run_are_found_from_anywhere(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tiny_config.model_dump(mode="json")
-    tree["run_dir"], tree["problems"]["sources"][0]["jsonl"] = "runs/mine", "problems.jsonl"
+    source = tree["problems"]["sources"][0]
+    shutil.copy(source["jsonl"], tmp_path / "problems.jsonl")
+    tree["run_dir"], source["jsonl"] = "runs/mine", "problems.jsonl"
     shutil.copytree(tiny_config.model.name, tmp_path / "weights")
     tree["model"]["name"] = "./weights"
     path = tmp_path / "run.yaml"
@@ -347,9 +342,10 @@ def test_the_command_line_runs_stages_and_reports_errors_in_one_line(tiny_config
     assert wrong.returncode == 1
     assert "train.epohcs: unknown key" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-    broken = tmp_path / "problems.jsonl"
-    broken.write_text(broken.read_text() + "{\n")
-    named = command("problems", path, "--set", f"run_dir={tmp_path / 'other'}")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(tiny_config.problems.sources[0].jsonl).read_text() + "{\n")
+    other = changed(tiny_config, problems={"sources": [{"jsonl": str(broken)}]})
+    named = command("problems", write_yaml(other, path), "--set", f"run_dir={tmp_path / 'other'}")
     assert named.returncode == 1
     assert f"{broken}:41: not a JSON value" in named.stderr
     assert "reference  runs here" in command("backends").stdout
