@@ -48,6 +48,7 @@ class LoraLinear(nn.Module):
         self.shared: SharedInput | None = None
         self.place = 0  # in it
         self.lent: tuple[Tensor, Tensor] | None = None  # A and alpha / r B for one pass: see Masters
+        self.sums: tuple[Tensor, Tensor] | None = None  # and where their gradients are added up
         bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
@@ -72,21 +73,29 @@ class LoraLinear(nn.Module):
 class _Adapted(torch.autograd.Function):
     """y_i = W_i x + b_i + B_i A_i x' of layers of one input; x' is x after dropout, or None for x.
 
-    Sums are made inside the products, forward and backward, so that no tensor is read for an addition alone.
+    Sums are made inside the products, forward and backward, so that no tensor is read for an addition alone. Where the
+    layers have ``sums``, the gradients of A and B are added to them, and ``flat`` has them computed at all.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, A: Tensor, bases: list[nn.Linear], *Bs: Tensor
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        flat: Tensor | None,
+        layers: list[LoraLinear],
+        A: Tensor,
+        *Bs: Tensor,
     ) -> tuple[Tensor, ...]:
         rows = x.flatten(0, -2)
         source = rows if dropped is None else dropped.flatten(0, -2)
         z = source @ A.T
         ctx.save_for_backward(source, A, z, *Bs)
-        ctx.bases, ctx.shape, ctx.apart = bases, x.shape, dropped is not None
+        ctx.layers, ctx.shape, ctx.apart = layers, x.shape, dropped is not None
+        ctx.sums = [layer.sums for layer in layers]
         ctx.set_materialize_grads(False)
         parts = z.split([B.shape[1] for B in Bs], -1)
-        ys = (base(rows).addmm_(part, B.T) for base, B, part in zip(bases, Bs, parts, strict=True))
+        ys = (layer.base(rows).addmm_(part, B.T) for layer, B, part in zip(layers, Bs, parts, strict=True))
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod
@@ -95,25 +104,30 @@ class _Adapted(torch.autograd.Function):
         source, A, z, *Bs = ctx.saved_tensors
         sizes = [B.shape[1] for B in Bs]
         dz, dx = torch.empty_like(z), None
-        dBs: list[Tensor | None] = []
-        for g, base, B, own, d_own in zip(
-            upstream, ctx.bases, Bs, z.split(sizes, -1), dz.split(sizes, -1), strict=True
-        ):
+        dBs: list[Tensor | None] = [None] * len(Bs)
+        parts = zip(upstream, ctx.layers, Bs, z.split(sizes, -1), dz.split(sizes, -1), ctx.sums, strict=True)
+        for i, (g, layer, B, own, d_own, sums) in enumerate(parts):
             if g is None:
                 d_own.zero_()
-                dBs.append(None)
                 continue
             g = g.flatten(0, -2)
             torch.mm(g, B, out=d_own)
-            dBs.append(g.T @ own)
+            if sums is None:
+                dBs[i] = g.T @ own
+            else:
+                sums[1].addmm_(g.T, own)
             if ctx.needs_input_grad[0]:
-                dx = g @ base.weight if dx is None else dx.addmm_(g, base.weight)
-        dA, d_dropped = dz.T @ source, None
+                dx = g @ layer.base.weight if dx is None else dx.addmm_(g, layer.base.weight)
+        dA = dz.T @ source
+        added = ctx.sums[0] is not None
+        if added:
+            torch._foreach_add_([sums[0] for sums in ctx.sums], dA.split(sizes))
+        d_dropped = None
         if ctx.apart:
             d_dropped = (dz @ A).view(ctx.shape) if ctx.needs_input_grad[1] else None
         elif dx is not None:
             dx.addmm_(dz, A)
-        return None if dx is None else dx.view(ctx.shape), d_dropped, dA, None, *dBs
+        return None if dx is None else dx.view(ctx.shape), d_dropped, None, None, None if added else dA, *dBs
 
 
 def adapted(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
@@ -121,8 +135,9 @@ def adapted(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
     A = torch.cat([layer.A(x.dtype) for layer in layers]) if len(layers) > 1 else layers[0].A(x.dtype)
     dropout = layers[0].dropout
     dropped = F.dropout(x, dropout) if dropout else None
+    flat = None if layers[0].sums is None else layers[0].lora_A
     Bs = [layer.B(x.dtype) for layer in layers]
-    results: tuple[Tensor, ...] = _Adapted.apply(x, dropped, A, [layer.base for layer in layers], *Bs)
+    results: tuple[Tensor, ...] = _Adapted.apply(x, dropped, flat, layers, A, *Bs)
     return results
 
 
@@ -212,6 +227,7 @@ class Masters:
             parameter.data = own.view_as(parameter)
         for layer, own in zip(self.layers, self.scale.split(self.sizes)[1::2], strict=True):
             own.fill_(layer.scaling)
+        self.kept: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # copies and sums of gradients, used again
 
     @contextmanager
     def lent(self, dtype: torch.dtype, compiled: bool = False) -> Iterator[None]:
@@ -220,17 +236,34 @@ class Masters:
         Args:
             compiled: whether layers are, which then may count on the shapes of these copies.
         """
-        pieces = (self.flat * self.scale).to(dtype).split(self.sizes)
-        parts = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        for part in parts if compiled else ():
-            torch._dynamo.mark_static(part)
+        if compiled:  # the gradients come back by way of the graph
+            copies, sums = (self.flat * self.scale).to(dtype), None
+        else:
+            if dtype not in self.kept:
+                self.kept[dtype] = torch.empty_like(self.scale, dtype=dtype), torch.empty_like(self.scale, dtype=dtype)
+            copies, sums = self.kept[dtype]
+            copies.copy_(self.flat.detach() * self.scale)
+            sums.zero_()
+        places = zip(self.layers, self._pairs(copies), self._pairs(sums), strict=True)
         try:
-            for layer, A, B in zip(self.layers, parts[::2], parts[1::2], strict=True):
-                layer.lent = (A, B)
+            for layer, own, own_sums in places:
+                for part in own if compiled and own is not None else ():
+                    torch._dynamo.mark_static(part)
+                layer.lent, layer.sums = own, own_sums
             yield
         finally:
             for layer in self.layers:
-                layer.lent = None
+                layer.lent = layer.sums = None
+        if sums is not None:
+            gradient = sums * self.scale
+            self.flat.grad = gradient if self.flat.grad is None else self.flat.grad.add_(gradient)
+
+    def _pairs(self, whole: Tensor | None) -> list[tuple[Tensor, Tensor] | None]:
+        """The parts (of A, of B) of each layer in a tensor of all."""
+        if whole is None:
+            return [None] * len(self.layers)
+        parts = [p.view(shape) for p, shape in zip(whole.split(self.sizes), self.shapes, strict=True)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:

@@ -52,7 +52,7 @@ from rmx_kernels.vec_triton import (
 SORT_BYTES = 64 << 20  # of rows in float32, where the top-k is found by sorting them
 MAX_K = 128  # of the top-k by ``finish``; above it the rows are sorted
 ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much more for each 16
-BLOCK = 256  # columns that ``finish`` reads at a time where it walks along a row
+BLOCK = 512  # columns that ``finish`` reads at a time where it walks along a row
 FEW = 16  # tokens of the top-k, up to which chunks are large: a chunk is 16 bytes at a time from places far apart
 LEAST_SEGMENTS = 4  # parts of a row are padded to so many: vocabularies below 160,000 share a compilation
 LANES_A_WARP = 512  # of ``finish``, in which a warp keeps the largest logits of so many lanes in registers
@@ -185,32 +185,35 @@ def finish(
         tl.debug_barrier()
         groups = STEPS >> LOG_U
         found = 0
-        for begin in range(0, tl.minimum(n, room) * groups, 128):
+        listed = tl.minimum(n, room)
+        for begin in range(0, listed * groups, 128):
             index = begin + tl.arange(0, 128)
             entry, group = index // groups, index % groups
-            own = tl.load(few + entry, mask=entry < n, other=0)
+            own = tl.load(few + entry, mask=entry < listed, other=0)
             chunk = (own // L * groups + group) * L + own % L
-            inside = (entry < n) & (chunk < C)
+            inside = (entry < listed) & (chunk < C)
             peak = widened(tl.load(peaks + row * C + chunk, mask=inside, other=float("-inf")))
             found = append(chunks, found, room, chunk, inside & (peak >= least))
         tl.debug_barrier()
         aligned = V // J * J
         again = 0
-        for begin in range(0, (tl.minimum(found, room) * R) << LOG_U, 64):
+        listed = tl.minimum(found, room)
+        for begin in range(0, (listed * R) << LOG_U, 64):
             index = begin + tl.arange(0, 64)
             entry, load = index >> (LOG_U + (R - 1)), index & ((R << LOG_U) - 1)
-            own = tl.load(chunks + entry, mask=entry < found, other=0)
+            own = tl.load(chunks + entry, mask=entry < listed, other=0)
             step = (own // L << LOG_U) + load // R
             first = step * (R * L * J) + load % R * (L * J) + own % L * J
-            inside = (entry < found) & (first < aligned)
+            inside = (entry < listed) & (first < aligned)
             column = first[:, None] + tl.arange(0, J)[None, :]
             raw = widened(tl.load(x + start + column, mask=inside[:, None], other=float("-inf")))
             again = append(loads, again, room, first, inside & (tl.max(raw, 1) >= least))
         tl.debug_barrier()
         logits = 0
-        for begin in range(0, tl.minimum(again, room) * J, 128):
+        listed = tl.minimum(again, room)
+        for begin in range(0, listed * J, 128):
             index = begin + tl.arange(0, 128)
-            inside = index // J < again
+            inside = index // J < listed
             column = tl.load(loads + index // J, mask=inside, other=0) + index % J
             raw = widened(tl.load(x + start + column, mask=inside, other=float("-inf")))
             logits = append(keys_of_row, logits, room, key_of(order_of(raw), column), inside & (raw >= least))

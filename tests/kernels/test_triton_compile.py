@@ -55,6 +55,18 @@ def run_statistics(dtype: torch.dtype, V: int, k: int, softcap: float | None) ->
     module.backward(x, target, *norms, g, g, g, torch.zeros(2, k) if k else None, 0.7, softcap)
 
 
+def run_int32_targets() -> None:
+    """With the gradient of a top-k, whose ids are int64."""
+    module = kernels_of("entropy_topk")
+    x, target, g = torch.zeros(2, 8192), torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+    stats = module.forward(x, target, 2, 1.0, None)
+    norms = (stats[4].zero_(), stats[5], stats[6], stats[1])
+    module.backward(x, target, *norms, g, g, g, torch.zeros(2, 2), 1.0, None)
+    w = torch.ones(2)
+    losses = kernels_of("gated_contrastive_loss")
+    losses.backward(x, x, target, w, w, losses.forward(x, x, target, w, w, 1.0, None)[3], w[0], 1.0, None)
+
+
 def run_loss(dtype: torch.dtype, V: int, softcap: float | None) -> None:
     losses, linear = kernels_of("gated_contrastive_loss"), kernels_of("linear_logprob_kl")
     x, target, w = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
