@@ -82,14 +82,27 @@ RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* ba
     const T lowest = opaque(constants<T>::lowest), upstream = static_cast<T>(loss.upstream);
     const int64_t target = loss.target[i];
     X* dx = GRADIENT ? row_of<X>(*a.dx, i) : nullptr;
-    alignas(64) T z[BLOCK];
-    alignas(64) T base_z[BLOCK];
-    alignas(64) T dz[BLOCK];
+    alignas(64) T z_block[BLOCK];
+    alignas(64) T base_block[BLOCK];
+    alignas(64) T dz_block[BLOCK];
+    // whole blocks of plain logits are read and written where they are
+    const bool plain = std::is_same<T, X>::value && scale.softcap <= 0 && scale.per_temperature == T(1) &&
+                       dx != x && (dx == nullptr || dx != base_x);
     for (int64_t start = 0; start < a.columns; start += BLOCK) {
         const int64_t n = std::min(BLOCK, a.columns - start), column = a.first + start;
-        const int64_t padded = load_block(z, x + start, n, scale);
+        const bool in_place = plain && n == BLOCK;
+        const T* __restrict z = z_block;
+        const T* __restrict base_z = base_block;
+        T* __restrict dz = dz_block;
+        if constexpr (std::is_same<T, X>::value)
+            if (in_place) {
+                z = x + start;
+                if (base_x != nullptr) base_z = base_x + start;
+                if (GRADIENT) dz = dx + start;
+            }
+        const int64_t padded = in_place ? n : load_block(z_block, x + start, n, scale);
         if (base_x != nullptr) {
-            load_block(base_z, base_x + start, n, scale);
+            if (!in_place) load_block(base_block, base_x + start, n, scale);
             T kls[LANES] = {}, masses[LANES] = {};
             for (int64_t j = 0; j < padded; j += LANES) {
                 if (!TERMS) {  // the rows come from memory: fetch the next block of both meanwhile
@@ -117,7 +130,7 @@ RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* ba
             if (target >= column && target < column + n) dz[target - column] -= ce;
             if (upstream != T(1))
                 for (int64_t j = 0; j < n; ++j) dz[j] *= upstream;
-            store_gradient(dx + start, dz, z, n, scale);
+            if (!in_place) store_gradient(dx + start, dz_block, z_block, n, scale);
         }
     }
 }
