@@ -1,5 +1,6 @@
-// Log-prob, KL to the base and their gradient, a row at a time, so that both rows stay in the L2 cache between the sweep
-// for the normalisers and the sweep for the rest. Serves both gated contrastive losses and linear_logprob_kl.
+// Log-prob, KL to the base and their gradient, a row at a time. With the gradient, both rows stay in the L2 cache between
+// the sweep for the normalisers and the sweep for the rest; without it, rows in float32 take one sweep for all. Serves
+// both gated contrastive losses and linear_logprob_kl.
 #include <algorithm>
 
 #include "rows.h"
@@ -81,14 +82,27 @@ RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* ba
     const T lowest = opaque(constants<T>::lowest), upstream = static_cast<T>(loss.upstream);
     const int64_t target = loss.target[i];
     X* dx = GRADIENT ? row_of<X>(*a.dx, i) : nullptr;
-    alignas(64) T z[BLOCK];
-    alignas(64) T base_z[BLOCK];
-    alignas(64) T dz[BLOCK];
+    alignas(64) T z_block[BLOCK];
+    alignas(64) T base_block[BLOCK];
+    alignas(64) T dz_block[BLOCK];
+    // whole blocks of plain logits are read and written where they are
+    const bool plain = std::is_same<T, X>::value && scale.softcap <= 0 && scale.per_temperature == T(1) &&
+                       dx != x && (dx == nullptr || dx != base_x);
     for (int64_t start = 0; start < a.columns; start += BLOCK) {
         const int64_t n = std::min(BLOCK, a.columns - start), column = a.first + start;
-        const int64_t padded = load_block(z, x + start, n, scale);
+        const bool in_place = plain && n == BLOCK;
+        const T* __restrict z = z_block;
+        const T* __restrict base_z = base_block;
+        T* __restrict dz = dz_block;
+        if constexpr (std::is_same<T, X>::value)
+            if (in_place) {
+                z = x + start;
+                if (base_x != nullptr) base_z = base_x + start;
+                if (GRADIENT) dz = dx + start;
+            }
+        const int64_t padded = in_place ? n : load_block(z_block, x + start, n, scale);
         if (base_x != nullptr) {
-            load_block(base_z, base_x + start, n, scale);
+            if (!in_place) load_block(base_block, base_x + start, n, scale);
             T kls[LANES] = {}, masses[LANES] = {};
             for (int64_t j = 0; j < padded; j += LANES) {
                 if (!TERMS) {  // the rows come from memory: fetch the next block of both meanwhile
@@ -116,9 +130,108 @@ RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* ba
             if (target >= column && target < column + n) dz[target - column] -= ce;
             if (upstream != T(1))
                 for (int64_t j = 0; j < n; ++j) dz[j] *= upstream;
-            store_gradient(dx + start, dz, z, n, scale);
+            if (!in_place) store_gradient(dx + start, dz_block, z_block, n, scale);
         }
     }
+}
+
+// Both normalisers and the KL from one sweep, in float arithmetic within a block and in double from block to block:
+//   delta = log p_s - log p_b - kappa,   A = sum p_b (e^delta - 1),   Q = sum p_b (e^delta - 1 - delta),
+// with p_b not yet divided by its sum, which is ``mass``. kappa may be any constant; it is that of the heaviest block.
+struct Pair {
+    double m = -std::numeric_limits<double>::infinity(), d = 0, base_m = m, mass = 0, kappa = 0, A = 0, Q = 0;
+    bool far = false;  // kappa moved by more than exp can follow, or there is none
+};
+
+// (A, Q) of a part of ``mass`` after its deltas have grown by x.
+inline void move(Pair* part, double x) {
+    if (x == 0) return;
+    part->far = part->far || !(x < 80 && x > -80);
+    const double lowest = constants<double>::lowest, grown = exp_or_zero(lowest, x < 80 ? x : 80.0);
+    const double f = x < 0.5 && x > -0.5 ? exp_less_line(x) : grown - 1 - x, E = x + f;
+    part->Q += part->mass * f + E * part->A;
+    part->A += E * (part->mass + part->A);
+}
+
+inline void join(Pair* all, Pair part) {
+    const double lowest = constants<double>::lowest;
+    const double top = part.m > all->m ? part.m : all->m, base_top = part.base_m > all->base_m ? part.base_m : all->base_m;
+    if (all->m != top) all->d *= exp_or_zero(lowest, all->m - top);
+    if (part.m != top) part.d *= exp_or_zero(lowest, part.m - top);
+    all->d += part.d;
+    all->m = top;
+    for (Pair* p : {all, &part}) {
+        const double w = p->base_m == base_top ? 1 : exp_or_zero(lowest, p->base_m - base_top);
+        p->mass *= w;
+        p->A *= w;
+        p->Q *= w;
+    }
+    all->base_m = base_top;
+    const bool larger = part.mass > all->mass;
+    if (larger ? all->mass != 0 || all->A != 0 : true) {
+        Pair* less = larger ? all : &part;
+        const double shift = part.kappa - all->kappa;
+        move(less, larger ? -shift : shift);
+    }
+    if (larger) all->kappa = part.kappa;
+    all->far = all->far || part.far;
+    all->mass += part.mass;
+    all->A += part.A;
+    all->Q += part.Q;
+}
+
+// False where the KL is not known to be exact: an entry of -inf, models that are far apart. The norms always are.
+template <class X>
+RMX_INLINE bool pair_row(const X* x, const X* base_x, int64_t V, const Scale<float>& scale, const rmx_loss& loss,
+                         int64_t i, float* kl) {
+    constexpr float nothing = -std::numeric_limits<float>::infinity();
+    const float lowest = opaque(constants<float>::lowest), most = opaque(1e30f);
+    alignas(64) float z[BLOCK];
+    alignas(64) float base_z[BLOCK];
+    alignas(64) float largest[MAX_LANES];
+    Pair all;
+    for (int64_t start = 0; start < V; start += BLOCK) {
+        const int64_t n = std::min(BLOCK, V - start);
+        int64_t padded;
+        Pair part;
+        part.m = load_and_max_block(z, x + start, n, scale, &padded, largest);
+        part.base_m = load_and_max_block(base_z, base_x + start, n, scale, &padded, largest);
+        part.far = part.m != part.base_m && (part.m == nothing || part.base_m == nothing);
+        const float top = part.m == nothing ? 0.0f : static_cast<float>(part.m);
+        const float base_top = part.base_m == nothing ? 0.0f : static_cast<float>(part.base_m);
+        const float kappa = top - base_top;
+        float ds[LANES] = {}, masses[LANES] = {}, lines[LANES] = {}, terms[LANES] = {};
+        for (int64_t j = 0; j < padded; j += LANES) {
+            __builtin_prefetch(x + start + n + j);  // the next block of both, from memory
+            __builtin_prefetch(base_x + start + n + j);
+            for (int64_t l = 0; l < LANES; ++l) {
+                const float u = z[j + l], v = base_z[j + l], delta = (u - v) - kappa;
+                const float e = exp_or_zero(lowest, u - top), b = exp_or_zero(lowest, v - base_top);
+                const float bounded = delta > -most ? delta : -most;  // no NaN: of two -inf, where b is 0
+                ds[l] += e;
+                masses[l] += b;
+                terms[l] += kl_term(e, b, delta);
+                lines[l] += b * (bounded < most ? bounded : most);
+            }
+        }
+        part.kappa = kappa;
+        part.d = add_lanes(ds), part.mass = add_lanes(masses);
+        part.Q = add_lanes(terms), part.A = part.Q + static_cast<double>(add_lanes(lines));
+        if (part.d != 0 || part.mass != 0) join(&all, part);  // NaN, too
+    }
+    const auto finite = [](double m) {
+        return m - m == 0 ? static_cast<float>(m) : std::numeric_limits<float>::quiet_NaN();
+    };
+    const double log_d = log_(all.d), base_log_d = log_(all.mass);
+    static_cast<float*>(loss.m)[i] = finite(all.m);
+    static_cast<float*>(loss.log_d)[i] = static_cast<float>(log_d);
+    static_cast<float*>(loss.base_m)[i] = finite(all.base_m);
+    static_cast<float*>(loss.base_log_d)[i] = static_cast<float>(base_log_d);
+    const double ratio = (all.m - all.base_m) + (log_d - base_log_d), mean = all.Q / all.mass, mu = all.A / all.mass;
+    const double log_mu = log_(1 + mu), exact = mean - (mu - log_mu), off = std::fabs(log_mu - (ratio - all.kappa));
+    *kl = exact > 0 ? static_cast<float>(exact) : 0.0f;
+    const bool digits = mean < 8 * exact || mean < 1e-12;
+    return !all.far && off <= 3e-6 + 1e-6 * std::fabs(ratio) && std::fabs(mu) < 0.5 && digits;
 }
 
 template <class T, class X>
@@ -129,12 +242,21 @@ RMX_INLINE void loss_row(const LossArguments& a, int64_t i) {
     const X* x = row_of<const X>(*a.student, i);
     const X* base_x = i < a.anchored ? row_of<const X>(*a.base, i) : nullptr;
     T *m = static_cast<T*>(loss.m) + i, *log_d = static_cast<T*>(loss.log_d) + i;
-    find_norm(x, V, scale, m, log_d);
+    const bool together = std::is_same<T, float>::value && base_x != nullptr && loss.find_base_norm != 0 && a.dx == nullptr;
+    bool known = false;
+    T kl = 0, mass = 0;
+    if constexpr (std::is_same<T, float>::value)
+        if (together) known = pair_row(x, base_x, V, scale, loss, i, &kl);
+    if (!together) find_norm(x, V, scale, m, log_d);
     const int64_t target = loss.target[i];  // read before the sweep, which may write over x
     const T z = target >= 0 && target < V ? load_one(x[target], scale) : std::numeric_limits<T>::quiet_NaN();
     static_cast<T*>(loss.logprob)[i] = (z - *m) - *log_d;
-    T kl = 0, mass = 0;
-    if (base_x != nullptr) {
+    if (known) {
+        static_cast<T*>(loss.kl)[i] = kl;
+        return;
+    }
+    kl = 0;
+    if (base_x != nullptr && !together) {
         T *base_m = static_cast<T*>(loss.base_m) + i, *base_log_d = static_cast<T*>(loss.base_log_d) + i;
         if (loss.find_base_norm != 0) find_norm(base_x, V, scale, base_m, base_log_d);
     }

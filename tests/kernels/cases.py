@@ -155,8 +155,9 @@ def full_logits(
         if not exactly:
             student, teacher = student.abs(), teacher.abs()
         size = oracles.linear(student, *parts).abs()
-        if "lora" in arguments:  # a sum of two products, and rounded as each of them
-            size = size + logits.detach().abs()
+        if "lora" in arguments:  # a sum, rounded as each of its terms, of which the pair's has two products and a scale
+            size = size + logits.detach().abs() + 3 * (logits - oracles.linear(given["hidden"], *head)).detach().abs()
+        exact = logits, base
         logits = logits + signs(size, seed) * share * size
         base = None if base is None else base + signs(base, seed + 1) * share * oracles.linear(teacher, *parts).abs()
     outputs: Sequence[Tensor]
@@ -168,7 +169,13 @@ def full_logits(
             outputs = oracles.logprob_kl(logits, base, given["target"], **scaling)
         else:
             weights = arguments["ce_weight"], arguments["kl_weight"]
-            outputs = oracles.contrastive_loss(logits, base, given["target"], *weights, **scaling)[:1]
+            outputs = oracles.contrastive_loss(logits, base, given["target"], *weights, **scaling)
+            if off is not None:  # what the rows are off by, which a sum of both signs would hide
+                loss, *parts = oracles.contrastive_loss(*exact, given["target"], *weights, **scaling)
+                by = zip(weights, outputs[1:], parts, strict=True)
+                wide = loss + sum((w.abs() * (a - b).abs()).nan_to_num(0, 0, 0).sum() for w, a, b in by)
+                return [wide, *torch.autograd.grad(outputs[:1], inputs, cotangents(outputs[:1]))]
+            outputs = outputs[:1]
     return [*outputs, *torch.autograd.grad(outputs, inputs, cotangents(outputs))]
 
 

@@ -141,6 +141,26 @@ def test_tokens_excluded_by_one_side_or_both(device: str, impl: str, mask: float
     torch.testing.assert_close(gradient.double(), p_s - p_b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("apart", [1e-3, 1.0])
+def test_parts_of_a_row_that_differ(device: str, impl: str, apart: float) -> None:
+    """By an offset from part to part, small, large or beyond exp; masked in one model, or in both."""
+    V = 3 * 1024 + 5
+    base = randn(9, V, device=device) * 3
+    logits = base + apart * randn(9, V, seed=1, device=device)
+    for row, offset in enumerate((0.01, 3.0, -30.0, 100.0, -1e4)):
+        logits[row, 1024:2048] += offset
+    base[5, :1024] = logits[5, :1024] = -INF
+    base[6, 1024:2048] = -INF
+    base[7, :1024] = -INF
+    logits[7, :1024] -= 20  # hardly any of the student's mass
+    logits[8, 2048] = -INF
+    kl, gradient = plain(logits, base, impl)
+    exact = oracles.kl_divergence(base.double().log_softmax(-1), logits.double().log_softmax(-1))
+    torch.testing.assert_close(kl.double(), exact, rtol=3e-6 / min(apart, 0.03), atol=0)
+    p_s, p_b = (z.double().softmax(-1) for z in (logits, base))
+    torch.testing.assert_close(gradient.double(), p_s - p_b, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("distance", [100.0, 1e4, 1e30, 3e38])
 def test_far_apart_distributions(device: str, impl: str, distance: float) -> None:
     """KL is linear in the distance there: no overflow of e^delta, no NaN."""
