@@ -22,6 +22,7 @@ class VerifierError(RmxError):
 
 # (verdict outcome, extracted answer, reason)
 Judgement = tuple[Outcome, str | None, str]
+LONGEST_ANSWER = 1000  # characters, where the truth is shorter
 START_LIMIT_S = 120.0  # a worker's imports; not counted against its first answer
 
 
@@ -31,11 +32,13 @@ def _is_gym(problem: Problem) -> bool:
 
 def judge(problem: Problem, text: str) -> Judgement:
     """Compare in this process; may take for ever, which is why :func:`verify` runs it in a worker."""
-    answer = extract_answer(text)
+    answer = extract_answer(text, words=not _is_gym(problem))
     if answer is None:
         return "no_answer", None, "no boxed answer, answer phrase or number"
     if answer == problem.answer.strip():
         return "right", answer, ""
+    if len(answer) > max(LONGEST_ANSWER, 4 * len(problem.answer)):  # a loop; to parse it could take for ever
+        return "wrong", answer, f"an answer of {len(answer)} characters where {len(problem.answer)} are expected"
     if _is_gym(problem):
         import reasoning_gym
 
