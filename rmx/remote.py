@@ -151,6 +151,8 @@ class Server:
     def turns(self, question: str) -> list[dict[str, str]]:
         if self.renderer.style not in CHAT:
             raise CannotSay(f"a chat: prompt.style={self.renderer.style} is no chat")
+        if found := self.renderer.controls(question):
+            raise CannotSay(f"a chat: the server would read {found[0]!r} in a question as a control token")
         return self.renderer.turns(question)
 
     def completion(self, choice: dict[str, Any]) -> Completion:
