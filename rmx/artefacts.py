@@ -4,6 +4,7 @@ Readers name the file and line of a fault.
 """
 
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -60,7 +61,7 @@ def _usual_mode(path: Path) -> int:
     """Permissions that the umask leaves a file beside ``path``, asked of one: to read the umask is to change it."""
     probe = path.with_name(f".{path.name}.mode.partial")
     try:
-        fd = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666)
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         mode = stat.S_IMODE(os.fstat(fd).st_mode)
         os.close(fd)
     finally:
@@ -68,9 +69,28 @@ def _usual_mode(path: Path) -> int:
     return mode
 
 
+@contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file to lock, made where there is none and never emptied.
+
+    Raises:
+        ArtefactError: it is a symbolic link, which another user may have laid to a file of yours.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as fault:
+        if fault.errno == errno.ELOOP:
+            raise ArtefactError(f"{path}: expected a file to lock, got a symbolic link; remove it") from fault
+        raise
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a directory, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

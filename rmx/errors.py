@@ -1,5 +1,14 @@
 """The base of every error that is the user's to mend; the command line prints it without a traceback."""
 
+CONTROL = {c: 0x2400 + c for c in range(32)} | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+CONTROL |= dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")  # of direction
+SEEN = {c: sign for c, sign in CONTROL.items() if chr(c) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: control characters, escape sequences among them, as signs that can be seen."""
+    return text.translate(SEEN)
+
 
 class RmxError(ValueError):
     pass

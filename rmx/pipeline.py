@@ -388,7 +388,7 @@ class Run(RunDirectory):
         if self.config.train.candidates > 1:
             notes["Adapter chosen"] = stages["choose"]["adapter"]
         if source := stages["rollouts"].get("imported"):
-            notes["Rollouts"] = f"imported from {source}"
+            notes["Rollouts"] = f"imported from {Path(source).name}"
         return notes
 
     def evaluated(self, side: str) -> tuple[list[Rollout], list[Verdict]]:
