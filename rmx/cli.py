@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from importlib import metadata
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,24 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rmx {metadata.version('rmx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", help="say the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
 Overrides = Annotated[

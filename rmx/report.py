@@ -191,7 +191,7 @@ def plot_bars(axes: Axes, names: Sequence[str], sides: Mapping[str, Sequence[Int
         for x, (value, height) in enumerate(zip(values, heights, strict=True)):
             at, high = x + offsets[label], height
             if isinstance(value, Interval):
-                high, error = value.high, [[height - value.low], [value.high - height]]
+                high, error = value.high, [[max(0.0, height - value.low)], [max(0.0, value.high - height)]]
                 axes.errorbar([at], [height], yerr=error, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{height:.2f}", (at, high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
             top = max(top, high)
