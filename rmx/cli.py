@@ -1,6 +1,7 @@
 """The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
 
 import json
+import signal
 import sys
 from contextlib import nullcontext
 from importlib import metadata
@@ -13,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("rmx: error: the pipeline needs more packages: pip install 'rmx[train]'") from missing
 
-from rmx.errors import RmxError, visible
+from rmx.errors import Interrupted, RmxError, visible
 from rmx.openmp import let_threads_sleep
 
 if TYPE_CHECKING:  # commands import what they use: `rmx --help` needs no torch
@@ -396,6 +397,8 @@ def main() -> None:
     try:
         app()
     except RmxError as fault:
+        if isinstance(fault, Interrupted):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C: the work has ended already
         print(visible(f"rmx: error: {fault}"), file=sys.stderr)
         signum = getattr(fault, "signum", None)
         sys.exit(1 if signum is None else 128 + signum)  # as a shell reports a signal

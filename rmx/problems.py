@@ -115,7 +115,7 @@ def contradict(one: Problem, other: Problem) -> bool:
 def _read(source: ProblemSource, limit: int, seed: int, repeat: int, locate: Callable[[str], Path]) -> list[Problem]:
     """repeat: how many sources of the same task or file name came before; keeps their draws and ids apart."""
     if source.jsonl is not None:
-        problems = read_jsonl(locate(source.jsonl))
+        problems = read_jsonl(locate(source.jsonl), consistent=True)
     else:
         assert source.task is not None
         problems = generate(source.task, source.params, limit, seed * SEED_STRIDE + repeat * SOURCE_STRIDE)
@@ -138,8 +138,15 @@ def fingerprints(config: ProblemsConfig, locate: Callable[[str], Path] = Path) -
     return found
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """Lines of {"question": str, "answer": str or number, optional "problem_id", "category"}."""
+def read_jsonl(path: Path, *, consistent: bool = False) -> list[Problem]:
+    """Lines of {"question": str, "answer": str or number, optional "problem_id", "category"}.
+
+    Args:
+        consistent: refuse a question that comes again with another answer.
+
+    Raises:
+        ArtefactError: a line is no problem, or the file holds none; the message names file and line.
+    """
     problems = []
     first: dict[str, tuple[int, Problem]] = {}
     for line, row in read_lines(path, plain=True):
@@ -158,7 +165,7 @@ def read_jsonl(path: Path) -> list[Problem]:
             raise ArtefactError(f"{path}:{line}: category: names that begin with reasoning_gym: are those of its tasks")
         problem = Problem(str(problem_id), str(row["question"]), str(row["answer"]), str(category))
         before, same = first.setdefault(folded(problem), (line, problem))
-        if contradict(same, problem):
+        if consistent and contradict(same, problem):
             raise ArtefactError(
                 f"{path}:{line}: the question of line {before} with another answer: {same.answer[:80]!r} there, "
                 f"{problem.answer[:80]!r} here"

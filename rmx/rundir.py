@@ -209,6 +209,8 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time in a run directory."""
+        if self.dir.exists() and not self.dir.is_dir():
+            raise RunError(f"run_dir: {self.dir} is a file; expected a directory, or a name that is free")
         self.dir.mkdir(parents=True, exist_ok=True)
         with lock_file(self.path(".lock")) as file:
             try:

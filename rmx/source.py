@@ -6,6 +6,7 @@ A name is a path where it looks like one, so that a typo in a path is an error a
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 import threading
 from pathlib import Path
@@ -50,6 +51,8 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
         if reason := _why_path(name):
             raise ModelError(f"model.name={name!r}: {_absent(path)} ({reason})")
         return name, config.gguf_file  # a hub name
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ModelError(f"model.name={name!r}: the directory cannot be read: permission denied")
     if config.gguf_file is not None:
         return str(path), config.gguf_file
     if any(path.glob("*.safetensors")):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from test_config import MINIMAL
 from test_converted import write_gguf
 
-from rmx import model
+from rmx import model, source
 from rmx.artefacts import ArtefactError, replacing
 from rmx.cli import app
 from rmx.config import Config, ConfigError, ModelConfig, ProblemsConfig, load_config
@@ -94,9 +94,9 @@ def test_the_same_question_with_another_answer_is_an_error(tmp_path: Path) -> No
     with pytest.raises(
         ArtefactError, match=r"p\.jsonl:2: the question of line 1 with another answer: '1' there, '2' here"
     ):
-        read_jsonl(path)
+        read_jsonl(path, consistent=True)
     path.write_text('{"question": "q", "answer": "1/2"}\n{"question": "q", "answer": 0.5}\n')
-    assert len(read_jsonl(path)) == 2
+    assert len(read_jsonl(path, consistent=True)) == 2
     files = []
     for name, answer in (("a", 1), ("b", 2)):
         files.append(tmp_path / f"{name}.jsonl")
@@ -220,6 +220,19 @@ def test_damaged_metadata_is_an_error_of_the_model(whole_gguf: bytes, tmp_path: 
     path.write_bytes(content)
     with suppress(ModelError):
         model.gguf_header.check(path)
+
+
+def test_a_run_directory_that_is_a_file_is_named(tiny_config: Config, tmp_path: Path) -> None:
+    tree = {**tiny_config.model_dump(), "run_dir": str(tmp_path / "notes")}
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RunError, match=r"run_dir: .*notes is a file; expected a directory"):
+        Run(Config.model_validate(tree)).run()
+
+
+def test_a_model_that_may_not_be_read_is_said_to_be_so(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source.os, "access", lambda *_: False)  # a superuser may read anything
+    with pytest.raises(ModelError, match="the directory cannot be read: permission denied"):
+        source.locate(ModelConfig(name=str(tiny_path)))
 
 
 def test_version_and_short_help() -> None:
