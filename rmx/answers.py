@@ -61,6 +61,8 @@ def extract_answer(text: str, *, words: bool = True) -> str | None:
     whole = text.strip(EDGE + ".")
     if "\n" not in whole and ((found := _expression(whole)) or CHOICE.fullmatch(whole)):
         return found or whole
+    if len(whole) <= 60 and not re.search(r"[\d\n]", whole) and number(whole) is not None:
+        return whole  # in words
     if bold := [content for content in BOLD.findall(text) if BOLD_NUMBER.fullmatch(content)]:
         return _last_number(bold[-1], words)
     if (last := last_number(text, words=words)) is not None:
