@@ -1,93 +1,141 @@
 """Answers: what a completion says, and whether it is the same as the truth. Workers import this, so it needs no torch.
 
-docs/answers.md has the rules, and what math-verify alone makes of the table that they are tested on.
+docs/answers.md has the grammar, the rules, and what math-verify alone makes of the table that they are tested on.
+:func:`extract_answer` takes time in proportion to the text.
 """
 
 import calendar
+import itertools
 import re
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-NUMERIC = r"(?:(?<![\d)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?%?"
-NUMBER = re.compile(rf"\b\d+(?::\d+)+(?:\s?[ap]\.?m\b)?|{NUMERIC}", re.IGNORECASE)  # 3:30 pm and 3:4 are one answer
-BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)\{|(?:\\\\)+(?=[{}])|\\[{}]|[{}]")  # a backslash before a brace makes it text
+from rmx.numerals import GROUPED, SUBSCRIPTED, Found, Number, in_ten, last_number, number, plain
+from rmx.spellings import EDGE, spelled, unwrapped
+from rmx.units import FORMULA_WORDS
+
+BRACE = re.compile(
+    r"(\\(?:boxed|fbox)\s*)\{|(?<!\\)(?:\\\\)+(?=[{}])|\\[{}]|[{}]"
+)  # a backslash before it makes it text
 BOX_JOINT = re.compile(r"[\s$]*(?:[,;]|(?:,\s*)?(?:\\text\s*\{)?\s*(?:and|or)\s*\}?)[\s$]*(?:[a-zA-Z]\s*=\s*)?")
-HASHES = re.compile(rf"^\s*####\s*({NUMERIC})[ .]*$", re.MULTILINE)  # GSM8K; a heading of Markdown holds words
-BOLD = re.compile(rf"(?<=\S )\*\*({NUMERIC})(?: [a-zA-Z]+)?\*\*")  # not at the start of a line, where steps are counted
-# The lookahead leaves the rest of the line to be searched: the last phrase of a line counts, not the first.
-PHRASE = re.compile(
-    r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,80}?(?:\bis\b|:|=)[:\s]*(?:(?:\\\[|\$\$)\s*)?(?=(.+))",
-    re.IGNORECASE,
-)
-SENTENCE_END = re.compile(r"[.!?](?:\s|$)|,?\s(?:because|since|but)\b")
-INLINE = re.compile(r"\$(?=\S)([^$\n]*[^$\s])\$(?!\d)|\\\((.+?)\\\)")
+JOINT = 60  # characters between two boxes of one list
+HASHES = re.compile(r"^[ \t]*####[ \t]*(?=[-+$€£¥.\\]*[ ]?\d)([^\s][^\n]{0,200})$", re.MULTILINE)  # GSM8K
+NUMBERED = re.compile(r"[-+]?\s?(?:\\?\$|[€£¥])?\s?-?[\d.,/:^%]+(?:\s\d+/\d+)?(?:e[-+]?\d+)?[ .]*", re.IGNORECASE)
+BOLD = re.compile(r"(?<=\S )\*\*([^*\n]{1,60})\*\*")  # not at the start of a line, where steps are counted
+BOLD_NUMBER = re.compile(rf"{NUMBERED.pattern}(?:[a-zA-Z]+)?", re.IGNORECASE)
+PHRASE = re.compile(r"\b(?:answer|correct (?:option|choice))\b[^.:=\n]{0,80}?(?:\bis\b|:|=)", re.IGNORECASE)
+DISPLAY = re.compile(r"[:\s]*(?:\\\[|\$\$)?\s*")  # between the phrase and what it announces
+SENTENCE_END = re.compile(r"[.!?](?:\s|$)|,?\s(?:because|since|but)\b|\n")
+INLINE = re.compile(r"\$(?=\S)([^$\n]*[^$\s])\$(?!\d)|\\\(((?:(?!\\\().)+?)\\\)")
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|sqrt|pi|infinity|inf"
 EXPRESSION = re.compile(
     rf"(?:[-+*/^=(),\[\]{{}}<>|!√π∞×·−°²³\d.\s]|(?<![a-zA-Z])(?:[a-zA-Z]|{FUNCTIONS}|and|or)(?![a-zA-Z]))+"
 )
+SUM = re.compile(r"-?\s?[\d.]+(?:\s?[-+*/^]\s?-?[\d.]+)+")  # of plain numbers: a formula too
 ALONE = re.compile(r"\(?[a-zA-Z]\)?|[a-zA-Z]\(.*\)")  # x or f(x), left of an equals sign
 CHOICE = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-J])\)|([A-J])(?:[.:),]|\s*$))", re.IGNORECASE)
 YES_NO = re.compile(r"(?:yes|no|true|false)\b(?=\s*(?:[,;.*]|$))", re.IGNORECASE)
-EDGE = " \n*$`\"'"
 
 
-def extract_answer(text: str) -> str | None:
-    """The last box, else "#### 42", else what follows the last "answer is", else the last number; None without any."""
+def extract_answer(text: str, *, words: bool = True) -> str | None:
+    """The last box, else "#### 42", else what follows the last "answer is", else the last number; None without any.
+
+    Args:
+        words: whether a number in running text keeps the words behind it that say what it is worth, as "3 dozen" and
+            "5 km"; without them it is what a scorer of plain numbers expects.
+    """
+    text = plain(text)
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
-    if marked := HASHES.findall(text):
-        return _bare(marked[-1])
-    said = [SENTENCE_END.split(phrase)[0] for phrase in reversed(PHRASE.findall(text))]
-    for sentence in said:
-        if (found := _stated(sentence)) is not None:
+    if marked := [line for line in HASHES.findall(text) if NUMBERED.fullmatch(line)]:
+        return _last_number(marked[-1], words)
+    said = _said(text)
+    for sentence in reversed(said):
+        if (found := _stated(sentence, words)) is not None:
             return found
-    if words := said[0].strip(EDGE) if said else "":
-        return words
+    if rest := said[-1].strip(EDGE) if said else "":
+        return rest
     whole = text.strip(EDGE + ".")
     if "\n" not in whole and ((found := _expression(whole)) or CHOICE.fullmatch(whole)):
         return found or whole
-    if bold := BOLD.findall(text):
-        return _bare(bold[-1])
-    return _last_number(text) or (whole if whole and not re.search(r"\s", whole) else None)
+    if len(whole) <= 60 and not re.search(r"[\d\n]", whole) and number(whole) is not None:
+        return whole  # in words
+    if bold := [content for content in BOLD.findall(text) if BOLD_NUMBER.fullmatch(content)]:
+        return _last_number(bold[-1], words)
+    if (last := last_number(text, words=words)) is not None:
+        return _in_formula(text, last) or last.said
+    return whole if whole and not re.search(r"\s", whole) else None
 
 
-def _stated(sentence: str) -> str | None:
+def _said(text: str) -> list[str]:
+    """What follows each phrase, to the end of its sentence; a phrase within it begins anew."""
+    phrases = list(PHRASE.finditer(text))
+    sentences = []
+    for phrase, after in itertools.zip_longest(phrases, phrases[1:]):
+        end = after.start() if after else len(text)
+        begin = min(DISPLAY.match(text, phrase.end()).end(), end)  # type: ignore[union-attr]  # it matches nothing too
+        stop = SENTENCE_END.search(text, begin, end)
+        sentences.append(text[begin : stop.start() if stop else end])
+    return sentences
+
+
+def _stated(sentence: str, words: bool) -> str | None:
     """The answer in what follows the phrase; None where there are only words."""
-    if spans := INLINE.findall(sentence):
-        whole = re.fullmatch(r"(?:[\s,.*]|and|or)*", INLINE.sub("", sentence)) is not None
-        return ", ".join(a or b for a, b in spans) if whole else spans[-1][0] or spans[-1][1]
-    words = re.sub(r"^[Aa]n? (?=[\d$])", "", sentence.strip(EDGE))
-    if "\\" in words:
-        return words.removesuffix("\\]").strip(EDGE)
-    if (found := _expression(words)) is not None:
-        return found
-    if (choice := CHOICE.match(words)) or (choice := YES_NO.match(words)):
+    if spans := list(INLINE.finditer(sentence)):
+        found = [a or b for a, b in (span.groups() for span in spans)]
+        if re.fullmatch(r"(?:[\s,.*]|and|or)*", INLINE.sub("", sentence)):
+            return ", ".join(found)
+        if number(found[-1]) is None:
+            return found[-1]
+        bare = f"{sentence[: spans[-1].start()]}{found[-1]}{sentence[spans[-1].end() :]}"  # with its sign and unit
+        return _last_number(bare, words, limit=spans[-1].start() + len(found[-1]))
+    stated = re.sub(r"^[Aa]n? (?=[\d$])", "", sentence.strip(EDGE))
+    if "\\" in stated:
+        return stated.removesuffix("\\]").strip(EDGE)
+    if (formula := _expression(stated)) is not None:
+        return formula
+    if re.fullmatch(r"-?\s?\d{1,3}(?: \d{3})+(?:\.\d+)?\.?", stated):
+        return stated.rstrip(".")
+    if SUM.fullmatch(stated) and number(stated) is None:
+        return stated
+    if (choice := CHOICE.match(stated)) or (choice := YES_NO.match(stated)):
         return choice[0].strip(" .:,")
-    if money := re.match(rf"\s*({NUMERIC}) (?:for|per|in|to|each|a)\b", sentence) if "$" in sentence else None:
-        return _bare(money[1])
-    return _last_number(sentence)
+    if "$" in sentence and (money := re.match(r"[^a-zA-Z]*\d\S* (?=(?:for|per|in|to|each|a)\b)", sentence)):
+        return _last_number(money[0], words)
+    return _last_number(sentence, words)
 
 
 def _expression(words: str) -> str | None:
     """The words where they are one formula that a number alone would not stand for, without "x =" before it."""
-    product = re.sub(r"(?<=\d)\s*[x×]\s*(?=\d)", " * ", words)
+    product = re.sub(r"(?<=\d)(?<!\b0)\s*[x×]\s*(?=\d)", " * ", words)
     left, _, right = product.rpartition("=")
     if right and (not re.search("[a-zA-Z]", left) or ALONE.fullmatch(left.strip())):
         product = right.strip()
-    if not EXPRESSION.fullmatch(product) or re.fullmatch(rf"[-+*/=<>.\d\s]*|{NUMERIC}", product):
+    if re.search(r"[\^*_]|\b0[xXbBoO]", product) and number(product.strip()) is not None:
+        return product.strip()
+    if not EXPRESSION.fullmatch(product) or re.fullmatch(rf"[-+*/=<>.\d\s]*|-?\s?{GROUPED}(?:\.\d+)?", product):
         return None
     return product.strip()
 
 
-def _bare(number: str) -> str:
-    return number.replace("$", "").replace(",", "")
+def _last_number(text: str, words: bool, limit: int | None = None) -> str | None:
+    found = last_number(text, words=words, limit=limit)
+    return None if found is None else found.said
 
 
-def _last_number(text: str) -> str | None:
-    numbers = NUMBER.findall(text)
-    return _bare(numbers[-1]) if numbers else None
+def _in_formula(text: str, last: Found) -> str | None:
+    """The right side of the inline formula that the number stands in; None where it stands for itself."""
+    line = text.rfind("\n", 0, last.start) + 1
+    end = text.find("\n", last.end)
+    for span in INLINE.finditer(text, line, len(text) if end < 0 else end):
+        inner = span[1] or span[2]
+        if span.start() <= last.start < span.end():
+            right = inner.rpartition("=")[2].strip() or inner
+            return None if number(right) is not None and re.fullmatch(r"[-+\d.,/\s]*", right) else right
+    return None
 
 
 def _last_boxed(text: str) -> str | None:
@@ -110,95 +158,41 @@ def _last_boxed(text: str) -> str | None:
         elif begin < last:  # a box in a box
             answers[-1] = text[begin:end]
         else:
-            joint = BOX_JOINT.fullmatch(text, last, text.rindex("\\", 0, begin)) if answers else None
-            answers = [*(answers if joint else []), text[begin:end]]
+            opening = text.rindex("\\", 0, begin)
+            if not (answers and opening - last <= JOINT and BOX_JOINT.fullmatch(text, last, opening)):
+                answers = []
+            answers.append(text[begin:end])
             last = end + 1
     return ", ".join(answers)
 
 
-# What LaTeX, Unicode and habit write in many ways, in one way. docs/answers.md says which rules stand on this.
-SPELLINGS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"[−–]", "-"),
-        (r"[×]", r"\\times "),
-        (r"[·⋅]", r"\\cdot "),
-        (r"π|(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
-        (r"∞", r"\\infty "),
-        (r"∪", r"\\cup "),
-        (r"∅|\\varnothing(?![a-zA-Z])", r"\\emptyset "),
-        (r"≤", r"\\le "),
-        (r"≥", r"\\ge "),
-        (r"±", r"\\pm "),
-        (r"²", "^2"),
-        (r"³", "^3"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", "°"),
-        (r"√\s*(\w+|\{[^{}]*\})", r"\\sqrt{\1}"),
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\sqrt\{\{([^{}]*)\}\}", r"\\sqrt{\1}"),
-        (r"\\(?:left|right)(?![a-zA-Z])\.?", ""),
-        (r"\\langle(?![a-zA-Z])", "("),
-        (r"\\rangle(?![a-zA-Z])", ")"),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"^\\\$\s*([\d.,{}]+)$", r"\1 dollars"),
-        (r"(?<!\\)\\[,;:!]|\\displaystyle(?![a-zA-Z])|\\?\$|(?<!\\)\\[()\[\]]", ""),
-        (r"\*\*", "^"),
-        (r"(?<!\\)\\ |~|\\q?quad(?![a-zA-Z])", " "),
-        (r"\{([,:])\}", r"\1"),
-        (r"^[a-zA-Z]\s*\\in(?![a-zA-Z])|^\s*(?:\\approx(?![a-zA-Z])|≈)|(?:\\\\)+$", ""),
-        (r"^([-+]?)10\s*\^\s*(\{?\s*[-+]?\d)", r"\g<1>1\\cdot 10^\2"),
-    ]
-]
-TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol)\s*\{([^{}]*)\}")
 UNIT_BEHIND = re.compile(r"(?<=\S)\s*(?:\\(?:text|mathrm|mbox)\s*\{[a-zA-Z^/\d. ]*\}\s*(?:\^\s*\{?\d\}?)?|°)$")
-NUMERAL = re.compile(
-    r"""(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s+(?=\d+\s*/)|\s*(?=\\frac)))?
-    (?:\\frac\s*\{\s*(?P<top>-?\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}|(?P<over>\d+)\s*/\s*(?P<under>\d+)
-      |(?P<decimal>(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)(?:\\overline\s*\{(?P<repeat>\d+)\})?
-       (?:[eE](?P<e>[-+]?\d+)|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*(?P<power>[-+]?\d+)\s*\}?)?)
-    \s*(?P<scale>thousand|million|billion|trillion)?
-    \s*(?P<percent>\\?%|percent(?:age)?\b|pct\b)?
-    \s*(?P<unit>(?:(?<=[\s%])|(?![a-zA-Z]\b))[a-zA-Z°][a-zA-Z°/^{}\d .-]*)?""",
-    re.VERBOSE,
-)
-SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-UNIT_NAMES = """
-    $ dollar usd buck; cent; euro eur; mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer
-    kilometre; inch inche in; ft foot feet; yd yard; mi mile; mg milligram; g gram; kg kilogram; lb pound; ml milliliter
-    millilitre; l liter litre; s sec second; min minute; h hr hour; day; week; month; year yr; ° degree deg; rad radian;
-    N newton; J joule; W watt; V volt; A amp ampere; K kelvin; Hz hertz; Pa pascal; C celsius; F fahrenheit
-"""
-UNITS = {name: names.split()[0] for names in UNIT_NAMES.split(";") for name in names.split()}
-FORMULA_WORDS = set(f"{FUNCTIONS}|squared|cubed|factorial|times|plus|minus|over|mod|and|or|max|min".split("|"))
+OTHER_BASE = re.compile(r"(?<![\w}\\])\d\w*_|\b0[xXbBoO]\w")
 ROUNDED_TRUTH, ROUNDED_ANSWER, FLOAT = 3, 6, 15  # significant digits: docs/answers.md
-HUGE = 400  # powers of ten, and characters of a number: beyond any float's
-TIME = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE)
+TIME = re.compile(
+    r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?\s*(?:([ap])\.?\s*m\b\.?)?|\s*(?P<half>[ap])\.?\s*m\b\.?)", re.IGNORECASE
+)
+ASSIGNMENT = re.compile(r"([a-zA-Z]|[a-zA-Z]\([a-zA-Z]\))\s*=\s*([^=]+)")
 MONTHS = [month.lower() for month in calendar.month_name[1:]]
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    value: Fraction
-    last_place: Fraction | None = None  # of a decimal point's last digit; None: exact
-    digits: int = 0  # significant, where there is a decimal point
-    percent: bool = False
-    unit: tuple[tuple[str, int], ...] = ()  # and its power; () where it has none that is known
 
 
 def same_answer(truth: str, answer: str) -> bool:
     """Whether the answer says what the truth says; the truth decides which rule applies. May take for ever."""
-    truth, answer = _spelled(truth), _spelled(answer)
+    truth, answer = spelled(truth), spelled(answer)
     if truth == answer:
         return True
-    said, true = _unwrapped(answer), _unwrapped(truth)
+    said, true = unwrapped(answer), unwrapped(truth)
     if (choice := CHOICE.fullmatch(true)) and (found := CHOICE.match(said)):
         return (found[1] or found[2]).lower() == (choice[1] or choice[2]).lower()
     if (time := TIME.fullmatch(true)) and (found := TIME.fullmatch(said)):
         return _same_time(time, found)
     if YES_NO.fullmatch(true):
         return (YES_NO.match(said) or [""])[0].lower() == true.lower()
-    a, b = _number(true), _number(said if "=" in true else _assigned(said))
+    if (variable := ASSIGNMENT.fullmatch(true)) and (other := ASSIGNMENT.fullmatch(said)) and variable[1] == other[1]:
+        return same_answer(variable[2], other[2])
+    if (shown := SUBSCRIPTED.fullmatch(true)) and shown["digits"].lower() == said.lower():
+        return True  # the question names the base
+    a, b = number(true), number(said if "=" in true else _assigned(said))
     if a is not None and b is not None:
         return _same_number(a, b)
     several, listed = _elements(true), _elements(said)
@@ -209,74 +203,19 @@ def same_answer(truth: str, answer: str) -> bool:
     return _same_formula(truth, answer, a, b)
 
 
-def _spelled(text: str) -> str:
-    text = text.strip(EDGE)
-    for pattern, replacement in SPELLINGS:
-        text = pattern.sub(replacement, text)
-    return _trimmed(text)
-
-
-def _trimmed(text: str) -> str:
-    return text.lstrip(" \n,;:\"'`*").rstrip(" \n.,;:\"'`*")  # .5 keeps its point
-
-
-def _unwrapped(text: str) -> str:
-    """Without \\text{} and its kin around words."""
-    while (inner := TEXT.sub(r" \1 ", text)) != text:
-        text = inner
-    return _trimmed(re.sub(r"\s+", " ", text))
-
-
 def _assigned(text: str) -> str:
     return re.sub(r"^(?:[a-zA-Z]|[a-zA-Z]\([a-zA-Z]\))\s*=\s*", "", text)
 
 
-def _number(text: str) -> Number | None:
-    found = NUMERAL.fullmatch(text) if len(text) <= HUGE else None
-    if found is None:
-        return None
-    unit = _unit(found["unit"] or "")
-    power = int(found["e"] or found["power"] or 0)
-    if unit is None or abs(power) > HUGE or not int(found["bottom"] or found["under"] or 1):
-        return None
-    scale = Fraction(10) ** (power + SCALES.get(found["scale"] or "", 0)) * (-1 if found["sign"] == "-" else 1)
-    percent = found["percent"] is not None
-    if found["decimal"] is None:
-        part = Fraction(int(found["top"] or found["over"]), int(found["bottom"] or found["under"]))
-        return Number((int(found["whole"] or 0) + part) * scale, percent=percent, unit=unit)
-    plain = re.sub("[, ]", "", found["decimal"])
-    places = len(plain.partition(".")[2])
-    value, last = Fraction(plain + "0" if plain[-1] == "." else plain), Fraction(1, 10**places)
-    if found["repeat"]:
-        value, places = value + last * Fraction(int(found["repeat"]), 10 ** len(found["repeat"]) - 1), 0
-    digits = len(plain.replace(".", "").lstrip("0")) if places else 0
-    return Number(value * scale, abs(last * scale) if places else None, digits, percent, unit)
-
-
-def _unit(text: str) -> tuple[tuple[str, int], ...] | None:
-    """Known units and their powers; () for other words, which are taken for what was counted; None: a formula."""
-    text = re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", re.sub(r"\bcubic (\w+)", r"\1^3", text.replace("per ", "/ ")))
-    parts = re.findall(r"[a-zA-Z]+|°|\^-?\d+|/", re.sub("[{}]", "", text))
-    powers: dict[str, int] = {}
-    sign, last = 1, ""
-    for part in parts:
-        if part == "/":
-            sign = -1
-        elif part[0] == "^":
-            powers[last] = powers[last] * int(part[1:]) if last else 0
-        elif name := next((n for n in (part, part.lower(), part.lower().removesuffix("s")) if n in UNITS), None):
-            last = UNITS[name]
-            powers[last] = powers.get(last, 0) + sign
-        else:
-            words = [word.lower() for word in parts if word.isalpha()]
-            formula = FORMULA_WORDS.intersection(words) or all(len(word) < 3 for word in words)
-            return None if formula or re.search(r"[\d^]", text) else ()
-    return tuple(sorted(powers.items()))
-
-
 def _same_number(truth: Number, answer: Number) -> bool:
-    if truth.unit and answer.unit and truth.unit != answer.unit:
-        return False
+    if truth.unit and answer.unit:
+        if truth.unit != answer.unit:
+            return False
+        truth, answer = _converted(truth), _converted(answer)
+    if truth.counted is not None and _same_number(replace(truth, value=truth.counted, counted=None), answer):
+        return True
+    if answer.counted is not None and _same_number(truth, replace(answer, value=answer.counted, counted=None)):
+        return True
     if truth.percent == answer.percent:
         return _close(truth, answer)
     # "50 %" stands for 0.5, and for 50 where the question asks for percents; "0.5 %" stands for 0.005 alone.
@@ -286,6 +225,11 @@ def _same_number(truth: Number, answer: Number) -> bool:
     readings = [replace(marked, value=marked.value * share, last_place=last)]
     readings += [marked] if abs(marked.value) >= 1 else []
     return any(_close(reading, answer) if truth.percent else _close(truth, reading) for reading in readings)
+
+
+def _converted(number: Number) -> Number:
+    last = number.last_place and number.last_place * number.factor
+    return replace(number, value=number.value * number.factor, last_place=last)
 
 
 def _close(truth: Number, answer: Number) -> bool:
@@ -302,13 +246,16 @@ def _close(truth: Number, answer: Number) -> bool:
 
 def _same_time(truth: re.Match[str], answer: re.Match[str]) -> bool:
     def read(time: re.Match[str]) -> tuple[int, int, int]:
-        return int(time[1]), int(time[2]), int(time[3] or 0)
+        return int(time[1]), int(time[2] or 0), int(time[3] or 0)
 
     def whole(time: re.Match[str]) -> tuple[int, int, int]:  # of 24 hours
         hour, minute, second = read(time)
-        return (hour % 12 + 12 * (time[4] in "pP") if time[4] else hour), minute, second
+        return (hour % 12 + 12 * (half(time) in "pP") if half(time) else hour), minute, second
 
-    if truth[4] and answer[4]:
+    def half(time: re.Match[str]) -> str:
+        return time[4] or time["half"] or ""
+
+    if half(truth) and half(answer):
         return whole(truth) == whole(answer)
     return read(truth) == read(answer) or whole(truth) == whole(answer)
 
@@ -360,16 +307,39 @@ def _depths(text: str) -> list[int]:
 
 
 def _same_elements(kind: str, truth: list[str], answer_kind: str, answer: list[str]) -> bool:
-    """Order counts in tuples and intervals, whose brackets must agree; an answer may leave a tuple's away."""
+    """Order counts in tuples and intervals, whose brackets must agree; an answer may leave a tuple's away.
+
+    In a list it counts how often an element stands there, in a set it does not.
+    """
     kinds = {kind, answer_kind}
     if len(kinds) == 2 and kinds not in ({"", "{}"}, {"", "()"}):
         return False
     if not kinds <= {"", "{}"}:
         return len(truth) == len(answer) and all(map(same_answer, truth, answer))
-    if "{}" not in kinds and len(truth) != len(answer):
+    if kind == "{}":
+        found = [[same_answer(element, other) for other in answer] for element in truth]
+        return all(map(any, found)) and all(map(any, zip(*found, strict=True)))
+    if len(truth) != len(answer):
         return False
-    pairs = [[same_answer(element, other) for other in answer] for element in truth]
-    return all(map(any, pairs)) and all(map(any, zip(*pairs, strict=True)))
+    both = Counter(truth) & Counter(answer)  # what is spelled alike is not compared
+    left, right = (list((Counter(elements) - both).elements()) for elements in (truth, answer))
+    return _paired([[same_answer(element, other) for other in right] for element in left])
+
+
+def _paired(same: list[list[bool]]) -> bool:
+    """Whether each row has a column of its own, by augmenting paths: rounded elements may equal several others."""
+    row_of: dict[int, int] = {}
+
+    def place(row: int, seen: set[int]) -> bool:
+        for column, fits in enumerate(same[row]):
+            if fits and column not in seen:
+                seen.add(column)
+                if column not in row_of or place(row_of[column], seen):
+                    row_of[column] = row
+                    return True
+        return False
+
+    return all(place(row, set()) for row in range(len(same)))
 
 
 def _same_formula(truth: str, answer: str, a: Number | None, b: Number | None) -> bool:
@@ -379,18 +349,47 @@ def _same_formula(truth: str, answer: str, a: Number | None, b: Number | None) -
     # Among its units are "t", "o" and "by", so that 5t would be 5; its search for numbers finds one in any text.
     normal = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     latex = [LatexExtractionConfig(normalization_config=normal)]
+    sides = [in_ten(UNIT_BEHIND.sub("", text)) for text in (truth, answer)]
+    if any(map(OTHER_BASE.search, sides)):  # digits that the base has not
+        return False
     # no timeout of its own: math-verify's uses SIGALRM, the worker is killed instead
-    gold, said = (parse(f"${UNIT_BEHIND.sub('', t)}$", latex, parsing_timeout=None) for t in (truth, answer))
+    gold, said = (parse(f"${text}$", latex, parsing_timeout=None) for text in sides)
     # It compares a decimal at six places whatever the size: where one is a numeral, our own rule decides.
-    if a is not None and a.last_place and (value := _value(said)) is not None:
+    if a is not None and (value := _value(said, exact=a.last_place is None)) is not None:
         return _same_number(a, Number(value))
-    if b is not None and b.last_place and (value := _value(gold)) is not None:
+    if b is not None and (value := _value(gold, exact=b.last_place is None)) is not None:
         return _same_number(Number(value), b)
-    return bool(verify(gold, said, allow_set_relation_comp=True, timeout_seconds=None))
+    return bool(verify(gold, said, allow_set_relation_comp=True, timeout_seconds=None)) and _agree(gold[0], said[0])
 
 
-def _value(parsed: list[Any]) -> Fraction | None:
+def _value(parsed: list[Any], exact: bool) -> Fraction | None:
+    """Of a formula without variables; with ``exact`` where it is rational, else to 30 digits."""
     if not parsed or not getattr(parsed[0], "is_number", False):
         return None
-    number = parsed[0].evalf(30)
-    return Fraction(str(number)) if number.is_Rational or number.is_Float else None
+    found = parsed[0].doit()
+    if found.is_Rational and found.is_finite:
+        return Fraction(int(found.p), int(found.q))
+    found = found.evalf(30)
+    return Fraction(str(found)) if found.is_Float and found.is_finite and not exact else None
+
+
+def _agree(gold: Any, said: Any) -> bool:
+    """Whether the values agree relative to their size; what math-verify calls the same may differ by 1e-15."""
+    from sympy import Expr, Float, Interval, MatrixBase, Rational
+
+    if isinstance(gold, MatrixBase) and isinstance(said, MatrixBase):
+        return all(map(_agree, gold.flat(), said.flat()))
+    if isinstance(gold, Interval) and isinstance(said, Interval):
+        return _agree(gold.start, said.start) and _agree(gold.end, said.end)
+    if not (isinstance(gold, Expr) and isinstance(said, Expr)):
+        return True
+    names = sorted(gold.free_symbols | said.free_symbols, key=str)
+    point = {name: Rational(10 + 3 * place, 7) for place, name in enumerate(names)}
+    x, y = (side.subs(point).doit() for side in (gold, said))
+    if x.is_Rational and y.is_Rational:
+        return bool(x == y)
+    tolerance = 1e-6 if gold.has(Float) or said.has(Float) else 1e-25
+    x, y = x.evalf(40), y.evalf(40)
+    if not (x.is_Float and y.is_Float) or min(x._prec, y._prec) < 40:  # no real number, or a difference of equals
+        return True
+    return bool(abs(x - y) <= tolerance * max(abs(x), abs(y)))

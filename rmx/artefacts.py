@@ -3,21 +3,26 @@
 Readers name the file and line of a fault.
 """
 
+import codecs
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
+import reprlib
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import pydantic
 
-from rmx.errors import RmxError
+from rmx.errors import RmxError, close_to
 
 R = TypeVar("R")
 
@@ -53,6 +58,12 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(aside)
         if isinstance(fault, OSError) and fault.filename is None:
             fault.filename = str(path)  # a full disk does not say what it had no room for
+        if (
+            number := re.search(r"\(os error (\d+)\)", str(fault))
+            if type(fault).__name__ == "SafetensorError"
+            else None
+        ):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from fault
         raise
 
 
@@ -60,7 +71,7 @@ def _usual_mode(path: Path) -> int:
     """Permissions that the umask leaves a file beside ``path``, asked of one: to read the umask is to change it."""
     probe = path.with_name(f".{path.name}.mode.partial")
     try:
-        fd = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666)
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         mode = stat.S_IMODE(os.fstat(fd).st_mode)
         os.close(fd)
     finally:
@@ -68,9 +79,28 @@ def _usual_mode(path: Path) -> int:
     return mode
 
 
+@contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file to lock, made where there is none and never emptied.
+
+    Raises:
+        ArtefactError: it is a symbolic link, which another user may have laid to a file of yours.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as fault:
+        if fault.errno == errno.ELOOP:
+            raise ArtefactError(f"{path}: expected a file to lock, got a symbolic link; remove it") from fault
+        raise
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a directory, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -94,18 +124,52 @@ def write_records(path: Path, records: Iterable[Any], meta: dict[str, Any]) -> N
             file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, JSON value) of every line that is not blank."""
+def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of every line that is not blank.
+
+    Args:
+        plain: refuse what JSON has not, or no reader keeps: NaN and infinite numbers, those beyond a float, text that
+            is no Unicode, and keys that stand twice.
+    """
     if not path.is_file():
-        raise ArtefactError(f"{path}: no such file")
+        raise ArtefactError(f"{path}: {'expected a file' if path.exists() else 'no such file'}")
+    strict: dict[str, Any] = {"parse_constant": _refused, "parse_float": _finite, "object_pairs_hook": _once}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not text.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+                value = json.loads(text.decode("utf-8"), **strict if plain else {})
+                if plain:
+                    json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as fault:
+                said = "text with half of a surrogate pair, which is no character"
+                raise ArtefactError(f"{path}:{number}: not a JSON value: {said}") from fault
+            except RecursionError as fault:
+                raise ArtefactError(f"{path}:{number}: not a JSON value: nested too deeply") from fault
+            except ValueError as fault:  # also of a number with more digits than Python reads
                 raise ArtefactError(f"{path}:{number}: not a JSON value: {fault}") from fault
+            yield number, value
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is beyond a float's range; write it as text")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return value
 
 
 def parser(cls: type[R]) -> Callable[[Any], R]:
@@ -126,15 +190,31 @@ def parser(cls: type[R]) -> Callable[[Any], R]:
     return parse
 
 
-def describe(fault: pydantic.ValidationError) -> str:
-    """Each error as "key.path: what was wrong, got value"."""
+SHORT = reprlib.Repr()  # of a value that is wrong: it may be of any size
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, 200, 200, 80
+
+
+def describe(fault: pydantic.ValidationError, model: type[pydantic.BaseModel] | None = None) -> str:
+    """Each error as "key.path: what was wrong, got value"; with the key of ``model`` that an unknown one is like."""
     lines = []
     for error in fault.errors():
         where = ".".join(str(part) for part in error["loc"]) or "value"
-        got = "" if error["type"] in ("missing", "extra_forbidden") else f", got {error['input']!r}"
+        got = "" if error["type"] in ("missing", "extra_forbidden") else f", got {SHORT.repr(error['input'])}"
         text = {"missing": "missing", "extra_forbidden": "unknown key"}.get(error["type"], error["msg"])
+        if error["type"] == "extra_forbidden" and model is not None:
+            got = close_to(str(error["loc"][-1]), _keys(model, error["loc"][:-1]))
         lines.append(f"{where}: {text}{got}")
     return "; ".join(lines)
+
+
+def _keys(model: type[pydantic.BaseModel], where: Iterable[int | str]) -> list[str]:
+    """Of the section that is there."""
+    for part in where:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            sections = [annotation, *get_args(annotation)]
+            model = next(s for s in sections if isinstance(s, type) and issubclass(s, pydantic.BaseModel))
+    return list(model.model_fields)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

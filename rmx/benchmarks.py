@@ -21,7 +21,7 @@ import rmx_kernels
 from rmx import evaluate, lora, metrics
 from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, remove, write_json
 from rmx.config import EvaluateConfig
-from rmx.errors import RmxError
+from rmx.errors import RmxError, close_to
 from rmx.pipeline import Run
 from rmx.problems import folded, generate, read_jsonl
 from rmx.progress import console
@@ -129,7 +129,10 @@ def read_benchmark(name: str, limit: int | None = None, data: Path | None = None
         found = Benchmark(path.stem, read_jsonl(path))
     else:
         known = ", ".join(BENCHMARKS)
-        raise BenchmarkError(f"unknown benchmark {name!r}; expected {known}, {GYM}TASK or a path that ends with .jsonl")
+        raise BenchmarkError(
+            f"unknown benchmark {name!r}; expected {known}, {GYM}TASK or a path that ends with .jsonl"
+            f"{close_to(name, BENCHMARKS)}"
+        )
     if len({problem.problem_id for problem in found.problems}) < len(found.problems):
         raise BenchmarkError(f"{name}: two problems share a problem_id")
     if limit is not None:
@@ -161,7 +164,7 @@ def _rows(name: str, source: Source, data: Path | None) -> Iterator[tuple[str, A
     if data is None:
         yield from _from_hub(source.hub, source.config, source.split)
     elif (file := data.expanduser() / f"{name}.jsonl").is_file():
-        yield from ((f"{file}:{number}", row) for number, row in read_lines(file))
+        yield from ((f"{file}:{number}", row) for number, row in read_lines(file, plain=True))
     elif (folder := data.expanduser() / name).is_dir():
         yield from _from_hub(str(folder), source.config, source.split)
     else:

@@ -1,8 +1,10 @@
 """The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
 
 import json
+import signal
 import sys
 from contextlib import nullcontext
+from importlib import metadata
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit("rmx: error: the pipeline needs more packages: pip install 'rmx[train]'") from missing
 
-from rmx.errors import RmxError
+from rmx.errors import Interrupted, RmxError, visible
 from rmx.openmp import let_threads_sleep
 
 if TYPE_CHECKING:  # commands import what they use: `rmx --help` needs no torch
@@ -23,7 +25,24 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rmx {metadata.version('rmx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", help="say the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
 Overrides = Annotated[
@@ -33,6 +52,7 @@ Overrides = Annotated[
     ),
 ]
 Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
+TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run code that comes with the model OTHER")]
 BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 
@@ -179,6 +199,7 @@ def compare(
     other: Annotated[str, typer.Argument(help="adapter directory or model; default: the run's adapter")] = "",
     out: Annotated[Path | None, typer.Option(help="default: compare/ in the run directory")] = None,
     set_: Overrides = None,
+    trust_other: TrustOther = False,
 ) -> None:
     """Where OTHER's most probable token is not BASE's: how often, at which entropy, from which rank."""
     run = _open(config, set_)
@@ -190,7 +211,8 @@ def compare(
     run.need("rollouts")
     if not other:
         run.check_adapter()
-    with run.locked(), paired(run.lm, other or run.path("adapter"), run.model_settings, run.meta()["prompt"]) as pair:
+    theirs, prompt = other or run.path("adapter"), run.meta()["prompt"]
+    with run.locked(), paired(run.lm, theirs, run.model_settings, prompt, trust=trust_other) as pair:
         with pair.as_base():
             base = run.base_scores()
         result = compare.compare_models(pair, base, run.rollouts(), folder, run.config)
@@ -279,6 +301,7 @@ def intervene(
     tau: Annotated[float | None, typer.Option(help="of the entropy gate, nats; default: the run's")] = None,
     out: Annotated[Path | None, typer.Option(help="default: intervene/ in the run directory")] = None,
     set_: Overrides = None,
+    trust_other: TrustOther = False,
 ) -> None:
     """How much of OTHER's accuracy BASE gains by taking its tokens at a few positions, against controls."""
     from rich.console import Console
@@ -298,7 +321,8 @@ def intervene(
     if not other:
         run.check_adapter()
     theirs = other or run.path("adapter")
-    with run.locked(), paired(run.lm, theirs, run.model_settings, run.renderer.fingerprint) as pair:
+    prompt = run.renderer.fingerprint
+    with run.locked(), paired(run.lm, theirs, run.model_settings, prompt, trust=trust_other) as pair:
         result = intervene.intervene(run, pair, folder, gate, tau)  # type: ignore[arg-type]
     intervene.write(result, folder)
     show(intervene.table(result))
@@ -373,11 +397,13 @@ def main() -> None:
     try:
         app()
     except RmxError as fault:
-        print(f"rmx: error: {fault}", file=sys.stderr)
+        if isinstance(fault, Interrupted):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C: the work has ended already
+        print(visible(f"rmx: error: {fault}"), file=sys.stderr)
         signum = getattr(fault, "signum", None)
         sys.exit(1 if signum is None else 128 + signum)  # as a shell reports a signal
     except OSError as fault:  # a full disk, a folder that cannot be written: nothing half-written is left behind
-        print(f"rmx: error: {fault}", file=sys.stderr)
+        print(visible(f"rmx: error: {fault}"), file=sys.stderr)
         sys.exit(1)
 
 

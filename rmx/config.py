@@ -18,6 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from rmx.artefacts import describe
 from rmx.errors import RmxError
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes 64 bits, and evaluations add to it
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -26,7 +27,7 @@ class ConfigError(RmxError):
 
 
 class Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -92,6 +93,13 @@ class Sampling(Section):
     base_url: str | None = None  # of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # the model's name there; default: model.name
 
+    @pydantic.field_validator("temperature")
+    @classmethod
+    def _greedy_or_not(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-3:
+            raise ValueError("expected 0, which is greedy, or at least 0.001")
+        return temperature
+
     @pydantic.model_validator(mode="after")
     def _server(self) -> "Sampling":
         if (self.engine == "openai") != (self.base_url is not None):
@@ -105,7 +113,7 @@ class RolloutsConfig(Sampling):
 
 class VerifyConfig(Section):
     workers: PositiveInt = 2
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
 
 
 class ScoreConfig(Section):
@@ -139,6 +147,12 @@ class SelectConfig(Section):
         return {**given, "tau": 1.4} if given.get("budget") is None and given.get("quantile") is None else given
 
     @pydantic.model_validator(mode="after")
+    def _some_rates(self) -> "SelectConfig":
+        if self.min_pass_rate >= self.max_pass_rate:
+            raise ValueError("expected min_pass_rate < max_pass_rate: no pass rate is between them")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _one_gate(self) -> "SelectConfig":
         if sum(value is not None for value in (self.tau, self.quantile, self.budget)) != 1:
             raise ValueError("expected exactly one of tau, quantile and budget")
@@ -154,7 +168,7 @@ class LoraConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: PositiveFloat = 1.2
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.2
     sequences_per_step: PositiveInt = 8
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 50
@@ -184,7 +198,7 @@ class TrainConfig(Section):
 
 class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless it is given
     samples: PositiveInt = 4
-    bootstrap: PositiveInt = 10_000
+    bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer have no quantile of 2.5 %
 
     @pydantic.model_validator(mode="after")
     def _two_models(self) -> "EvaluateConfig":
@@ -200,8 +214,8 @@ class CostConfig(Section):
 
 class Config(Section):
     run_dir: str
-    seed: Annotated[int, Field(ge=0)] = 0
-    training_seed: Annotated[int, Field(ge=0)] | None = None  # of gate controls, adapter and order; default: seed
+    seed: Seed = 0
+    training_seed: Seed | None = None  # of gate controls, adapter and order; default: seed
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
     problems: ProblemsConfig
@@ -276,6 +290,9 @@ class Config(Section):
         return self
 
 
+LARGEST = 100_000  # values of a configuration
+
+
 class _Loader(yaml.SafeLoader):
     """1e-4 is a number, as in YAML 1.2 (in 1.1 it is a string); a key that stands twice is an error."""
 
@@ -301,11 +318,12 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         ConfigError: no such file, not YAML, an unknown key, a wrong type; the message names file and key.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as fault:
         raise ConfigError(f"{path}: cannot be read: {fault.strerror}") from fault
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except UnicodeDecodeError as fault:
         raise ConfigError(f"{path}: not YAML: {fault}") from fault
+    tree = _yaml(text, f"{path}: not YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
     for override in overrides or []:
@@ -314,7 +332,41 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(tree).at(path.parent)
     except pydantic.ValidationError as fault:
-        raise ConfigError(f"{path}: {describe(fault)}") from fault
+        raise ConfigError(f"{path}: {describe(fault, Config)}") from fault
+
+
+def _yaml(text: str, fault_is: str) -> Any:
+    """A value of YAML of bounded size, or a ConfigError that begins with ``fault_is``."""
+    try:
+        value = yaml.load(text, _Loader)
+        _check_size(value)
+    except RecursionError as fault:
+        raise ConfigError(f"{fault_is}: nested too deeply") from fault
+    except (yaml.YAMLError, ValueError) as fault:  # ValueError: a number or a date that Python cannot read
+        raise ConfigError(f"{fault_is}: {fault}") from fault
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Refuse what aliases make endless or huge, and text that is no Unicode."""
+    sizes: dict[int, int] = {}  # of lists and mappings as they are written out, by identity; 0 while inside
+
+    def size(node: Any) -> int:
+        if isinstance(node, str):
+            node.encode()  # half of a surrogate pair is a UnicodeEncodeError
+        if not isinstance(node, dict | list):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            inner = [*node, *node.values()] if isinstance(node, dict) else node
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        elif not sizes[id(node)]:
+            raise ValueError("an alias stands within what it stands for")
+        if sizes[id(node)] > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} values, counting what aliases stand for")
+        return sizes[id(node)]
+
+    size(value)
 
 
 def _start_here(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
@@ -355,7 +407,4 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {parent!r} is not a section")
     if not isinstance(node, dict):
         raise ConfigError(f"--set {text}: {last!r} has no section to be in")
-    try:
-        node[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as fault:
-        raise ConfigError(f"--set {text}: not a YAML value: {fault}") from fault
+    node[last] = _yaml(value, f"--set {text}: not a YAML value")

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rmx.artefacts import remove, replacing, write_json
+from rmx.artefacts import lock_file, remove, replacing, write_json
 from rmx.progress import console
 
 FORM = 1  # of the entries: another one where their content changes
@@ -108,7 +108,7 @@ class Entry:
             OSError: the directory cannot be written, or its file system has no locks.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as file:
+        with lock_file(self.path.with_suffix(".lock")) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

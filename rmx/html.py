@@ -20,6 +20,7 @@ from rmx import cost, report
 from rmx.artefacts import replacing
 from rmx.charts import curves, histogram, percent, tick_labels, tick_values
 from rmx.config import Config
+from rmx.errors import CONTROL
 from rmx.records import Evaluation, Interval, Problem, Rollout, Scores, StepMetrics, TrainingSequence, Verdict
 from rmx.select import gated_share
 
@@ -27,7 +28,6 @@ PROBLEMS = 3  # whose rollouts are shown
 SHOWN = 500  # tokens of a completion that are shown: about 100 kB of page
 RULE = f"The first right and the first wrong rollout of each of the first {PROBLEMS} problems of the training set."
 
-CONTROL = {c: 0x2400 + c for c in range(32)} | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 INLINE = {**CONTROL, ord("\n"): "↵", ord("\t"): "⇥"}  # controls as characters that can be seen
 BLOCK = {**INLINE, ord("\n"): "↵\n", ord("\t"): "⇥\t"}
 
@@ -104,7 +104,8 @@ def write_html(path: Path, page: Page, decode: Decode) -> None:
         version=rmx_kernels.__version__,
         colours=report.COLOURS,
         facts=_facts(page),
-        configuration=yaml.safe_dump(page.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        run=_public(page.config.run_dir),
+        configuration=yaml.safe_dump(_settings(page.config), sort_keys=False, allow_unicode=True),
         accuracy=_accuracy_rows(page.evaluation),
         dots=_dots(page.evaluation),
         gate=histogram(page.entropies, page.tau),
@@ -153,7 +154,7 @@ def _facts(page: Page) -> list[tuple[str, str]]:
     sampling = f"{c.rollouts.samples} samples a problem, T = {c.rollouts.temperature:g}, top-p = {c.rollouts.top_p:g}"
     train = f"learning rate {c.train.learning_rate:g}, {len(page.history)} steps of {c.train.sequences_per_step}"
     facts = {
-        "Model": c.model.name,
+        "Model": _public(c.model.name),
         "Prompt": f"style {page.style}{' (auto)' if c.prompt.style == 'auto' else ''}, fingerprint {page.prompt}",
         "Rollouts": f"{c.problems.train_count} problems, {sampling}, at most {c.rollouts.max_new_tokens:,} tokens",
         "Training set": f"{problems} problems of mixed outcome, {len(page.training_set)} rollouts, {tokens:,} tokens",
@@ -168,6 +169,27 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         end = f"{last:%H:%M}" if last.date() == first.date() else f"{last:%Y-%m-%d %H:%M}"
         facts["Date"] = f"{first:%Y-%m-%d %H:%M} to {end}"
     return list({**facts, **page.notes}.items())
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """All settings, without what only this machine and its network know: the page can be mailed."""
+    tree: dict[str, Any] = _public(config.model_dump(mode="json"))
+    for section in ("rollouts", "evaluate"):
+        if tree[section]["base_url"]:
+            tree[section]["base_url"] = "a server"
+    return tree
+
+
+def _public(value: Any) -> Any:
+    """The same, with the last part alone of paths that do not start at the file's directory."""
+    if isinstance(value, dict):
+        return {key: _public(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_public(own) for own in value]
+    outside = (
+        isinstance(value, str) and "\n" not in value and (value.startswith(("/", "~")) or ".." in Path(value).parts)
+    )
+    return Path(value).name if outside else value
 
 
 def _gate(page: Page) -> str:
@@ -232,7 +254,7 @@ def _bounds(interval: Interval) -> str:
 
 
 def _short(category: str) -> str:
-    return category.removeprefix("reasoning_gym:") or "no category"
+    return category.removeprefix("reasoning_gym:").translate(INLINE) or "no category"
 
 
 def _dots(result: Evaluation) -> dict[str, Any]:

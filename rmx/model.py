@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
-from rmx import converted
+from rmx import converted, gguf_header
 from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
@@ -139,6 +139,7 @@ class _Files:
         if gguf_file is not None:
             self.gguf = Path(str(cached_file(self.source, gguf_file, **revision)))
             self.common["gguf_file"] = gguf_file
+            gguf_header.check(self.gguf)
 
     @property
     def device(self) -> str:

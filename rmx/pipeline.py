@@ -114,6 +114,8 @@ class Run(RunDirectory):
 
     def _check_ahead(self) -> None:
         """Mistakes that the model shows, found before the work of the stages that would stop at them."""
+        if (most := self.lm.weight.shape[0]) < self.config.score.top_k:
+            raise RunError(f"score.top_k: expected at most the vocabulary's {most}, got {self.config.score.top_k}")
         lora.matching(self.lm.model, self.config.lora)
         forward.check(self.lm, self.wanted().layer)
         for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
@@ -388,7 +390,7 @@ class Run(RunDirectory):
         if self.config.train.candidates > 1:
             notes["Adapter chosen"] = stages["choose"]["adapter"]
         if source := stages["rollouts"].get("imported"):
-            notes["Rollouts"] = f"imported from {source}"
+            notes["Rollouts"] = f"imported from {Path(source).name}"
         return notes
 
     def evaluated(self, side: str) -> tuple[list[Rollout], list[Verdict]]:

@@ -5,11 +5,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+from rmx.errors import visible
+
+
+class _Console(Console):
+    """Prints text of problems, models and servers: never its control characters."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **settings)
+
+
+console = _Console(stderr=True)
 EVERY = 60.0  # seconds between two lines
 
 

@@ -120,13 +120,49 @@ class Renderer:
         for mark in MARKS.get(self.style, ()):
             if mark not in tokenizer.get_added_vocab():
                 raise PromptError(f"prompt.style={self.style}: expected a tokenizer with the token {mark}, it has none")
+        self.control = _control_tokens(tokenizer)
         probe = json.dumps([{**config.model_dump(), "style": self.style}, self(PROBE)], sort_keys=True)
         self.fingerprint = fingerprint(probe.encode())
 
     def __call__(self, question: str) -> list[int]:
-        """Token ids of the prompt, special tokens of the template or tokenizer included exactly once."""
+        """Token ids of the prompt, special tokens of the template or tokenizer included exactly once.
+
+        What the question writes like a control token is tokenised as the text that it is.
+
+        Raises:
+            PromptError: the tokenizer knows no other way to read it.
+        """
         written = self.style in CHAT or self.style in MARKS  # by the text itself, BOS where there is one
-        return list(self.tokenizer(self.text(question), add_special_tokens=not written)["input_ids"])
+        found = self.controls(question)
+        if not found:
+            return list(self.tokenizer(self.text(question), add_special_tokens=not written)["input_ids"])
+        mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in question)
+        cut = re.compile("|".join(map(re.escape, found)))
+        said = cut.findall(question)
+        # One piece between two of them each, and each of them in two, which are no control token any more.
+        between = self.text(cut.sub(mark, question)).split(mark)
+        ids = self._ids(between[0])
+        for token, piece in zip(said, between[1:], strict=True):
+            ids += self._as_text(token) + self._ids(piece)
+        if written:
+            return ids
+        bare, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
+        at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:at] + ids + whole[at + len(bare) :]
+
+    def controls(self, question: str) -> list[str]:
+        """The control tokens that stand in a question, the longest first."""
+        return [token for token in self.control if token in question]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _as_text(self, token: str) -> list[int]:
+        ids = self._ids(token[:1]) + self._ids(token[1:])
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if any(i != unknown and i in self.control.values() for i in ids):
+            raise PromptError(f"a question holds {token!r}, which this tokenizer reads as a control token; reword it")
+        return ids
 
     def text(self, question: str) -> str:
         """The prompt as text, without the special tokens that the tokenizer adds by itself."""
@@ -147,6 +183,14 @@ class Renderer:
 
     def _fill(self, question: str) -> str:
         return TEXTS[self.style].replace("{question}", question + self.config.suffix)
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text and id of the special tokens, and of added ones that the chat template writes; the longest first."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {t.content: i for i, t in added.items() if t.content.strip() and (t.special or t.content in template)}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def renderer_for(tokenizer: Any, model_type: str, config: Config) -> Renderer:

@@ -4,39 +4,60 @@ The way to speak with the server is settled by the first request: by token ids, 
 tokenizer turns into the same ids; else by chat turns, to which the server applies its own template.
 """
 
-import http.client
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
+
+from rmx.artefacts import describe
+from rmx.calls import Calls, ServerError, check_address
 from rmx.config import Sampling
 from rmx.engines import Completion, EngineError, Finished, Unit, stream_key
 from rmx.model import CausalLM
 from rmx.progress import console
 from rmx.prompts import CHAT, Renderer
 
-TIMEOUT_S = 3600.0  # a completion of many tokens is answered all at once
-RETRIES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # waited before each further try
 REFUSED = (400, 404, 405, 415, 422, 501)  # statuses by which a server says that it does not speak this way
-API_KEY = "RMX_API_KEY"  # environment variable: the bearer token, where the server wants one
-
-
-class ServerError(EngineError):
-    """The server cannot be reached, refuses, or answers what does not fit; the message names the URL."""
-
-    def __init__(self, url: str, message: str, status: int | None = None) -> None:
-        super().__init__(f"{url}: {f'status {status}: ' if status else ''}{message}")
-        self.status = status
+RETRIES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # waited before each further try
+TIMEOUT_S = 3600.0  # that a server has for an answer at most
+ANSWER_S, TOKEN_S = 60.0, 0.5  # that a server has for an answer: so long, and for each of its max_tokens
+ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 256  # that an answer may have: so many, and for each token that it may hold
 
 
 class CannotSay(EngineError):
     """This request cannot be put in this dialect."""
+
+
+class Said(pydantic.BaseModel):
+    """A part of an answer; fields that are not looked at may hold anything."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+
+class Usage(Said):
+    prompt_tokens: int | None = None
+
+
+class Message(Said):
+    content: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+
+
+class Choice(Said):
+    index: int = 0
+    finish_reason: Any = None
+    token_ids: list[int] | None = None
+    text: str | None = None
+    message: Message | None = None
+
+
+class Answer(Said):
+    choices: Annotated[list[Choice], pydantic.Field(min_length=1)]
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,9 @@ class Server:
     seed: int
     dialect: Dialect | None = None
     told: set[str] = field(default_factory=set)
+    calls: Calls = field(default_factory=Calls)
 
-    def settle(self, unit: Unit) -> list[dict[str, Any]]:
+    def settle(self, unit: Unit) -> list[Choice]:
         """The choices for this unit, by the first dialect that the server takes; :meth:`ask` keeps to it."""
         refusals: dict[str, None] = {}
         # vLLM refuses n > 1 where sampling is greedy; others refuse it always
@@ -88,7 +110,7 @@ class Server:
                     refusals[str(fault)] = None
         raise EngineError("the server takes no way of asking: " + "; ".join(refusals))
 
-    def ask(self, unit: Unit, dialect: Dialect | None = None) -> list[dict[str, Any]]:
+    def ask(self, unit: Unit, dialect: Dialect | None = None) -> list[Choice]:
         """The choices for a unit of one problem, samples ascending, from as many requests as the server needs.
 
         A request's seed is a function of (seed, problem_id, first of its samples).
@@ -96,21 +118,27 @@ class Server:
         dialect = dialect or self.dialect
         assert dialect is not None
         url = f"{(self.sampling.base_url or '').rstrip('/')}/{dialect.endpoint}"
-        choices: list[dict[str, Any]] = []
+        choices: list[Choice] = []
         while len(choices) < len(unit.samples):
             asked = len(unit.samples) - len(choices) if dialect.many else 1
-            answer = post(url, self.body(unit, dialect, unit.samples[len(choices)], asked))
-            found = answer.get("choices")
-            if not isinstance(found, list) or not 1 <= len(found) <= asked:
-                raise ServerError(url, f"expected 1 to {asked} choices, got {json.dumps(answer)[:300]}")
-            prompt = (answer.get("usage") or {}).get("prompt_tokens")
+            most = self.sampling.max_new_tokens
+            said = self.calls.post(
+                url,
+                self.body(unit, dialect, unit.samples[len(choices)], asked),
+                seconds=min(TIMEOUT_S, ANSWER_S + TOKEN_S * most),
+                most_bytes=ANSWER_BYTES + TOKEN_BYTES * most * asked,
+                waits=RETRIES_S,
+            )
+            answer = _answer(url, said, asked)
+            found = answer.choices
+            prompt = answer.usage and answer.usage.prompt_tokens
             if prompt != len(unit.prompts[0]) and not (prompt is None and dialect.prompt == "ids"):
                 raise ServerError(
                     url,
                     f"the server read a prompt of {prompt} tokens where rmx rendered {len(unit.prompts[0])}: another "
                     "model, tokenizer or chat template",
                 )
-            choices += sorted(found, key=lambda choice: choice.get("index", 0))
+            choices += sorted(found, key=lambda choice: choice.index)
             dialect = dialect if len(found) == asked else replace(dialect, many=False)
         self.dialect = dialect
         return choices
@@ -151,28 +179,45 @@ class Server:
     def turns(self, question: str) -> list[dict[str, str]]:
         if self.renderer.style not in CHAT:
             raise CannotSay(f"a chat: prompt.style={self.renderer.style} is no chat")
+        if found := self.renderer.controls(question):
+            raise CannotSay(f"a chat: the server would read {found[0]!r} in a question as a control token")
         return self.renderer.turns(question)
 
-    def completion(self, choice: dict[str, Any]) -> Completion:
+    def completion(self, choice: Choice) -> Completion:
         assert self.dialect is not None
-        url, reason = self.sampling.base_url or "", choice.get("finish_reason")
+        url, reason, most = self.sampling.base_url or "", choice.finish_reason, self.sampling.max_new_tokens
         if reason not in ("stop", "length"):
-            raise ServerError(url, f"expected finish_reason stop or length, got {json.dumps(choice)[:300]}")
+            raise ServerError(url, f"expected finish_reason stop or length, got {choice.model_dump_json()[:300]}")
         if self.dialect.prompt == "chat":
             self.say("the server applies its own chat template; its prompts have as many tokens as rmx's")
-        ids = choice.get("token_ids")
+        ids = choice.token_ids
         if ids is None:
             self.say("the server tells no token ids: they are made from its text, and may differ from what was sampled")
-            message = choice["message"] if self.dialect.prompt == "chat" else {"content": choice["text"]}
-            if message.get("reasoning_content") or message.get("reasoning"):
-                raise ServerError(url, "the server takes the reasoning out of the completion: turn its parser off")
-            ids = self.lm.tokenizer(message["content"] or "", add_special_tokens=False)["input_ids"]
+            ids, most = self._read(url, choice), 2 * most  # text may fall into more tokens than were sampled
         ids, eos, V = list(ids), self.lm.tokenizer.eos_token_id, self.lm.weight.shape[0]
+        if len(ids) > most:
+            raise ServerError(
+                url, f"a completion of {len(ids)} tokens where max_tokens was {self.sampling.max_new_tokens}"
+            )
         if wrong := [token for token in ids if not 0 <= token < V]:
             raise ServerError(url, f"token id {wrong[0]} where the vocabulary has {V}: another model")
         if reason == "stop" and not (ids and ids[-1] in self.lm.eos_ids) and self.lm.eos_ids:
             ids.append(eos if eos in self.lm.eos_ids else min(self.lm.eos_ids))
         return Completion(ids, None)
+
+    def _read(self, url: str, choice: Choice) -> list[int]:
+        """The token ids of the text of a choice."""
+        assert self.dialect is not None
+        text = choice.text
+        if self.dialect.prompt == "chat":
+            if choice.message is None:
+                raise ServerError(url, f"expected a choice with a message, got {choice.model_dump_json()[:300]}")
+            if choice.message.reasoning_content or choice.message.reasoning:
+                raise ServerError(url, "the server takes the reasoning out of the completion: turn its parser off")
+            text = choice.message.content or ""
+        if text is None:
+            raise ServerError(url, f"expected a choice with text or token_ids, got {choice.model_dump_json()[:300]}")
+        return list(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def say(self, note: str) -> None:
         """Once."""
@@ -191,8 +236,7 @@ def openai(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Sa
         ServerError: no connection, or an error status, after some tries; or an answer that does not fit.
         EngineError: the server takes no request of this kind; top_k where it has no such setting.
     """
-    if not (sampling.base_url or "").startswith(("http://", "https://")):
-        raise EngineError(f"base_url: expected http://... or https://..., got {sampling.base_url!r}")
+    check_address(sampling.base_url or "")
     server = Server(lm, renderer, sampling, seed)
     if not units:
         return
@@ -205,54 +249,20 @@ def openai(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Sa
         for future in as_completed(asked):
             yield asked[future], _completions(server, future.result())
     finally:
+        server.calls.hang_up()  # an error or Ctrl-C waits for no answer
         pool.shutdown(cancel_futures=True)
 
 
-def _completions(server: Server, choices: list[dict[str, Any]]) -> list[Completion]:
+def _completions(server: Server, choices: list[Choice]) -> list[Completion]:
     return [server.completion(choice) for choice in choices]
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object that the server answers; tried again where it is busy, down or cannot be reached."""
-    headers = {"Content-Type": "application/json"}
-    if API_KEY in os.environ:
-        headers["Authorization"] = f"Bearer {os.environ[API_KEY]}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    waits = iter(RETRIES_S)
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                return _object(url, response.read())
-        except urllib.error.HTTPError as fault:
-            error = ServerError(url, _message(fault.read()), fault.code)
-            if fault.code != 429 and (fault.code < 500 or fault.code in REFUSED):
-                raise error from fault
-        except (OSError, http.client.HTTPException) as fault:  # URLError and timeouts are OSErrors
-            error = ServerError(url, f"no answer: {getattr(fault, 'reason', None) or fault!r}")
-        wait = next(waits, None)
-        if wait is None:
-            raise error
-        time.sleep(wait)
-
-
-def _object(url: str, answer: bytes) -> dict[str, Any]:
+def _answer(url: str, said: dict[str, Any], asked: int) -> Answer:
+    """An answer of 1 to ``asked`` choices, or a ServerError."""
+    found = said.get("choices")
+    if not isinstance(found, list) or not 1 <= len(found) <= asked:
+        raise ServerError(url, f"expected 1 to {asked} choices, got {json.dumps(said)[:300]}")
     try:
-        value = json.loads(answer)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ServerError(url, f"expected a JSON object, got {answer[:300]!r}")
-    return value
-
-
-def _message(answer: bytes) -> str:
-    """What an error answer says, in any of the usual shapes; cut to a few lines."""
-    text = answer.decode(errors="replace").strip()
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text[:600]
-    for key in ("error", "message", "detail"):
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-    return value if isinstance(value, str) else json.dumps(value)[:600]
+        return Answer.model_validate(said)
+    except pydantic.ValidationError as fault:
+        raise ServerError(url, f"cannot be understood: {describe(fault)[:300]}") from fault

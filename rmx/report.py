@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rmx.artefacts import replacing
+from rmx.errors import CONTROL
 from rmx.records import Evaluation, Interval, StepMetrics
 from rmx.tables import new_table
 
@@ -162,11 +163,16 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _plot_accuracy(axes: Axes, result: Evaluation) -> None:
-    names = ["all", *(category.removeprefix("reasoning_gym:") for category in result.categories)]
+    names = ["all", *(_drawable(category.removeprefix("reasoning_gym:")) for category in result.categories)]
     base: list[Interval | float] = [result.base.pass_at_1, *(before for before, _ in result.categories.values())]
     tuned: list[Interval | float] = [result.tuned.pass_at_1, *(after for _, after in result.categories.values())]
     plot_bars(axes, names, {"base": base, "tuned": tuned})
     axes.set(title=f"Held-out pass@1, gain {result.gain}")
+
+
+def _drawable(name: str) -> str:
+    """Without what a font has no sign for."""
+    return name.encode("utf-8", "replace").decode().translate(dict.fromkeys(CONTROL, "\ufffd"))
 
 
 def plot_bars(axes: Axes, names: Sequence[str], sides: Mapping[str, Sequence[Interval | float]]) -> None:
@@ -185,11 +191,11 @@ def plot_bars(axes: Axes, names: Sequence[str], sides: Mapping[str, Sequence[Int
         for x, (value, height) in enumerate(zip(values, heights, strict=True)):
             at, high = x + offsets[label], height
             if isinstance(value, Interval):
-                high, error = value.high, [[height - value.low], [value.high - height]]
+                high, error = value.high, [[max(0.0, height - value.low)], [max(0.0, value.high - height)]]
                 axes.errorbar([at], [height], yerr=error, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{height:.2f}", (at, high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
             top = max(top, high)
     shown = [name if len(name) <= SHORT else name.replace("_", "_\n") for name in names]
-    axes.set_xticks(range(len(names)), shown, fontsize=9 if len(names) > 5 else 10)
+    axes.set_xticks(range(len(names)), shown, fontsize=9 if len(names) > 5 else 10, parse_math=False)
     axes.set(ylabel="accuracy", xlim=(-0.5, len(names) - 0.5), ylim=(0, min(1.1, top + 0.08)))
     _legend_below(axes, lines=1 + max(name.count("\n") for name in shown))

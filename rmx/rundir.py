@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from rmx import select, source
-from rmx.artefacts import ArtefactError, parser, read_lines, read_meta, read_records, write_json
+from rmx.artefacts import ArtefactError, lock_file, parser, read_lines, read_meta, read_records, write_json
 from rmx.config import Config, ModelConfig
 from rmx.errors import Interrupted, RmxError
 from rmx.problems import fingerprints
@@ -209,8 +209,10 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time in a run directory."""
+        if self.dir.exists() and not self.dir.is_dir():
+            raise RunError(f"run_dir: {self.dir} is a file; expected a directory, or a name that is free")
         self.dir.mkdir(parents=True, exist_ok=True)
-        with self.path(".lock").open("w") as file:
+        with lock_file(self.path(".lock")) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as fault:

@@ -6,6 +6,7 @@ A name is a path where it looks like one, so that a typo in a path is an error a
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 import threading
 from pathlib import Path
@@ -14,6 +15,11 @@ from rmx.config import ModelConfig
 from rmx.errors import RmxError
 
 ENDINGS = (".gguf", ".safetensors")  # of names that are files
+# What a model is made of, beside its weights.
+BESIDE = (
+    *("config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt", "chat_template*", "*.jinja", "*.model", "*.tiktoken"),
+)
 HUB_SECONDS = 8.0  # that one question to the hub may take, name resolution and all
 
 
@@ -45,6 +51,8 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
         if reason := _why_path(name):
             raise ModelError(f"model.name={name!r}: {_absent(path)} ({reason})")
         return name, config.gguf_file  # a hub name
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ModelError(f"model.name={name!r}: the directory cannot be read: permission denied")
     if config.gguf_file is not None:
         return str(path), config.gguf_file
     if any(path.glob("*.safetensors")):
@@ -85,20 +93,24 @@ def _absent(path: Path) -> str:
 
 
 def fingerprint(config: ModelConfig) -> str | None:
-    """Tells local weight files apart, by name, size, first and last MiB; None for a hub name."""
+    """Of the whole content of a local model: weights, configuration, generation settings and tokenizer.
+
+    None for a hub name.
+    """
+    from rmx.digests import sha256
+
     source, gguf_file = locate(config)
     folder = Path(source)
     if not folder.is_dir():
         return None
-    digest = hashlib.sha256()
-    for file in [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]
+    files = {folder / gguf_file} if gguf_file else set(folder.glob("*.safetensors"))
+    files |= {path for pattern in BESIDE for path in folder.glob(pattern)}
+    if config.trust_remote_code:
+        files |= set(folder.glob("*.py"))
+    used = sorted(path for path in files if path.is_file())
+    return hashlib.sha256(
+        repr([(path.name, d) for path, d in zip(used, sha256(used), strict=True)]).encode()
+    ).hexdigest()[:16]
 
 
 def reach(name: str, revision: str | None, file: str = "config.json") -> str:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from rmx.errors import visible
+
 NAME = 14  # columns that a name keeps
 
 
@@ -23,6 +25,8 @@ def new_table(headings: Sequence[str], left: Sequence[str] = (), **settings: Any
 def show(table: Table) -> None:
     """Print a table, wider than the terminal (in a pipe: than 80 columns) where its numbers need that."""
     console = Console()
+    for column in table.columns:
+        column._cells = [visible(cell) if isinstance(cell, str) else cell for cell in column._cells]
     for number, column in enumerate(table.columns):
         longest = max(console.measure(cell).maximum for cell in (column.header, *column.cells))
         column.min_width = longest if number else min(NAME, longest)

@@ -1,12 +1,19 @@
 """Reward of each rollout: extract an answer, compare it with the ground truth in worker processes that can be killed.
 
 math-verify and reasoning-gym parse what a model wrote, which can take for ever or crash; either is an outcome of its
-own and never "wrong". Workers import neither torch nor the model.
+own and never "wrong". Workers import neither torch nor the model. On Linux each may take MEMORY_BYTES beyond what its
+imports took, and dies with the process that started it.
 """
 
+import ctypes
 import importlib
 import logging
 import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -22,6 +29,9 @@ class VerifierError(RmxError):
 
 # (verdict outcome, extracted answer, reason)
 Judgement = tuple[Outcome, str | None, str]
+LONGEST_ANSWER = 1000  # characters, where the truth is shorter
+MEMORY_BYTES = 1 << 30  # of address space, for one answer
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 START_LIMIT_S = 120.0  # a worker's imports; not counted against its first answer
 
 
@@ -31,11 +41,13 @@ def _is_gym(problem: Problem) -> bool:
 
 def judge(problem: Problem, text: str) -> Judgement:
     """Compare in this process; may take for ever, which is why :func:`verify` runs it in a worker."""
-    answer = extract_answer(text)
+    answer = extract_answer(text, words=not _is_gym(problem))
     if answer is None:
         return "no_answer", None, "no boxed answer, answer phrase or number"
     if answer == problem.answer.strip():
         return "right", answer, ""
+    if len(answer) > max(LONGEST_ANSWER, 4 * len(problem.answer)):  # a loop; to parse it could take for ever
+        return "wrong", answer, f"an answer of {len(answer)} characters where {len(problem.answer)} are expected"
     if _is_gym(problem):
         import reasoning_gym
 
@@ -101,7 +113,7 @@ class _Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rmx.verify", *self.modules])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.judge, self.modules), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, self.judge, self.modules, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()
         self.job: tuple[str, str] | None = None
@@ -145,10 +157,13 @@ class _Worker:
         self.pipe.close()
 
 
-def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules: tuple[str, ...]) -> None:
+def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules: tuple[str, ...], parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    _die_with(parent)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each call that its own timeout is off
     for module in modules:  # imported before the first job's clock starts
         importlib.import_module(module)
+    _limit_memory()
     pipe.send("ready")
     while True:
         try:
@@ -157,5 +172,29 @@ def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules
             return
         try:
             pipe.send(judge(problem, text))
+        except MemoryError:
+            pipe.send(("crash", None, f"no verdict within {MEMORY_BYTES >> 20} MiB of memory"))
         except Exception as fault:  # whatever a parser throws at model output is this rollout's outcome, kept in full
             pipe.send(("crash", None, f"{type(fault).__name__}: {fault}"))
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, also by SIGKILL, in the middle of a computation too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:  # for other systems, and where the parent ended before the line above
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _limit_memory() -> None:
+    if sys.platform == "linux":  # others do not hold to the limit, or do not tell what is taken
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = taken + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -36,11 +36,14 @@ class Pair:
 
 
 @contextmanager
-def paired(base: CausalLM, other: Path | str, settings: ModelConfig, prompt: str) -> Iterator[Pair]:
+def paired(
+    base: CausalLM, other: Path | str, settings: ModelConfig, prompt: str, *, trust: bool = False
+) -> Iterator[Pair]:
     """``base`` and ``other``, which is a directory with an adapter of ``base``, or the name of a model.
 
     Args:
-        settings: of the base; the other model is loaded by them too. prompt: the fingerprint of the prompts in use.
+        settings: of the base; the other model is loaded by them too, but for trust in its code.
+        prompt: the fingerprint of the prompts in use. trust: run code that comes with the other model.
 
     Raises:
         AnalysisError: there is no such model, or its tokenizer differs. AdapterError: the adapter does not fit the
@@ -51,11 +54,13 @@ def paired(base: CausalLM, other: Path | str, settings: ModelConfig, prompt: str
         with lora.worn(base.model, path, prompt) as adapter:
             yield Pair(base, base, lora.adapter_mark(path), adapter)
         return
-    theirs = settings.model_copy(update={"name": str(other), "gguf_file": None, "revision": None})
+    said = {"name": str(other), "gguf_file": None, "revision": None, "trust_remote_code": trust}
+    theirs = settings.model_copy(update=said)
     try:
         second = model.load(theirs)
     except ModelError as fault:
-        raise AnalysisError(f"{other}: neither a directory with an adapter nor a model: {fault}") from fault
+        hint = "; --trust-other-code lets it run its own code" if "trust_remote_code" in str(fault) else ""
+        raise AnalysisError(f"{other}: neither a directory with an adapter nor a model: {fault}{hint}") from fault
     if second.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise AnalysisError(f"{other}: has another tokenizer than the base: its token ids mean other text")
     yield Pair(base, second, f"{other} {model.fingerprint(theirs)}", None)

@@ -106,7 +106,7 @@ ROWS = [Row(*row) for row in [
     ("speed in another spelling", r"\boxed{60 \text{ m s}^{-1}}", r"60 \text{ m/s}", True, True),
     ("unit behind a root", r"\boxed{2\sqrt{3}\text{ cm}}", r"\sqrt{12}", True, True),
     ("dollars a day", r"\boxed{18 \text{ dollars a day}}", "18", True, True),
-    ("converted unit", r"\boxed{50\text{ mm}}", r"5\text{ cm}", True, False, True),
+    ("converted unit", r"\boxed{50\text{ mm}}", r"5\text{ cm}", True, False),
     ("pi is no unit", r"\boxed{2\pi}", "2", False, False),
     ("million", r"\boxed{3 \text{ million}}", "3000000", True, False),
     ("million is no unit", r"\boxed{3 \text{ million}}", "3", False, True),
@@ -234,7 +234,7 @@ ROWS = [Row(*row) for row in [
     ("option alone", "Option B", "B", True, False),
     ("choice after the phrase", "The answer is (D) because 3 > 2.", "D", True, False),
     ("quoted word", 'The answer is "blue".', "blue", True, False),
-    ("number in words", r"\boxed{\text{four}}", "4", True, False, True),
+    ("number in words", r"\boxed{\text{four}}", "4", True, False),
     ("parity", r"\boxed{\text{odd}}", "even", False, False),
     # times and dates
     ("time", r"\boxed{3{:}30}", "3:30", True, False),

@@ -1,6 +1,7 @@
 """Where a model is looked for: a path is never a question to the hub, and the hub is asked once."""
 
 import http.server
+import os
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rmx import model, source
+from rmx import digests, model, source
 from rmx.config import ModelConfig
 from rmx.source import ModelError
 
@@ -238,3 +239,68 @@ def test_a_stage_whose_turn_it_is_not_says_so_without_torch(tmp_path: Path) -> N
     done = quick(tmp_path, GOOD.format(folder=tmp_path, model="m"), "train")
     assert done.returncode == 1 and "stage 'train' needs stage 'problems'" in done.stderr
     assert not {"torch", "transformers", "matplotlib"} & set(done.stdout.split())
+
+
+@pytest.fixture
+def large(tiny_path: Path, tmp_path: Path) -> Path:
+    """A model whose weights are longer than what a look at their ends would see."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_path, folder)
+    (folder / "model.safetensors").write_bytes(bytes(3 << 20))
+    return folder
+
+
+def test_the_fingerprint_follows_every_byte_of_the_weights(large: Path) -> None:
+    """A fine-tune in place of another one: the same name, size, ends and time."""
+    weights = large / "model.safetensors"
+    before, times = source.fingerprint(config(large)), weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert source.fingerprint(config(large)) != before
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert source.fingerprint(config(large)) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+)
+def test_the_fingerprint_follows_configuration_and_tokenizer(large: Path, name: str) -> None:
+    before = source.fingerprint(config(large))
+    path = large / name
+    path.write_text((path.read_text() if path.exists() else "") + " ")
+    assert source.fingerprint(config(large)) != before
+
+
+def test_files_that_no_model_is_made_of_do_not_count(large: Path) -> None:
+    before = source.fingerprint(config(large))
+    (large / "trainer_state.json").write_text("{}")
+    (large / "README.md").write_text("mine")
+    assert source.fingerprint(config(large)) == before
+    (large / "modeling_mine.py").write_text("")
+    assert source.fingerprint(config(large)) == before
+    assert source.fingerprint(config(large, trust_remote_code=True)) != before
+
+
+def test_an_untouched_file_is_read_once(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "SETTLED_S", -1.0)
+    before = source.fingerprint(config(large))
+    with monkeypatch.context() as patch:
+        patch.setattr(digests.hashlib, "file_digest", lambda *_: pytest.fail("a file was read again"))
+        assert source.fingerprint(config(large)) == before
+    (tmp_path / "cache" / digests.KEPT).write_text("torn")
+    assert source.fingerprint(config(large)) == before
+    monkeypatch.setenv("RMX_CACHE", "off")
+    assert source.fingerprint(config(large)) == before
+
+
+def test_a_file_that_has_just_changed_is_read_again(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RMX_CACHE", str(tmp_path / "cache"))
+    source.fingerprint(config(large))
+    kept = tmp_path / "cache" / digests.KEPT
+    assert not kept.exists() or "model.safetensors" not in kept.read_text()

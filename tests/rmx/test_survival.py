@@ -399,15 +399,17 @@ def test_a_signal_ends_a_training_that_goes_on_with_the_same_bits(
     assert not run.path("checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["rollouts", "run"])
-def test_ctrl_c_in_the_rollouts_says_what_is_kept(tiny_config: Config, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(("command", "times"), [("rollouts", 1), ("run", 1), ("run", 2), ("run", 3)])
+def test_ctrl_c_in_the_rollouts_says_what_is_kept(
+    tiny_config: Config, tmp_path: Path, command: str, times: int
+) -> None:
     small = {"rollouts": {"batch_size": 1}}  # of many units
     undisturbed, run = (Run(many_units(tiny_config, tmp_path / name, **small)) for name in ("undisturbed", "run"))
     for stage in ("problems", "rollouts"):
         undisturbed.execute(stage)
     run.execute("problems")
     path = write_yaml(run.config, tmp_path / "run.yaml")
-    said = stopped(command, path, Moment("run/rollouts.journal.jsonl", 3), tmp_path)
+    said = stopped(command, path, Moment("run/rollouts.journal.jsonl", 3), tmp_path, times)
     found = re.search(
         r"^rmx: error: rollouts: SIGINT; (\d+) of 240 rollouts are kept in (\S+); start again", said, re.M
     )
@@ -437,13 +439,15 @@ def test_ctrl_c_in_the_scores_says_what_is_kept(tiny_config: Config, tmp_path: P
     assert [shard.stat().st_mtime_ns for shard in shards] == times
 
 
-def stopped(command: str, path: Path, moment: Moment, folder: Path) -> str:
-    """What `rmx COMMAND` says on standard error when Ctrl-C is pressed at that moment."""
+def stopped(command: str, path: Path, moment: Moment, folder: Path, times: int = 1) -> str:
+    """What `rmx COMMAND` says on standard error when Ctrl-C is pressed at that moment, so often."""
     process = subprocess.Popen([*RMX, command, str(path)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     while not moment.came(folder):
         assert process.poll() is None
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in said
     return said

@@ -3,7 +3,11 @@
 import importlib.metadata
 import os
 import re
+import resource
+import signal
+import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -106,6 +110,8 @@ def moody(problem: Problem, text: str) -> Judgement:
         time.sleep(60)
     if text == "die":
         os._exit(3)
+    if text == "grow":
+        bytearray(3 << 30)
     if text == "throw":
         raise ValueError("what is this?")
     return "right", text, ""
@@ -123,6 +129,51 @@ def test_a_hanging_or_dying_verifier_costs_only_its_own_rollout() -> None:
     assert "exit code 3" in verdicts[2].reason
     assert "ValueError: what is this?" in verdicts[3].reason
     assert seen == [1, 2, 3, 4, 5, 6]  # the repeated text is judged once
+
+
+def test_an_answer_that_takes_all_memory_is_a_crash_of_its_own() -> None:
+    rollouts = [Rollout("p", i, [1], [2], "stop", text) for i, text in enumerate(["grow", "a"])]
+    verdicts = verify([Problem("p", "q", "1")], rollouts, workers=1, judge=moody)
+    assert [v.outcome for v in verdicts] == ["crash", "right"]
+    assert verdicts[0].reason == "no verdict within 1024 MiB of memory"
+
+
+def test_a_large_expansion_is_held_within_the_memory_of_a_worker() -> None:
+    """By whichever limit comes first; it took 6 GiB."""
+    rollout = Rollout("p", 0, [1], [2], "stop", r"\boxed{(x+1)^{1000000} - (x-1)^{1000000}}")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert verify([Problem("p", "q", "x^{1000000} + 1")], [rollout], timeout_s=2.0)[0].outcome != "right"
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 2 << 20)  # KiB
+
+
+def busy(problem: Problem, text: str) -> Judgement:
+    print(os.getpid(), flush=True)
+    while True:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread looks once a second")
+def test_a_worker_dies_with_a_parent_that_is_killed() -> None:
+    script = f"""
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_verify import busy
+        from rmx.records import Problem, Rollout
+        from rmx.verify import verify
+        if __name__ == "__main__":
+            verify([Problem("p", "q", "1")], [Rollout("p", 0, [1], [2], "stop", "a")], timeout_s=60, judge=busy)
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        stat = Path(f"/proc/{worker}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX":  # gone, or not yet reaped
+            return
+        time.sleep(0.02)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")
 
 
 def modules(problem: Problem, text: str) -> Judgement:
