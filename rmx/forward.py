@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.config import TrainConfig
-from rmx.model import CausalLM, batches, pad
+from rmx.model import CausalLM, batches, pad, text_decoder
 from rmx.packing import PackingError, pack, packed, packing_of, sent
 
 
@@ -20,7 +20,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         PackingError: the model keeps no such list.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    inside = {id(module) for module in model.get_decoder().modules()}
+    inside = {id(module) for module in text_decoder(model).modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module

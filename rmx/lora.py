@@ -23,6 +23,7 @@ from rmx.artefacts import fingerprint, replacing
 from rmx.config import LoraConfig
 from rmx.errors import RmxError
 from rmx.forward import decoder_layers
+from rmx.model import text_decoder
 
 CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
@@ -177,7 +178,7 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
         below = rf"{re.escape(path)}\.({'|'.join(map(str, range(config.first_layer)))})\."
     found: dict[str, nn.Module] = {}
     # the text decoder and the head: vision or audio towers are not trained on text
-    inside = {id(m) for m in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
+    inside = {id(m) for m in text_decoder(model).modules()} | {id(model.get_output_embeddings())}
     modules = {n: m for n, m in model.named_modules() if id(m) in inside}
     for target in config.targets:
         matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}

@@ -47,7 +47,7 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
     rest = torch.arange(hidden.shape[0], device=hidden.device)
     for width in () if everything else WIDTHS:
         width = min(width, limit)
-        stats = linear_entropy_topk(hidden[rest], k=width, temperature=params.temperature, **lm.head)
+        stats = linear_entropy_topk(hidden[rest], k=width, **lm.head_at(params.temperature))
         _check(stats.lse)
         assert stats.topk_logprobs is not None and stats.topk_ids is not None
         p = stats.topk_logprobs.double().exp()
