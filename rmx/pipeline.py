@@ -34,6 +34,7 @@ from rmx.problems import build_problems
 from rmx.progress import console, progress
 from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
 from rmx.rundir import STAGES, RunDirectory, RunError, meant
+from rmx.targets import matching, spelled_for_peft
 from rmx.verify import Judgement, verify
 
 PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
@@ -114,7 +115,7 @@ class Run(RunDirectory):
 
     def _check_ahead(self) -> None:
         """Mistakes that the model shows, found before the work of the stages that would stop at them."""
-        lora.matching(self.lm.model, self.config.lora)
+        spelled_for_peft(self.lm.model, self.config.lora, list(matching(self.lm.model, self.config.lora)))
         forward.check(self.lm, self.wanted().layer)
         for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
             questions = [problem.question for split in splits for problem in self.problems(split)]

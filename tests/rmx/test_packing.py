@@ -229,7 +229,7 @@ def test_positions_through_the_row_are_refused_however_small() -> None:
     config = BartConfig(vocab_size=61, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48)
     lm = wrapped(config, torch.bfloat16)
     lm.model.get_decoder().embed_positions.weight.data *= 1e-3
-    with pytest.raises(PackingError, match="BartForCausalLM takes no position_ids, .*set model.packing=false"):
+    with pytest.raises(PackingError, match=r"BartForCausalLM takes no position_ids, .*set model.packing=false"):
         forward.check(lm)
 
 
@@ -253,7 +253,7 @@ def test_layers_that_hand_on_more_than_states_are_refused_in_bfloat16(monkeypatc
     layers, kept = forward.decoder_layers(lm.model)[1], []
     layers[0].register_forward_hook(lambda _, args, out: kept.append(out))
     layers[2].register_forward_pre_hook(lambda _, args: (args[0] + 1e-2 * kept.pop(),) if kept else None)
-    with pytest.raises(PackingError, match="its layers hand on more than hidden states; set lora.first_layer=0"):
+    with pytest.raises(PackingError, match=r"its layers hand on more than hidden states; set lora.first_layer=0"):
         forward.check(lm, 1)
 
 
