@@ -24,9 +24,8 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            f"rmx_kernels {ctx.name}: trying to differentiate twice a function that is once_differentiable"
-        )
+        name = f"rmx_kernels, {ctx.name}"
+        raise RuntimeError(f"{name}: trying to differentiate twice a function that is once_differentiable")
 
 
 def differentiable_once(name: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:

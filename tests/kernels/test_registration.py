@@ -1,5 +1,6 @@
 """The operators as torch sees them: schemas, fake kernels, autograd and torch.compile."""
 
+import importlib
 import io
 import subprocess
 import sys
@@ -181,7 +182,8 @@ def test_opcheck(samples: Callable[[torch.dtype], dict[str, list[Call]]], dtype:
 
 def test_every_registered_operator_is_checked() -> None:
     checked = {name for samples in SAMPLES for name in samples(torch.float32)}
-    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::")}
+    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::"))
+    registered = {n for n in names if not n.startswith("rmx_kernels::reference_")}  # these below
     assert {f"rmx_kernels::{name}" for name in checked} == registered
 
 
@@ -233,6 +235,30 @@ def test_compiled_with_lora(op: str) -> None:
         expected = cases.forward_backward(op, arguments, **SCALED)
         assert_same_bits(forward_backward(op, function, arguments), expected)
     assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["stats", "logprob_kl", "contrastive_loss"])
+def test_opcheck_of_the_references(name: str) -> None:
+    """Loaded with the references; they run in their place inside of compiled functions."""
+    for op in OPERATORS:
+        importlib.import_module(f"rmx_kernels.{op}.reference")
+    hidden, base_hidden, weight, bias, target = headed(torch.float32)
+    pair = cases.randn(6, 2).requires_grad_(), cases.randn(11, 2).requires_grad_()
+    x, base, ids, row = hidden.detach().flatten(0, 1), base_hidden.flatten(0, 1), target.flatten(), cases.randn(6)
+    head, norms = (weight, bias, *pair), (row, row.abs(), 0.7, 5.0, None, False)
+    calls: dict[str, tuple[Call, int]] = {
+        "stats": ((x.requires_grad_(), *head, ids, 2, 0.7, 5.0), 4),
+        "logprob_kl": ((x, base, *head, ids, 0.7, 5.0), 2),
+        "contrastive_loss": ((x, base, *head, ids, *norms), 1),
+    }
+    arguments, upstream = calls[name]
+    op = packet(f"reference_{name}")
+    torch.library.opcheck(op, arguments, test_utils=UTILS)
+    gradients = [g.detach() for g in op(*arguments)[:upstream]]
+    for needs in ([True] * 5, [True, False, False, True, False]):
+        torch.library.opcheck(
+            packet(f"reference_{name}_backward"), (*detached(*arguments), *gradients, needs), test_utils=STATIC
+        )
 
 
 @pytest.mark.parametrize("op", OPERATORS)
