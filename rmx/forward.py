@@ -174,21 +174,26 @@ def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
         return hidden.squeeze(0)  # the gradient of [0] would be a copy
 
 
+def changing_rotation(lm: CausalLM, longest: int) -> tuple[str, int] | None:
+    """(kind, limit) of a rotary embedding that a sequence of ``longest`` tokens changes for its whole pass."""
+    config = lm.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for own in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        limit = own.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        if own.get("rope_type") in ("longrope", "dynamic") and limit and longest > limit:
+            return own["rope_type"], limit
+    return None
+
+
 def _check_rotation(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> None:
-    """Some rotary embeddings change with the longest sequence of a pass: neighbours would change each other."""
-    rope = getattr(lm.model.config.get_text_config(), "rope_parameters", None) or {}
-    settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    """Neighbours would change each other."""
     longest = max(map(len, sequences))
-    for own in settings:
-        limit = own.get("original_max_position_embeddings") or getattr(
-            lm.model.config.get_text_config(), "max_position_embeddings", None
+    if len(sequences) > 1 and (found := changing_rotation(lm, longest)):
+        raise PackingError(
+            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for all sequences of a "
+            f"pass with one of {longest} tokens, more than {found[1]}: set score.token_budget=1 and "
+            "train.token_budget=1 (one sequence a pass), or shorten with select.max_completion_tokens"
         )
-        if own.get("rope_type") in ("longrope", "dynamic") and len(sequences) > 1 and limit and longest > limit:
-            raise PackingError(
-                f"{type(lm.model).__name__}: its rotary embedding ({own['rope_type']}) changes for all sequences of a "
-                f"pass with one of {longest} tokens, more than {limit}: set score.token_budget=1 and "
-                "train.token_budget=1 (one sequence a pass), or shorten with select.max_completion_tokens"
-            )
 
 
 def _unpad(states: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -18,7 +18,7 @@ from rmx import converted
 from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
-from rmx.progress import quiet
+from rmx.progress import console, quiet
 from rmx.source import ModelError, fingerprint, locate, reach
 from rmx_kernels import CausalLMHead, head_of, precision
 
@@ -189,11 +189,26 @@ class _Files:
         weights: dict[str, Any] = {"use_safetensors": True}
         if self.gguf is not None:
             weights = {"quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(
-            self.source, dtype=self.dtype, attn_implementation=self.settings.attention, **self.common, **weights
-        )
+        weights |= {"dtype": self.dtype, "output_loading_info": True, **self.common}
+        try:
+            model, found = self._loaded(self.settings.attention, weights)
+        except ValueError as fault:
+            if self.settings.attention != "sdpa" or "scaled_dot_product_attention" not in str(fault):
+                raise
+            said = f"model: {str(fault).split()[0]} has no attention 'sdpa', so it generates with 'eager'"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            model, found = self._loaded("eager", weights)
+        if missing := sorted(found["missing_keys"]):  # tied ones are not among them
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise ValueError(
+                f"its files hold no {missing[0]}{more}, so these weights would be random: expected every tensor of "
+                f"{type(model).__name__} as config.json describes it"
+            )
         model.name_or_path = model.config.name_or_path = self.name
         return model
+
+    def _loaded(self, attention: str, more: dict[str, Any]) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, attn_implementation=attention, **more)
 
 
 def _converted(files: _Files) -> tuple[PreTrainedModel, Any]:
@@ -245,8 +260,6 @@ def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> Causal
     weight = given["weight"]
     if len(tokenizer) > weight.shape[0]:
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the output head only {weight.shape[0]}")
-    eos: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = eos if eos is not None else tokenizer.eos_token_id
     return CausalLM(
         model=model,
         tokenizer=tokenizer,
@@ -254,9 +267,17 @@ def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> Causal
         bias=given["bias"],
         softcap=head.softcap,
         scale=head.scale,
-        eos_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
+        eos_ids=_end_tokens(model, tokenizer),
         packing=packing,
     )
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Those of the generation settings and the tokenizer's own, which chat templates write and some settings leave out."""
+    settings = model.generation_config
+    found: Any = settings.eos_token_id if settings is not None else None
+    given = [found] if isinstance(found, int) else list(found or [])
+    return frozenset(given + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))
 
 
 def text_decoder(model: PreTrainedModel) -> Any:

@@ -120,7 +120,10 @@ class Run(RunDirectory):
         for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
             questions = [problem.question for split in splits for problem in self.problems(split)]
             longest = max((len(self.renderer(question)) for question in questions), default=0)
-            rollouts.check_length(self.lm, longest, getattr(self.config, section).max_new_tokens, f"{section}.")
+            sampling: Sampling = getattr(self.config, section)
+            rollouts.check_length(self.lm, longest, sampling.max_new_tokens, f"{section}.")
+            if sampling.engine != "openai":
+                rollouts.check_rotation(self.lm, longest, sampling.max_new_tokens, f"{section}.")
 
     def _rollouts(self) -> dict[str, Any]:
         self._check_ahead()

@@ -1,5 +1,6 @@
 """Loading from safetensors and GGUF, refusing pickles and missing weights, the head's self-check."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers import full_logits
+from safetensors.torch import load_file, save_file
 
 from rmx import model
 from rmx.config import ModelConfig, PromptConfig
@@ -90,6 +92,51 @@ def test_torn_weights_are_an_error(tiny_path: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match="cannot be loaded"):
         model.load(config(torn))
+
+
+def changed(source: Path, path: Path, file: str = "config.json", **settings: object) -> Path:
+    """A copy of a model's directory with other settings."""
+    shutil.copytree(source, path)
+    given = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(given | settings))
+    return path
+
+
+def test_missing_weights_are_refused_by_name(tiny_path: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers after a warning."""
+    with pytest.raises(ModelError, match=r"files hold no model.layers.2.* and 8 others, so .* would be random"):
+        model.load(config(changed(tiny_path, tmp_path / "deeper", num_hidden_layers=3)))
+    empty = shutil.copytree(tiny_path, tmp_path / "empty")
+    save_file({}, empty / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"files hold no lm_head.weight and 20 others"):
+        model.load(config(empty))
+    headless = shutil.copytree(tiny_path, tmp_path / "headless")
+    tensors = load_file(headless / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"files hold no lm_head.weight, so these weights would be random"):
+        model.load(config(headless))
+    tied = changed(headless, tmp_path / "tied", tie_word_embeddings=True)
+    assert model.load(config(tied)).weight is not None  # that of the embedding
+
+
+def test_a_model_without_sdpa_is_loaded_with_eager_which_is_said(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, head_dim=8))
+    shutil.copytree(tiny_path, tmp_path / "gemma")
+    gemma.save_pretrained(tmp_path / "gemma")
+    lm = model.load(config(tmp_path / "gemma"))
+    assert lm.model.config._attn_implementation == "eager"
+    assert "model: Gemma2ForCausalLM has no attention 'sdpa', so it generates with 'eager'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ends", "expected"), [([4, 7], {2, 4, 7}), (4, {2, 4}), (2, {2}), (None, {2})])
+def test_the_tokenizers_own_end_is_always_one(
+    tiny_path: Path, tmp_path: Path, ends: object, expected: set[int]
+) -> None:
+    path = changed(tiny_path, tmp_path / "ends", "generation_config.json", eos_token_id=ends)
+    assert model.load(config(path)).eos_ids == expected
 
 
 def test_known_logit_transforms_are_followed_and_unknown_ones_refused(tiny: model.CausalLM) -> None:
