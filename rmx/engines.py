@@ -124,9 +124,8 @@ def check_decoding(lm: CausalLM, padded: bool) -> None:
     except EngineError:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
-        raise EngineError(
-            f"{name}: engine loop cannot keep its states from token to token ({fault!r}); {hint}"
-        ) from fault
+        said = f"{name}: engine loop cannot keep its states from token to token ({fault!r})"
+        raise EngineError(f"{said}; {hint}") from fault
     finally:
         handle.remove()
     limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2
@@ -173,7 +172,8 @@ class _Cache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self, lm: CausalLM) -> None:
         super().__init__(config=lm.model.config)
-        self.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        own: list[Any] = self.layers
+        self.layers: list[Any] = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in own]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:

@@ -273,7 +273,7 @@ def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> Causal
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Those of the generation settings and the tokenizer's own, which chat templates write and some settings leave out."""
+    """Those of the generation settings, and the tokenizer's own, which some settings leave out."""
     settings = model.generation_config
     found: Any = settings.eos_token_id if settings is not None else None
     given = [found] if isinstance(found, int) else list(found or [])

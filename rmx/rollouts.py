@@ -99,8 +99,8 @@ def check_rotation(lm: CausalLM, prompt: int, completion: int, section: str = ""
     """Raise EngineError where a rotary embedding would change among the tokens; arguments as of check_length."""
     if found := changing_rotation(lm, prompt + completion):
         raise EngineError(
-            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for a whole batch, and in the middle "
-            f"of a completion, once one has more than {found[1]} tokens: set {section}max_new_tokens to at most "
+            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for a whole batch, and in the "
+            f"middle of a completion, once one has more than {found[1]} tokens: set {section}max_new_tokens to at most "
             f"{found[1] - prompt}, or {section}engine=openai for a server"
         )
 

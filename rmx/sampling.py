@@ -24,8 +24,9 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
 
     .. math:: \mathrm{nucleus} = \text{the fewest most probable tokens with } \sum p \ge \mathrm{top\_p}
 
-    of the ``top_k`` most probable ones, renormalised, where there is a ``top_k``. Tokens are drawn by inversion in descending order of p, so a
-    row's token is a function of its uniform number alone, and base and tuned models can share random numbers.
+    of the ``top_k`` most probable ones, renormalised, where there is a ``top_k``. Tokens are drawn by inversion in
+    descending order of p, so a row's token is a function of its uniform number alone, and base and tuned models can
+    share random numbers.
 
     Args:
         hidden: [B, H] final hidden states. uniforms: [B] float64 in [0, 1).
