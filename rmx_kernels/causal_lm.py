@@ -17,6 +17,7 @@ from rmx_kernels.head_check import check_logits
 from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
 from rmx_kernels.lora import LoRA
 from rmx_kernels.results import VocabStats
+from rmx_kernels.wrappers import inside
 
 # The names under which the configurations of transformers describe what happens to logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Spark
@@ -150,8 +151,8 @@ class CausalLMHead:
         if torch.is_grad_enabled() and getattr(self.model, "require_backward_grad_sync", False):
             raise ValueError(
                 "model: expected the module inside DistributedDataParallel, since gradients are recorded and its "
-                "forward, which averages them, does not run, got the wrapper; wrap a module whose forward makes this "
-                "call, or score under torch.no_grad()"
+                "forward, which averages them, does not run, got the wrapper; make this call in its forward "
+                "(in_forward), or score under torch.no_grad()"
             )
         decoder = self.decoder
         known = (set(inspect.signature(part.forward).parameters) for part in (self.causal_lm, decoder))
@@ -195,7 +196,13 @@ class CausalLMHead:
         model = self.model
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
+        while (inner := inside(model)) is not None:
+            if "_fsdp_wrapped_module" in model._modules:
+                raise ValueError(
+                    "model: expected a module with whole weights, got FullyShardedDataParallel, which gathers weights "
+                    "and averages gradients in its own forward alone: make this call in it (in_forward), or use "
+                    "fully_shard and leave the head whole"
+                )
             model = inner
         return model
 

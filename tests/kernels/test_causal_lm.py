@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import oracles
@@ -16,8 +16,10 @@ from cases import randint, randn
 from peft import LoraConfig, get_peft_model
 from test_memory import SCRATCH, Ledger, inside
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from rmx_kernels import causal_lm, head_of, linear_gated_contrastive_loss, linear_logprob_kl, token_logprobs
+from rmx_kernels import causal_lm, head_of, in_forward, linear_gated_contrastive_loss, linear_logprob_kl, token_logprobs
 
 OPERATOR = "linear_entropy_topk"  # that makes the statistics, for conftest.py
 
@@ -469,6 +471,68 @@ def test_distributed_data_parallel() -> None:
             token_logprobs(wrapped, ids)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def alone_in_a_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_in_forward_of_distributed_data_parallel() -> None:
+    """The gradients without the wrapper, and all of them went through its reducer; the module is left as it was."""
+    model, ids = adapted(make()), tokens()
+    expected = gradients(model, [token_logprobs(model, ids).logprob])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    reduced: list[int] = []
+
+    def hook(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        reduced.append(bucket.buffer().numel())
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    logprob = in_forward(wrapped, lambda inner: token_logprobs(inner, ids).logprob)
+    weighted([logprob]).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+    assert sum(reduced) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "forward" not in model.__dict__
+    with pytest.raises(ZeroDivisionError):
+        in_forward(wrapped, lambda _: 1 / 0)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+@pytest.mark.filterwarnings("ignore")
+def test_fully_sharded_data_parallel_is_served_in_its_forward_alone() -> None:
+    model, ids = make(), tokens()
+    expected = gradients(model, [token_logprobs(model, ids).logprob])
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    for call in (head_of, lambda m: token_logprobs(m, ids)):
+        with pytest.raises(ValueError, match=r"^model: expected a module with whole weights, got FullyShardedData"):
+            call(wrapped)
+    logprob = in_forward(wrapped, lambda inner: token_logprobs(inner, ids).logprob)
+    weighted([logprob]).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_in_forward_needs_a_module() -> None:
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got str"):
+        in_forward("gpt2", lambda inner: inner)  # type: ignore[arg-type]
+    assert in_forward(make(), lambda inner: torch.ones(2)).equal(torch.ones(2))
+
+
+def test_checkpointed_without_reentrance() -> None:
+    model, ids = adapted(make()), tokens()
+    expected = token_logprobs(model, ids, k=2)
+    got = checkpoint(lambda x: tuple(token_logprobs(model, x, k=2)), ids, use_reentrant=False)
+    torch.testing.assert_close(gradients(model, got), gradients(model, expected), rtol=0, atol=0)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
