@@ -142,8 +142,9 @@ def _reaches_others(lm: CausalLM, sequences: Sequence[Sequence[int]], chosen: in
     """Whether the states of the sequence ``chosen`` have a gradient with respect to the tokens of another."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> None:
-        seen.append(embedded.requires_grad_())
+    def keep(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        seen.append(embedded.detach().requires_grad_())
+        return seen[-1].clone()  # which some models change in place
 
     handle = lm.model.get_input_embeddings().register_forward_hook(keep)
     try:
@@ -153,6 +154,7 @@ def _reaches_others(lm: CausalLM, sequences: Sequence[Sequence[int]], chosen: in
             (gradient,) = torch.autograd.grad((100 * weights * states).sum(), seen[:1])
     finally:
         handle.remove()
+    gradient = gradient.nan_to_num()  # 0 times infinity, by roots of 0: then the bits below decide
     rows = gradient[0] if lm.packing else _unpad(gradient, sequences)
     parts = rows.split([len(ids) for ids in sequences])
     return any(bool(part.any()) for i, part in enumerate(parts) if i != chosen)

@@ -74,7 +74,9 @@ def _unfit(model: PreTrainedModel, name: str) -> str:
         source = inspect.getsource(type(parent))
     except (OSError, TypeError):  # a class that was made at run time
         return ""
-    if re.search(rf"self\.{re.escape(last)}\.weight\b(?!\.(dtype|device))", source):
+    reads = re.search(rf"self\.{re.escape(last)}\.weight\b(?!\.(dtype|device))", source)
+    # A state space may call a layer on one device and read its weight on another.
+    if reads and (hasattr(parent, "A_log") or f"self.{last}(" not in source):
         return f"is not called by {type(parent).__name__}, which reads its weight alone: an adapter would not act"
     return ""
 

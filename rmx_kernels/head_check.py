@@ -46,13 +46,25 @@ def check_logits(head: Any) -> None:
             f"give, got {tuple(theirs.shape)}"
         )
     if len(calls) != 1:  # the weight is used without its module: all in one, as far as rounded logits tell
-        _compare(name, _transformed(product, head), theirs, max(1e-3, torch.finfo(theirs.dtype).eps / 2))
+        limit = max(1e-3, torch.finfo(theirs.dtype).eps / 2)
+        _compare(name, _transformed(product, head.scale, head.softcap), theirs, limit)
         return
     ((states, output, put),) = calls
     eps = torch.finfo(output.dtype).eps  # that of autocast, where it is on
-    _compare(name, hidden, states.reshape(hidden.shape).to(hidden.dtype), 1e-3, "the states that its head reads")
+    if states.numel() != hidden.numel():
+        raise ValueError(
+            f"model: expected the head of {name} to read states of shape {tuple(hidden.shape)}, as its decoder gives, "
+            f"got {tuple(states.shape)}"
+        )
+    states, scale = states.reshape(hidden.shape).to(hidden.dtype), head.scale
+    if scale != 1.0 and _error(scale * hidden, states) < _error(hidden, states):  # MiniCPM: before the head, not after
+        _compare(name, scale * hidden, states, max(1e-3, eps / 2), "the states that its head reads")
+        product, scale = F.linear(states.float(), weight.float()), 1.0
+    else:
+        _compare(name, hidden, states, 1e-3, "the states that its head reads")
     _compare(name, product, output, max(1e-3, 4 * eps), "the output of its head")
-    _compare(name, _transformed(put, head).to(theirs.dtype), theirs, max(ROUNDING, torch.finfo(theirs.dtype).eps))
+    expected = _transformed(put, scale, head.softcap).to(theirs.dtype)
+    _compare(name, expected, theirs, max(ROUNDING, torch.finfo(theirs.dtype).eps))
 
 
 def probe(like: Tensor) -> Tensor:
@@ -75,14 +87,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _transformed(logits: Tensor, head: Any) -> Tensor:
-    logits = logits * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+def _transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.float(), theirs.float()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
 def _compare(name: str, ours: Tensor, theirs: Tensor, limit: float, what: str = "its logits") -> None:
-    ours, theirs = ours.float(), theirs.float()
-    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+    error = _error(ours, theirs)
     if not error <= limit:
         raise ValueError(
             f"model: expected the logits of {name} to be its hidden states times its output head, with the scale and "
