@@ -59,6 +59,7 @@ SIZES: dict[str, int] = {
 }
 LATENT = {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": HEADS}  # multi-head latent attention: of its parts
 MORE: dict[str, dict[str, Any]] = {  # what an architecture asks for beyond sizes
+    "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"topk_group": 1, "n_group": 1, "topk_method": "greedy"},
     "gemma3n_text": {"hidden_size_per_layer_input": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
@@ -66,6 +67,7 @@ MORE: dict[str, dict[str, Any]] = {  # what an architecture asks for beyond size
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
