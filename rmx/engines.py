@@ -181,7 +181,8 @@ class _Cache(DynamicCache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                states = [x for x in (*_listed(layer.conv_states), *_listed(layer.recurrent_states)) if x is not None]
+                held = *layer.conv_states.values(), *layer.recurrent_states.values()
+                states = [x for x in held if x is not None]
                 rows = torch.arange(states[0].shape[0], device=states[0].device)
                 layer.reorder_cache(rows.repeat_interleave(repeats))
             else:
@@ -193,11 +194,6 @@ class _Cache(DynamicCache):  # type: ignore[misc]
                 layer.reorder_cache(indices)
             else:
                 layer.batch_select_indices(indices)
-
-
-def _listed(states: Any) -> list[Tensor | None]:
-    """Of one layer of a cache: a list of states, or in earlier versions of transformers one."""
-    return list(states.values()) if isinstance(states, dict) else states if isinstance(states, list) else [states]
 
 
 class Decoder:
