@@ -46,7 +46,9 @@ class Pair:
         """The same weights in float32, in which rounding is below anything that bfloat16 could show."""
         model = copy.deepcopy(self.lm.model).float()
         lm = dataclasses.replace(self.lm, model=model, weight=model.get_output_embeddings().weight)
-        adapter = Adapter({name: model.get_submodule(name) for name in self.adapter.layers}, self.adapter.config)
+        adapter = dataclasses.replace(
+            self.adapter, layers={name: model.get_submodule(name) for name in self.adapter.layers}
+        )
         return Pair(lm, adapter, copy.deepcopy(self.base).float())
 
     def keep(self, sequences: list[TrainingSequence], config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from rmx.config import ModelConfig
 from rmx.model import load
-from rmx_kernels import head_of, linear_entropy_topk, linear_gated_contrastive_loss
+from rmx_kernels import head_of, in_forward, linear_entropy_topk, linear_gated_contrastive_loss
 
 
 class ReasonMaxxerTrainer(Trainer):
@@ -28,16 +28,20 @@ class ReasonMaxxerTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # so that Trainer averages over accumulated batches
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = in_forward(model, lambda inner: self.loss(inner, inputs))  # where wrappers average gradients
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def loss(self, model, inputs):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         rows = inputs["completion_mask"][:, 1:]  # position p predicts token p + 1
         head = head_of(model)
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+        with torch.no_grad(), model.disable_adapter():
             base = head.hidden(ids, mask)[:, :-1][rows]
             stats = linear_entropy_topk(base, **head.kwargs())
         gate = torch.zeros_like(rows).masked_scatter(rows, stats.entropy > self.tau)
         ce = inputs["advantage"][:, None] * per_sequence_mean(gate)
         kl = self.anchor * per_sequence_mean(rows & ~gate)
-        loss = linear_gated_contrastive_loss(
+        return linear_gated_contrastive_loss(
             head.hidden(ids, mask)[:, :-1][rows],
             base,
             target=ids[:, 1:][rows],
@@ -46,7 +50,6 @@ class ReasonMaxxerTrainer(Trainer):
             base_lse=stats.lse,
             **head.kwargs(),
         ).loss
-        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 def per_sequence_mean(chosen):

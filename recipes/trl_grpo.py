@@ -15,11 +15,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rmx.config import ModelConfig
 from rmx.model import load
-from rmx_kernels import token_logprobs
+from rmx_kernels import in_forward, token_logprobs
 
 
 class NoLogitsGRPOTrainer(GRPOTrainer):
-    """For text models in one process: in DistributedDataParallel token_logprobs says that it would not average."""
+    """For text models, in DistributedDataParallel too."""
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -34,16 +34,16 @@ class NoLogitsGRPOTrainer(GRPOTrainer):
     ):
         if compute_aux_loss or any(value is not None for value in images.values()):
             raise ValueError("expected a text model without a load-balancing loss: use GRPOTrainer itself")
-        size = batch_size or len(input_ids)
-        parts = []
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+        options = {"temperature": self.temperature, "logits_to_keep": logits_to_keep}
+        batches = [x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)]
+
+        def scored(inner):
             with self.accelerator.autocast():
-                parts.append(
-                    token_logprobs(model, ids, mask, temperature=self.temperature, logits_to_keep=logits_to_keep)
-                )
-        logprobs = torch.cat([part.logprob for part in parts])
-        entropies = torch.cat([part.entropy for part in parts]) if compute_entropy else None
-        return logprobs, entropies, None
+                parts = [token_logprobs(inner, ids, mask, **options) for ids, mask in zip(*batches, strict=True)]
+            return [torch.cat([part[i] for part in parts]) for i in (2, 1)]  # log-probs, entropies
+
+        logprobs, entropies = in_forward(model, scored)  # where wrappers average gradients
+        return logprobs, entropies if compute_entropy else None, None
 
 
 def digits(completions, **kwargs):

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: by the device, rmx_kernels.precision
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; the last needs flash-attn
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; models without sdpa: eager
     packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
 
 

@@ -5,6 +5,7 @@ of ``unit.keys``; units may come in any order.
 """
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from rmx.config import Sampling
 from rmx.decode_attention import decoding
 from rmx.errors import RmxError
-from rmx.model import CausalLM, ModelError, pad
+from rmx.model import CausalLM, ModelError, pad, text_decoder
 from rmx.prompts import Renderer
 from rmx.records import Problem
 from rmx.sampling import SamplingParams, sample_tokens
@@ -28,6 +29,7 @@ from rmx_kernels.native import scratch
 
 SHRINK = 0.75  # finished sequences leave the batch when so few are left that copying the cache pays
 ROOM = 1 / 8  # of its length by which the cache grows at a time; more, and the empty part costs locality
+OTHERS = "use another engine (generate_batch, or openai for a server)"
 PAGE = 256  # tokens of a block of transformers' paged cache, its default
 
 
@@ -73,6 +75,7 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
     """
     params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
     for unit in units:
+        check_decoding(lm, padded=len(set(map(len, unit.prompts))) > 1)
         uniforms = unit_uniforms(unit, sampling, seed).to(lm.device)
         decoder = Decoder(lm, unit.prompts, len(unit.samples))
 
@@ -80,6 +83,60 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
             return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
 
         yield unit, decode([decoder], pick, len(unit.keys), sampling.max_new_tokens, lm.eos_ids)
+
+
+@torch.no_grad()
+def check_decoding(lm: CausalLM, padded: bool) -> None:
+    """Whether a few tokens, read step by step, have the states of whole sequences; of prompts padded on the left.
+
+    A model that passed is not asked again.
+
+    Raises:
+        EngineError: they have not: the model keeps states in another way, or padding reaches them.
+    """
+    passed: set[bool] = lm.model.__dict__.setdefault("_rmx_decodes", set())
+    if padded in passed:
+        return
+    name, V = type(lm.model).__name__, lm.weight.shape[0]
+    hint = OTHERS
+    if padded:
+        check_decoding(lm, padded=False)
+        hint = "set batch_size to samples, so that a batch has one prompt, or " + hint
+    prompts = [[(5 * i + 3 * j + 1) % V for j in range(n)] for i, n in enumerate((3 if padded else 6, 6))]
+    steps = [[(7 * i + 2 * j + 3) % V for j in range(2)] for i in range(2)]
+    try:
+        embedded: list[Tensor] = []
+
+        def keep(_: Any, args: tuple[Any, ...], states: Tensor) -> Tensor:
+            embedded.append(states.detach().requires_grad_())
+            return embedded[-1].clone()  # which some models change in place
+
+        handle = lm.model.get_input_embeddings().register_forward_hook(keep)
+        with torch.enable_grad():
+            decoder = Decoder(lm, prompts, 2)
+            handle.remove()
+            (reached,) = torch.autograd.grad(decoder.hidden[0].float().sum(), embedded[:1], retain_graph=True)
+        if padded and bool(reached[0, :3].nan_to_num().any()):  # NaN: 0 times infinity, by roots of 0
+            raise EngineError(f"{name}: padding on the left reaches the states of the tokens; {hint}")
+        decoder = Decoder(lm, prompts, 2)
+        decoder.read(torch.tensor([steps[0][0], 0, 0, steps[1][0]], device=lm.device))
+        decoder.keep(torch.tensor([0, 3], device=lm.device))
+        decoder.read(torch.tensor([steps[0][1], steps[1][1]], device=lm.device))
+        whole = [torch.tensor([a + b], device=lm.device) for a, b in zip(prompts, steps, strict=True)]
+        alone = torch.cat([lm.hidden(ids, use_cache=False)[:, -1] for ids in whole]).float()
+    except EngineError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
+        said = f"{name}: engine loop cannot keep its states from token to token ({fault!r})"
+        raise EngineError(f"{said}; {hint}") from fault
+    finally:
+        handle.remove()
+    limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    error = float((decoder.hidden.float() - alone).norm() / alone.norm())
+    if not error < limit:
+        what = "prompts padded on the left" if padded else "tokens read one by one"
+        raise EngineError(f"{name}: {what} give states that differ from whole sequences by {error:.1%}; {hint}")
+    passed.add(padded)
 
 
 def unit_uniforms(unit: Unit, sampling: Sampling, seed: int) -> Tensor:
@@ -113,10 +170,30 @@ def _room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return scratch(math.prod(shape), like.dtype).view(shape) if like.device.type == "cpu" else like.new_empty(shape)
 
 
-def _cache(lm: CausalLM) -> DynamicCache:
-    cache = DynamicCache(config=lm.model.config)
-    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+class _Cache(DynamicCache):  # type: ignore[misc]
+    """Of attention and, which transformers' own leaves out, of linear attention, convolutions and state spaces."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        super().__init__(config=lm.model.config)
+        own: list[Any] = self.layers
+        self.layers: list[Any] = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in own]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                held = *layer.conv_states.values(), *layer.recurrent_states.values()
+                states = [x for x in held if x is not None]
+                rows = torch.arange(states[0].shape[0], device=states[0].device)
+                layer.reorder_cache(rows.repeat_interleave(repeats))
+            else:
+                layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(indices)
+            else:
+                layer.batch_select_indices(indices)
 
 
 class Decoder:
@@ -134,7 +211,11 @@ class Decoder:
         repeats: int,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.lm, self.within, self.cache = lm, within, _cache(lm)
+        self.lm, self.within, self.cache = lm, within, _Cache(lm)
+        parameters = inspect.signature(text_decoder(lm.model).forward).parameters
+        if not {"past_key_values", "cache_params"} & set(parameters):
+            raise EngineError(f"{type(lm.model).__name__}: engine loop knows no cache for it; {OTHERS}")
+        self.inputs = [name for name in ("past_key_values", "cache_params", "position_ids") if name in parameters]
         ids, mask = pad(prompts, lm.device, left=True)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self._forward(ids, mask, positions)
@@ -143,9 +224,12 @@ class Decoder:
         self.mask = mask.repeat_interleave(repeats, 0)
         self.position = positions[:, -1].repeat_interleave(repeats)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        if "cache_params" in self.inputs and mask is not None and ids.shape != mask.shape:
+            mask = None  # a state space reads it along with the tokens alone
+        given = {"past_key_values": self.cache, "cache_params": self.cache, "position_ids": positions}
         with self.within(), decoding(self.lm.model):
-            return self.lm.hidden(ids, mask, position_ids=positions, past_key_values=self.cache, use_cache=True)[:, -1]
+            return self.lm.hidden(ids, mask, **{name: given[name] for name in self.inputs}, use_cache=True)[:, -1]
 
     def read(self, tokens: Tensor) -> None:
         """Go on by one token a row, [B] int64."""

@@ -1,5 +1,6 @@
 """Forward passes of a decoder over sequences end to end: all its layers, or from a later layer on."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.config import TrainConfig
-from rmx.model import CausalLM, batches, pad
+from rmx.model import CausalLM, batches, pad, text_decoder
 from rmx.packing import PackingError, pack, packed, packing_of, sent
 
 
@@ -20,7 +21,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         PackingError: the model keeps no such list.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    inside = {id(module) for module in model.get_decoder().modules()}
+    inside = {id(module) for module in text_decoder(model).modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
@@ -67,45 +68,100 @@ def passes(lm: CausalLM, lengths: Sequence[int], token_budget: int) -> list[list
 
 @torch.no_grad()
 def check(lm: CausalLM, first_layer: int = 0) -> None:
-    """Compare sequences packed with sequences alone, and a start at ``first_layer`` with all layers, on a few tokens.
+    """Whether sequences of a pass keep apart, and a start at ``first_layer`` gives the bits of all layers.
 
-    A model that passed is not asked again.
+    On a few tokens: the states of packed sequences are those of the same sequences alone; no gradient of a sequence's
+    states reaches another one, exactly, so that neither small weights nor rounding hide a leak; and another first
+    sequence leaves the bits of the others. A model that passed is not asked again.
 
     Raises:
-        PackingError: they differ: tokens of one sequence reach another, or layers hand on more than hidden states.
+        PackingError: they do not: tokens of one sequence reach another, or layers hand on more than hidden states.
     """
     passed: set[tuple[bool, int]] = lm.model.__dict__.setdefault("_rmx_passed", set())
     if (lm.packing, first_layer) in passed:
         return
     try:
-        _compare(lm, first_layer)
+        _check_apart(lm)
+        if first_layer:
+            _check_start(lm, first_layer)
+    except PackingError:
+        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
         hint = "set model.packing=false" if lm.packing else "set lora.first_layer=0"
         raise PackingError(f"{type(lm.model).__name__}: cannot run this way ({fault!r}); {hint}") from fault
     passed.add((lm.packing, first_layer))
 
 
-def _compare(lm: CausalLM, first_layer: int) -> None:
-    V = lm.weight.shape[0]
-    probe = [[(7 * i + 3 * j + 1) % V for j in range(n)] for i, n in enumerate((5, 9, 3, 9))]
-    together, entry = all_states(lm, probe, first_layer)
+def _check_apart(lm: CausalLM) -> None:
+    name = type(lm.model).__name__
+    form = f"{name}: {'packed' if lm.packing else 'padded'} sequences give hidden states that"
+    hint = "set model.packing=false" if lm.packing else "rmx cannot train it in batches"
+    probe = _probe(lm, (5, 9, 3, 9))
+    together = _run(lm, probe)
     alone = torch.cat([lm.hidden(torch.tensor([ids], device=lm.device), use_cache=False)[0] for ids in probe])
     # float32 rounds at 1e-7, bfloat16 at 4e-3 a layer; a leak moves the states by their own size
     limit = 1e-3 if together.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((together.float() - alone.float()).norm() / alone.float().norm())
     if not error < limit:
-        form = "packed" if lm.packing else "padded"
+        raise PackingError(f"{form} differ from the same sequences alone by {error:.1%}; {hint}")
+    for chosen in (0, len(probe) - 1):
+        if _reaches_others(lm, probe, chosen):
+            kinds = getattr(lm.model.config.get_text_config(), "layer_types", None) or []
+            others = sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind})
+            what = ", ".join(others) or "recurrence, convolution or attention of its own"
+            raise PackingError(f"{form} depend on their neighbours ({what}); {hint}")
+    if not lm.packing:
+        return
+    if "position_ids" not in inspect.signature(text_decoder(lm.model).forward).parameters:
+        raise PackingError(f"{name} takes no position_ids, and so counts positions through a row; {hint}")
+    first = len(probe[0])
+    changed = [(token + 1) % lm.weight.shape[0] for token in probe[0]]
+    after, before = _run(lm, [changed, *probe[1:]])[first:].float(), together[first:].float()
+    # experts multiply as many rows as tokens chose them, which moves the last bits
+    if not (after.equal(before) or (_has_experts(lm) and (after - before).norm() < limit * before.norm())):
+        raise PackingError(f"{form} change with another sequence before them; {hint}")
+
+
+def _check_start(lm: CausalLM, first_layer: int) -> None:
+    """Of equal length: padding that takes part in nothing is still counted by experts, which moves the last bits."""
+    probe = _probe(lm, (9, 9, 9))
+    together, entry = all_states(lm, probe, first_layer)
+    error = float((final_hidden(lm, probe, first_layer, entry).float() - together.float()).abs().max())
+    if error != 0.0:
         raise PackingError(
-            f"{type(lm.model).__name__}: {form} sequences give hidden states that differ from the same sequences alone "
-            f"by {error:.1%}; " + ("set model.packing=false" if lm.packing else "rmx cannot train it in batches")
+            f"{type(lm.model).__name__}: a forward pass from layer {first_layer} on differs from the whole by "
+            f"{error:g}; its layers hand on more than hidden states; set lora.first_layer=0"
         )
-    if first_layer:
-        error = float((final_hidden(lm, probe, first_layer, entry).float() - together.float()).abs().max())
-        if error != 0.0:
-            raise PackingError(
-                f"{type(lm.model).__name__}: a forward pass from layer {first_layer} on differs from the whole by "
-                f"{error:g}; its layers hand on more than hidden states; set lora.first_layer=0"
-            )
+
+
+def _probe(lm: CausalLM, lengths: Sequence[int]) -> list[list[int]]:
+    return [[(7 * i + 3 * j + 1) % lm.weight.shape[0] for j in range(n)] for i, n in enumerate(lengths)]
+
+
+def _reaches_others(lm: CausalLM, sequences: Sequence[Sequence[int]], chosen: int) -> bool:
+    """Whether the states of the sequence ``chosen`` have a gradient with respect to the tokens of another."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        seen.append(embedded.detach().requires_grad_())
+        return seen[-1].clone()  # which some models change in place
+
+    handle = lm.model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            states = _run(lm, sequences).split([len(ids) for ids in sequences])[chosen]
+            weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+            (gradient,) = torch.autograd.grad((100 * weights * states).sum(), seen[:1])
+    finally:
+        handle.remove()
+    gradient = gradient.nan_to_num()  # 0 times infinity, by roots of 0: then the bits below decide
+    rows = gradient[0] if lm.packing else _unpad(gradient, sequences)
+    parts = rows.split([len(ids) for ids in sequences])
+    return any(bool(part.any()) for i, part in enumerate(parts) if i != chosen)
+
+
+def _has_experts(lm: CausalLM) -> bool:
+    return any("expert" in type(m).__name__.lower() or "moe" in type(m).__name__.lower() for m in lm.model.modules())
 
 
 def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -120,21 +176,26 @@ def _run(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> Tensor:
         return hidden.squeeze(0)  # the gradient of [0] would be a copy
 
 
+def changing_rotation(lm: CausalLM, longest: int) -> tuple[str, int] | None:
+    """(kind, limit) of a rotary embedding that a sequence of ``longest`` tokens changes for its whole pass."""
+    config = lm.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for own in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        limit = own.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        if own.get("rope_type") in ("longrope", "dynamic") and limit and longest > limit:
+            return own["rope_type"], limit
+    return None
+
+
 def _check_rotation(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> None:
-    """Some rotary embeddings change with the longest sequence of a pass: neighbours would change each other."""
-    rope = getattr(lm.model.config.get_text_config(), "rope_parameters", None) or {}
-    settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    """Neighbours would change each other."""
     longest = max(map(len, sequences))
-    for own in settings:
-        limit = own.get("original_max_position_embeddings") or getattr(
-            lm.model.config.get_text_config(), "max_position_embeddings", None
+    if len(sequences) > 1 and (found := changing_rotation(lm, longest)):
+        raise PackingError(
+            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for all sequences of a "
+            f"pass with one of {longest} tokens, more than {found[1]}: set score.token_budget=1 and "
+            "train.token_budget=1 (one sequence a pass), or shorten with select.max_completion_tokens"
         )
-        if own.get("rope_type") in ("longrope", "dynamic") and len(sequences) > 1 and limit and longest > limit:
-            raise PackingError(
-                f"{type(lm.model).__name__}: its rotary embedding ({own['rope_type']}) changes for all sequences of a "
-                f"pass with one of {longest} tokens, more than {limit}: set score.token_budget=1 and "
-                "train.token_budget=1 (one sequence a pass), or shorten with select.max_completion_tokens"
-            )
 
 
 def _unpad(states: Tensor, sequences: Sequence[Sequence[int]]) -> Tensor:

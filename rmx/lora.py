@@ -5,7 +5,6 @@ that read the same tensor (q, k and v; gate and up) are computed together.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +21,29 @@ from transformers import PreTrainedModel
 
 from rmx.artefacts import fingerprint, replacing
 from rmx.config import LoraConfig
-from rmx.errors import RmxError
-from rmx.forward import decoder_layers
+from rmx.targets import AdapterError, matching, spelled_for_peft
 
 CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read one tensor, in this order
 
 
-class AdapterError(RmxError):
-    """The adapter does not fit the model, cannot be read, or is not worth saving."""
+# Of adapter_config.json. What is in neither has to be empty, since it would change what the adapter is.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base's weights as well
+}
+FREE: tuple[str, ...] = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "layers_to_transform",
+    "base_model_name_or_path",
+)
+FREE += ("task_type", "inference_mode", "auto_mapping", "revision", "peft_version")
+FREE += ("megatron_core", "qalora_group_size", "eva_config")  # settings of what is off, or of the initialisation
 
 
 class LoraLinear(nn.Module):
@@ -61,6 +73,15 @@ class LoraLinear(nn.Module):
             z = F.linear(F.dropout(x, self.dropout), self.A(x.dtype)) if self.shared is None else self.shared.z(x, self)
             return self.base(x) + F.linear(z, self.B(x.dtype))
         return adapted(x, [self])[0] if self.shared is None else self.shared.y(x, self)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base, for models that ask it for its dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def A(self, dtype: torch.dtype) -> Tensor:
         return (self.lora_A if self.lent is None else self.lent[0]).to(dtype)
@@ -177,6 +198,7 @@ class Adapter:
 
     layers: dict[str, LoraLinear]
     config: LoraConfig
+    spelled: dict[str, Any]  # the layers in PEFT's settings: target_modules, layers_to_transform
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
@@ -266,43 +288,6 @@ class Masters:
         return list(zip(parts[::2], parts[1::2], strict=True))
 
 
-def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:
-    """Each linear layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on, by its path.
-
-    Raises:
-        AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head; the
-            model has no layer ``first_layer``.
-    """
-    below = ""
-    if config.first_layer:
-        path, stack = decoder_layers(model)
-        if config.first_layer >= len(stack):
-            raise AdapterError(f"lora.first_layer={config.first_layer}: the model has layers 0 to {len(stack) - 1}")
-        below = rf"{re.escape(path)}\.({'|'.join(map(str, range(config.first_layer)))})\."
-    found: dict[str, nn.Module] = {}
-    # the text decoder and the head: vision or audio towers are not trained on text
-    inside = {id(m) for m in model.get_decoder().modules()} | {id(model.get_output_embeddings())}
-    modules = {n: m for n, m in model.named_modules() if id(m) in inside}
-    for target in config.targets:
-        matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
-        if not matches:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
-            raise AdapterError(
-                f"lora.targets: {target!r} names no layer; this model's linear layers: {', '.join(linear)}"
-            )
-        found |= matches
-    layers = {}
-    for name, module in modules.items():  # the order of the model, whatever that of the targets
-        if name not in found or (below and re.match(below, name)):
-            continue
-        if not isinstance(module, nn.Linear):
-            raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
-        if module is model.get_output_embeddings():
-            raise AdapterError(f"lora.targets: {name} is the output head, which stays frozen here")
-        layers[name] = module
-    return layers
-
-
 def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     """Replace each layer of :func:`matching`.
 
@@ -310,9 +295,9 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
         AdapterError: see there.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: LoraLinear(module, config.r, config.alpha, generator) for name, module in matching(model, config).items()
-    }
+    chosen = matching(model, config)
+    spelled = spelled_for_peft(model, config, list(chosen))
+    layers = {name: LoraLinear(module, config.r, config.alpha, generator) for name, module in chosen.items()}
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
@@ -323,7 +308,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
                 shared = SharedInput(members)
                 for place, member in enumerate(members):
                     member.shared, member.place = shared, place
-    return Adapter(layers, config)
+    return Adapter(layers, config, spelled)
 
 
 @torch.no_grad()
@@ -409,11 +394,8 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
         "lora_alpha": adapter.config.alpha,
         "lora_dropout": adapter.config.dropout,
         "bias": "none",
-        "target_modules": list(adapter.config.targets),
         "inference_mode": True,
-    }
-    if adapter.config.first_layer:
-        description["layers_to_transform"] = layer_numbers(adapter)
+    } | adapter.spelled
     with replacing(path) as aside:
         aside.mkdir()
         (aside / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -422,43 +404,58 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
             (aside / NOTES).write_text(json.dumps(notes) + "\n", encoding="utf-8")
 
 
-def layer_numbers(adapter: Adapter) -> list[int]:
-    """The decoder layers that are adapted, by the first number in each module path (as PEFT reads it)."""
-    return sorted({int(number[1]) for name in adapter.layers if (number := re.search(r"\.(\d+)\.", name))})
+def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
+    """The settings of a plain LoRA adapter.
+
+    Raises:
+        AdapterError: there are none, or one that would make it another adapter, by name.
+    """
+    try:
+        description: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise AdapterError(f"{path}: cannot be read as an adapter: {fault}") from fault
+    if not isinstance(description, dict):
+        raise AdapterError(f"{path}/{CONFIG}: expected settings by name, got {type(description).__name__}")
+    for key, value in description.items():
+        plain = FIXED.get(key)
+        if plain is not None and not any(value is x or value == x for x in plain):
+            raise AdapterError(f"{path}: {key} is {value!r}; only {', '.join(map(repr, plain))} is supported")
+        if plain is None and key not in FREE and value not in (None, False, "", [], {}):
+            raise AdapterError(f"{path}: {key} is {value!r}, which is not supported: the adapter is no plain LoRA")
+    try:
+        targets, numbers = description["target_modules"], description.get("layers_to_transform")
+        if not isinstance(targets, list):
+            raise ValueError(f"target_modules is {targets!r}; only lists of names are supported")
+        numbers = [numbers] if isinstance(numbers, int) else numbers or []
+        last = model.config.get_text_config().num_hidden_layers - 1
+        if numbers and sorted(numbers) != list(range(min(numbers), last + 1)):
+            raise ValueError(
+                f"layers_to_transform is {numbers}; only all layers from one on to the last, {last}, are supported"
+            )
+        return LoraConfig(
+            r=description["r"],
+            alpha=float(description["lora_alpha"]),
+            targets=sorted(targets),
+            first_layer=min(numbers, default=0),
+        )
+    except (KeyError, TypeError, ValueError) as fault:
+        raise AdapterError(f"{path}/{CONFIG}: {fault}") from fault
 
 
 def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
     """Attach an adapter that :func:`save_adapter` or PEFT (plain LoRA) wrote.
 
     Raises:
-        AdapterError: no such adapter, another kind of adapter, or shapes that belong to another model.
+        AdapterError: no such adapter, another kind of adapter, values that are not finite, or shapes that belong to
+            another model.
     """
+    config = _described(path, model)
     try:
-        description: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(path / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as fault:
+    except (OSError, SafetensorError) as fault:
         raise AdapterError(f"{path}: cannot be read as an adapter: {fault}") from fault
-    unknown = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False}
-    for key, plain in unknown.items():
-        if description.get(key, plain) != plain:
-            raise AdapterError(f"{path}: {key} is {description[key]!r}; only {plain!r} is supported")
-    for key in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
-        if description.get(key):
-            raise AdapterError(f"{path}: {key} is not supported")
-    try:
-        targets = description["target_modules"]
-        if isinstance(targets, str):
-            raise ValueError(f"target_modules is the pattern {targets!r}; only lists of names are supported")
-        numbers = description.get("layers_to_transform")
-        numbers = [numbers] if isinstance(numbers, int) else numbers
-        config = LoraConfig(
-            r=description["r"],
-            alpha=float(description["lora_alpha"]),
-            targets=sorted(targets) if targets else [],
-            first_layer=min(numbers) if numbers else 0,
-        )
-    except (KeyError, TypeError, ValueError) as fault:
-        raise AdapterError(f"{path}/adapter_config.json: {fault}") from fault
+    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise AdapterError(f"{path}: {bad[0]} holds values that are not finite")
     adapter = attach(model, config, seed=0)
     expected = {
         f"{PREFIX}{name}.{part}.weight": getattr(layer, part)

@@ -18,9 +18,9 @@ from rmx import converted, gguf_header
 from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
-from rmx.progress import quiet
+from rmx.progress import console, quiet
 from rmx.source import ModelError, fingerprint, locate, reach
-from rmx_kernels import precision
+from rmx_kernels import CausalLMHead, head_of, precision
 
 __all__ = ["CausalLM", "ModelError", "Vocabulary", "batches", "fingerprint", "load", "load_vocabulary", "pad", "save"]
 
@@ -29,7 +29,7 @@ __all__ = ["CausalLM", "ModelError", "Vocabulary", "batches", "fingerprint", "lo
 class CausalLM:
     """A model, its tokenizer, and the head by which hidden states become logits.
 
-    logits = cap(scale * hidden @ weight.T + bias), cap(u) = softcap * tanh(u / softcap) or u.
+    logits = cap(scale * (hidden @ weight.T + bias)), cap(u) = softcap * tanh(u / softcap) or u, as of head_of.
     """
 
     model: PreTrainedModel
@@ -51,21 +51,29 @@ class CausalLM:
         return self.weight.device
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Final hidden states [B, L, H] after the last norm, times ``scale``."""
-        out = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return out.last_hidden_state * self.scale if self.scale != 1.0 else out.last_hidden_state
+        """Final hidden states [B, L, H] after the last norm."""
+        out = text_decoder(self.model)(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of a few rows; scoring and training use the linear operators instead."""
         logits = hidden.float() @ self.weight.float().T
         if self.bias is not None:
             logits += self.bias.float()
+        logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @property
     def head(self) -> dict[str, Any]:
         """The keyword arguments that every linear operator takes."""
-        return {"weight": self.weight, "bias": self.bias, "softcap": self.softcap}
+        return self.head_at(1.0)
+
+    def head_at(self, temperature: float) -> dict[str, Any]:
+        """The same, for logits that are divided by ``temperature``."""
+        softcap = None if self.softcap is None else self.softcap / self.scale
+        scaling = {"softcap": softcap, "temperature": temperature / self.scale}
+        return {"weight": self.weight, "bias": self.bias, **scaling}
 
 
 @dataclass(frozen=True)
@@ -182,11 +190,26 @@ class _Files:
         weights: dict[str, Any] = {"use_safetensors": True}
         if self.gguf is not None:
             weights = {"quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(
-            self.source, dtype=self.dtype, attn_implementation=self.settings.attention, **self.common, **weights
-        )
+        weights |= {"dtype": self.dtype, "output_loading_info": True, **self.common}
+        try:
+            model, found = self._loaded(self.settings.attention, weights)
+        except ValueError as fault:
+            if self.settings.attention != "sdpa" or "scaled_dot_product_attention" not in str(fault):
+                raise
+            said = f"model: {str(fault).split()[0]} has no attention 'sdpa', so it generates with 'eager'"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            model, found = self._loaded("eager", weights)
+        if missing := sorted(found["missing_keys"]):  # tied ones are not among them
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise ValueError(
+                f"its files hold no {missing[0]}{more}, so these weights would be random: expected every tensor of "
+                f"{type(model).__name__} as config.json describes it"
+            )
         model.name_or_path = model.config.name_or_path = self.name
         return model
+
+    def _loaded(self, attention: str, more: dict[str, Any]) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, attn_implementation=attention, **more)
 
 
 def _converted(files: _Files) -> tuple[PreTrainedModel, Any]:
@@ -224,42 +247,59 @@ def _faults(config: ModelConfig) -> Iterator[None]:
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> CausalLM:
-    """Describe the head of a loaded model, and check that the description gives the model's own logits."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(model).__name__} has no output head")
-    if len(tokenizer) > head.weight.shape[0]:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the output head only {head.weight.shape[0]}")
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    eos: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = eos if eos is not None else tokenizer.eos_token_id
-    lm = CausalLM(
+    """Describe the head of a loaded model by :func:`rmx_kernels.head_of`, which checks it.
+
+    Raises:
+        ModelError: a head that it does not serve, or that has fewer rows than the tokenizer has tokens.
+    """
+    try:
+        head = head_of(model)
+        given = head.kwargs()
+        _check_text(model, head)
+    except ValueError as fault:
+        raise ModelError(f"{type(model).__name__}: {fault}") from fault
+    weight = given["weight"]
+    if len(tokenizer) > weight.shape[0]:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the output head only {weight.shape[0]}")
+    return CausalLM(
         model=model,
         tokenizer=tokenizer,
-        weight=head.weight,
-        bias=getattr(head, "bias", None),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=float(scale),
-        eos_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
+        weight=weight,
+        bias=given["bias"],
+        softcap=head.softcap,
+        scale=head.scale,
+        eos_ids=_end_tokens(model, tokenizer),
         packing=packing,
     )
-    _check_head(lm)
-    return lm
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Those of the generation settings, and the tokenizer's own, which some settings leave out."""
+    settings = model.generation_config
+    found: Any = settings.eos_token_id if settings is not None else None
+    given = [found] if isinstance(found, int) else list(found or [])
+    return frozenset(given + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))
+
+
+def text_decoder(model: PreTrainedModel) -> Any:
+    """The part of the model that ends in final hidden states, without the encoders of images."""
+    found = model.get_decoder()
+    if isinstance(found, PreTrainedModel) and found is not model and found.get_output_embeddings() is None:
+        return found
+    return CausalLMHead(model).decoder
 
 
 @torch.no_grad()
-def _check_head(lm: CausalLM) -> None:
-    """Unknown logit transforms (a scale, a cap, an extra norm) would make every number wrong: compare once."""
-    ids = torch.arange(1, 9, device=lm.device).unsqueeze(0) % lm.weight.shape[0]
-    theirs = lm.model(input_ids=ids, use_cache=False).logits.float()
-    ours = lm.logits(lm.hidden(ids, use_cache=False))
-    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-    if not error < 2e-2:  # bf16 rounding of the logits is about 3e-3
-        raise ModelError(
-            f"{type(lm.model).__name__}: hidden states and output head give logits that differ from the model's own "
-            f"by {error:.1%}; it transforms its logits in a way that rmx does not know"
+def _check_text(model: PreTrainedModel, head: CausalLMHead) -> None:
+    """Without images the whole decoder has to give the states of its text part."""
+    if (decoder := text_decoder(model)) is head.decoder:
+        return
+    ids = torch.arange(1, 9, device=head.kwargs()["weight"].device).unsqueeze(0)
+    whole, text = head.hidden(ids), decoder(input_ids=ids, use_cache=False).last_hidden_state
+    error = float((whole.float() - text.float()).norm() / whole.float().norm().clamp(min=1e-30))
+    if not error <= 1e-3:
+        raise ValueError(
+            f"{type(decoder).__name__} gives other states than {type(head.decoder).__name__} ({error:.2%})"
         )
 
 

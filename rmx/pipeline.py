@@ -34,6 +34,7 @@ from rmx.problems import build_problems
 from rmx.progress import console, progress
 from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
 from rmx.rundir import STAGES, RunDirectory, RunError, meant
+from rmx.targets import matching, spelled_for_peft
 from rmx.verify import Judgement, verify
 
 PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
@@ -116,12 +117,15 @@ class Run(RunDirectory):
         """Mistakes that the model shows, found before the work of the stages that would stop at them."""
         if (most := self.lm.weight.shape[0]) < self.config.score.top_k:
             raise RunError(f"score.top_k: expected at most the vocabulary's {most}, got {self.config.score.top_k}")
-        lora.matching(self.lm.model, self.config.lora)
+        spelled_for_peft(self.lm.model, self.config.lora, list(matching(self.lm.model, self.config.lora)))
         forward.check(self.lm, self.wanted().layer)
         for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
             questions = [problem.question for split in splits for problem in self.problems(split)]
             longest = max((len(self.renderer(question)) for question in questions), default=0)
-            rollouts.check_length(self.lm, longest, getattr(self.config, section).max_new_tokens, f"{section}.")
+            sampling: Sampling = getattr(self.config, section)
+            rollouts.check_length(self.lm, longest, sampling.max_new_tokens, f"{section}.")
+            if sampling.engine != "openai":
+                rollouts.check_rotation(self.lm, longest, sampling.max_new_tokens, f"{section}.")
 
     def _rollouts(self) -> dict[str, Any]:
         self._check_ahead()

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from rmx.config import Sampling
-from rmx.engines import Completion, Unit, generate_batch, loop
+from rmx.engines import Completion, EngineError, Unit, generate_batch, loop
+from rmx.forward import changing_rotation
 from rmx.model import CausalLM
 from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
@@ -45,7 +46,10 @@ def generate_rollouts(
     """
     engine = _engine(lm, sampling)
     prompts = [renderer(problem.question) for problem in problems]
-    check_length(lm, max(map(len, prompts), default=0), sampling.max_new_tokens)
+    longest = max(map(len, prompts), default=0)
+    check_length(lm, longest, sampling.max_new_tokens)
+    if engine != "openai":
+        check_rotation(lm, longest, sampling.max_new_tokens)
     done = {(rollout.problem_id, rollout.sample): rollout for rollout in known}
     units = cut_units(problems, prompts, sampling, batched=engine != "openai")
     left = [unit for unit in units if not done.keys() >= set(unit.keys)]
@@ -89,6 +93,16 @@ def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion], stops
         reason = "stop" if stopped else "length"
         rollouts.append(Rollout(problem_id, sample, prompt, ids, reason, text, rounded))  # type: ignore[arg-type]
     return rollouts
+
+
+def check_rotation(lm: CausalLM, prompt: int, completion: int, section: str = "") -> None:
+    """Raise EngineError where a rotary embedding would change among the tokens; arguments as of check_length."""
+    if found := changing_rotation(lm, prompt + completion):
+        raise EngineError(
+            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for a whole batch, and in the "
+            f"middle of a completion, once one has more than {found[1]} tokens: set {section}max_new_tokens to at most "
+            f"{found[1] - prompt}, or {section}engine=openai for a server"
+        )
 
 
 def check_length(lm: CausalLM, prompt: int, completion: int, section: str = "") -> None:

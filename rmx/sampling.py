@@ -24,8 +24,9 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
 
     .. math:: \mathrm{nucleus} = \text{the fewest most probable tokens with } \sum p \ge \mathrm{top\_p}
 
-    intersected with the ``top_k`` most probable ones. Tokens are drawn by inversion in descending order of p, so a
-    row's token is a function of its uniform number alone, and base and tuned models can share random numbers.
+    of the ``top_k`` most probable ones, renormalised, where there is a ``top_k``. Tokens are drawn by inversion in
+    descending order of p, so a row's token is a function of its uniform number alone, and base and tuned models can
+    share random numbers.
 
     Args:
         hidden: [B, H] final hidden states. uniforms: [B] float64 in [0, 1).
@@ -45,9 +46,10 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
     chosen = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     logprobs = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
     rest = torch.arange(hidden.shape[0], device=hidden.device)
-    for width in () if everything else WIDTHS:
+    widths = WIDTHS if limit == V else (limit,) if limit <= WIDTHS[-1] else ()  # the mass of top_k is known at the end
+    for width in () if everything else widths:
         width = min(width, limit)
-        stats = linear_entropy_topk(hidden[rest], k=width, temperature=params.temperature, **lm.head)
+        stats = linear_entropy_topk(hidden[rest], k=width, **lm.head_at(params.temperature))
         _check(stats.lse)
         assert stats.topk_logprobs is not None and stats.topk_ids is not None
         p = stats.topk_logprobs.double().exp()
@@ -65,7 +67,8 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
 
 def _draw(p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """(ids [B], log p [B]) by inversion from p [B, K] descending, cut to the nucleus; ids [B, K], uniforms [B]."""
-    nucleus = p.masked_fill(p.cumsum(-1) - p >= params.top_p, 0)  # outside: tokens that start beyond top_p
+    whole = 1.0 if params.top_k is None else p.sum(-1, keepdim=True)
+    nucleus = p.masked_fill(p.cumsum(-1) - p >= params.top_p * whole, 0)  # outside: tokens that start beyond top_p
     kept = nucleus.cumsum(-1)
     drawn = (kept <= uniforms[:, None] * kept[:, -1:]).sum(-1, keepdim=True)
     last = (nucleus > 0).sum(-1, keepdim=True) - 1

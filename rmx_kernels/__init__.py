@@ -14,6 +14,7 @@ from rmx_kernels.linear_gated_contrastive_loss.api import linear_gated_contrasti
 from rmx_kernels.linear_logprob_kl.api import linear_logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL, VocabStats
 from rmx_kernels.version import __version__
+from rmx_kernels.wrappers import in_forward
 
 __all__ = [
     "Backend",
@@ -27,6 +28,7 @@ __all__ = [
     "entropy_topk",
     "gated_contrastive_loss",
     "head_of",
+    "in_forward",
     "linear_entropy_topk",
     "linear_gated_contrastive_loss",
     "linear_logprob_kl",

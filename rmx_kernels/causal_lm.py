@@ -4,23 +4,27 @@ Nothing of transformers or PEFT is imported: a model is known by its methods (ge
 get_decoder, config), an adapter by those of its layers.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmx_kernels import checks
+from rmx_kernels.head_check import check_logits
 from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
 from rmx_kernels.lora import LoRA
 from rmx_kernels.results import VocabStats
+from rmx_kernels.wrappers import inside
 
 # The names under which the configurations of transformers describe what happens to logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Spark
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
+MULTIPLY_ALL = ("hyperclovax",)  # model types that multiply by what the others divide by
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
+ASKED = ("return_dict", "output_attentions", "output_hidden_states")  # of a model, and no input
 
 CHECKED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()  # heads that were seen to be right
 
@@ -100,8 +104,9 @@ def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
 
     Args:
         model: a causal LM of transformers, plain, as a PeftModel, compiled, or in DistributedDataParallel.
-        check: run the model on 8 tokens, in evaluation mode, the first time that a head is met, and compare its
-            logits with those of the formula. False skips this, not the refusal of what is seen to be unsupported.
+        check: run the model on 8 tokens, in evaluation mode, the first time that a head is met, and compare what it
+            does to the output of its head with the formula, in float32 and for numbers of all sizes. False skips this,
+            not the refusal of what is seen to be unsupported.
 
     Returns:
         :class:`CausalLMHead`.
@@ -122,7 +127,7 @@ def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
     seen = CHECKED.setdefault(head.causal_lm, set())
     key = (id(linear), *(id(A) for A, _, _ in pairs), head.scale, head.softcap)
     if check and key not in seen:
-        _check_logits(head)
+        check_logits(head)
         seen.add(key)
     return head
 
@@ -137,24 +142,33 @@ class CausalLMHead:
         """Final hidden states [B, L, H], after the last norm, in the dtype of the head; inputs as the model takes them.
 
         Raises:
-            ValueError: ``adapter_names``, which acts in the forward of a PeftModel, or a module in
-                DistributedDataParallel whose gradients would not be averaged, since its own forward does not run.
+            ValueError: ``adapter_names``, which acts in the forward of a PeftModel; an input of the causal LM that
+                its decoder does not take; or a module in DistributedDataParallel whose gradients would not be averaged,
+                since its own forward does not run.
         """
         if "adapter_names" in kwargs:
             raise ValueError("adapter_names: expected one set of adapters for the batch, got names for each sequence")
         if torch.is_grad_enabled() and getattr(self.model, "require_backward_grad_sync", False):
             raise ValueError(
                 "model: expected the module inside DistributedDataParallel, since gradients are recorded and its "
-                "forward, which averages them, does not run, got the wrapper; wrap a module whose forward makes this "
-                "call, or score under torch.no_grad()"
+                "forward, which averages them, does not run, got the wrapper; make this call in its forward "
+                "(in_forward), or score under torch.no_grad()"
+            )
+        decoder = self.decoder
+        known = (set(inspect.signature(part.forward).parameters) for part in (self.causal_lm, decoder))
+        lost = sorted({name for name, value in kwargs.items() if value is not None} & next(known) - next(known))
+        if lost := [name for name in lost if name not in ASKED]:
+            raise ValueError(
+                f"{lost[0]}: expected inputs of {type(decoder).__name__}, whose hidden states are read, got one of "
+                f"{type(self.causal_lm).__name__} alone"
             )
         kwargs.setdefault("use_cache", False)
-        hidden = self.decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
         weight = self.linear()[0].weight
         if hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"model: expected final hidden states of {weight.shape[1]} columns, as the output head has, "
-                f"got shape {tuple(hidden.shape)} from {type(self.decoder).__name__}"
+                f"got shape {tuple(hidden.shape)} from {type(decoder).__name__}"
             )
         return hidden.to(weight.dtype)
 
@@ -182,7 +196,13 @@ class CausalLMHead:
         model = self.model
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
+        while (inner := inside(model)) is not None:
+            if "_fsdp_wrapped_module" in model._modules:
+                raise ValueError(
+                    "model: expected a module with whole weights, got FullyShardedDataParallel, which gathers weights "
+                    "and averages gradients in its own forward alone: make this call in it (in_forward), or use "
+                    "fully_shard and leave the head whole"
+                )
             model = inner
         return model
 
@@ -211,7 +231,11 @@ class CausalLMHead:
         if decoder is model:
             decoder = model.get_decoder()
         if decoder is model:
+            decoder = getattr(model, "model", model)
+        if decoder is model:
             raise ValueError(f"model: expected a causal LM around a decoder, got {type(model).__name__}")
+        if getattr(decoder, "get_output_embeddings", lambda: None)() is not None:  # a causal LM in a wrapper: Llama 4
+            return CausalLMHead(decoder).decoder
         return decoder
 
     @property
@@ -221,7 +245,8 @@ class CausalLMHead:
         for name in MULTIPLIERS:
             scale *= _number(config, name, 1.0)
         for name in DIVISORS:
-            scale /= _number(config, name, 1.0)
+            number = _number(config, name, 1.0)
+            scale = scale * number if getattr(config, "model_type", "") in MULTIPLY_ALL else scale / number
         return scale
 
     @property
@@ -332,38 +357,3 @@ def _one_pair(pairs: list[LoRA], dtype: torch.dtype) -> LoRA | None:
     if len(pairs) < 2:
         return pairs[0] if pairs else None
     return torch.cat([scale * A for A, _, scale in pairs]), torch.cat([B for _, B, _ in pairs], dim=1), 1.0
-
-
-@torch.no_grad()
-def _check_logits(head: CausalLMHead) -> None:
-    """An unknown transform (a scale, a cap, an extra norm) would make every number wrong: compare once."""
-    modes = [(module, module.training) for module in head.outer.modules()]
-    try:
-        head.outer.eval()  # dropout would make two runs differ
-        given = head.kwargs()
-        weight, lora = given["weight"], given["lora"]
-        ids = torch.arange(1, 9, device=weight.device).unsqueeze(0) % weight.shape[0]
-        theirs = head.outer(input_ids=ids, use_cache=False)[0]
-        hidden = head.hidden(ids)
-        ours = F.linear(hidden, weight, given["bias"])
-        if lora is not None:
-            ours = ours + lora[2] * F.linear(F.linear(hidden, lora[0]), lora[1])
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    eps = max(torch.finfo(x.dtype).eps for x in (ours, theirs))  # that of autocast, where it is on
-    ours, theirs = ours.float() * head.scale, theirs.float()
-    if head.softcap is not None:
-        ours = head.softcap * torch.tanh(ours / head.softcap)
-    name = type(head.causal_lm).__name__
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"model: expected logits of shape {tuple(ours.shape)} from {name}, as its hidden states and output head "
-            f"give, got {tuple(theirs.shape)}"
-        )
-    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-    if not error <= max(1e-3, 4 * eps):  # eager rounds to eps / 2, once or twice
-        raise ValueError(
-            f"model: expected the logits of {name} to be its hidden states times its output head, with the scale and "
-            f"softcap of its configuration, got logits that differ by {error:.1%}; it transforms them in another way"
-        )

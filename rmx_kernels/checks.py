@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -13,6 +14,18 @@ INTEGERS = (torch.int64, torch.int32)
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    no_tangent(name, value)
+
+
+def no_tangent(name: str, value: Tensor) -> None:
+    """The operators have no forward-mode derivative; torch would take it for zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: expected a tensor without a tangent, since forward-mode differentiation (torch.func.jvp, jacfwd, "
+            "forward_ad) is not implemented, got one; use backward or torch.autograd.grad"
+        )
 
 
 def floating(name: str, value: object, min_dims: int) -> None:
@@ -121,6 +134,7 @@ def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
     for part, x in (("A", A), ("B", B)):
         if not isinstance(x, Tensor):
             raise TypeError(f"lora: expected {part} to be a torch.Tensor, got {type(x).__name__}")
+        no_tangent(f"lora: {part}", x)
         if x.dtype != hidden.dtype:
             raise TypeError(f"lora: expected {part} of the dtype of hidden, {hidden.dtype}, got {x.dtype}")
         if x.device != hidden.device:

@@ -30,7 +30,7 @@ def register(op: str, schema: str, fake: Callable[..., Any], autograd: Formula |
         if importlib.util.find_spec(module) is not None:
             torch.library.impl(name, device, _late(module, function))
     if autograd is None:
-        torch.library.register_autograd(name, _refuse(name))
+        torch.library.register_autograd(name, refuse(name))
     else:
         torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
 
@@ -46,8 +46,8 @@ def _late(module: str, function: str) -> Callable[..., Any]:
     return kernel
 
 
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(*_: Any) -> None:
+def refuse(name: str) -> Callable[..., Any]:
+    def refusal(*_: Any) -> None:
         raise RuntimeError(f"{name}: trying to differentiate twice a function that is once_differentiable")
 
-    return refuse
+    return refusal

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class VocabStats(NamedTuple):
@@ -34,3 +35,7 @@ class LogprobKL(NamedTuple):
 
     logprob: Tensor  # [B...]  log p_student(target), nats
     kl: Tensor  # [B...]  KL(p_base || p_student), nats, never negative
+
+
+for kind in (VocabStats, ContrastiveLoss, LogprobKL):  # for torch.export, which saves what it knows by name
+    pytree._register_namedtuple(kind, serialized_type_name=f"{__name__}.{kind.__name__}")

@@ -116,6 +116,30 @@ def test_advantages() -> None:
     torch.testing.assert_close(got, torch.tensor([[3**0.5, *3 * [-(3**-0.5)]], [0, 0, 0, 0]]))
 
 
+def test_recipes_in_distributed_data_parallel(path: Path, tmp_path: Path) -> None:
+    """Both trainers' losses by the wrapper, as several processes have them: the gradients without it."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ids, mask = batch()
+        rollouts = [{"input_ids": ids[0].tolist(), "prompt_length": 2, "advantage": 1.5}]
+        inputs = reasonmaxxer_trainer.collate(rollouts)
+        settings = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+        model = with_lora(load(path))
+        trainer = reasonmaxxer_trainer.ReasonMaxxerTrainer(model, settings, tau=1.6, anchor=0.2)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        own, other = (gradients(model, trainer.compute_loss(m, inputs)) for m in (model, wrapped))
+        torch.testing.assert_close(own, other, **CLOSE)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        grpo = trl_grpo.make_trainer(load(path), tokenizer, str(tmp_path), 2, bf16=False, use_cpu=True)
+        wrapped = nn.parallel.DistributedDataParallel(grpo.model)
+        call = {"logits_to_keep": 4, "batch_size": 3, "compute_entropy": True}
+        results = [grpo._get_per_token_logps_and_entropies(m, ids, mask, **call)[:2] for m in (grpo.model, wrapped)]
+        own, other = (gradients(grpo.model, torch.stack(tuple(x)).sum()) for x in results)
+        torch.testing.assert_close(own, other, **CLOSE)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_reasonmaxxer_trains(path: Path) -> None:
     trainer = reasonmaxxer_trainer.main(["--model", str(path), "--steps", "2"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

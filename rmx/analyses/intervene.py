@@ -26,13 +26,13 @@ from rich.table import Table
 import rmx_kernels
 from rmx.analyses.pair import TOP, AnalysisError, Pair
 from rmx.artefacts import Journal, fingerprint, write_json
-from rmx.engines import Decoder, Picked, Unit, decode, stream_key, unit_uniforms
+from rmx.engines import Decoder, Picked, Unit, check_decoding, decode, stream_key, unit_uniforms
 from rmx.metrics import bootstrap, pass_rates, share_of_gap
 from rmx.pipeline import Run
 from rmx.progress import console, progress
 from rmx.records import Interval, Rollout
 from rmx.report import BASE, GATE, TUNED, new_figure, save_png
-from rmx.rollouts import check_length, cut_units, unit_rollouts
+from rmx.rollouts import check_length, check_rotation, cut_units, unit_rollouts
 from rmx.sampling import SamplingParams, sample_tokens
 from rmx.tables import new_table
 from rmx_kernels import linear_entropy_topk
@@ -157,6 +157,8 @@ class _Experiment:
         prompts = [run.renderer(p.question) for p in self.problems]
         for lm in (pair.base, pair.other):
             check_length(lm, max(map(len, prompts)), self.sampling.max_new_tokens)
+            check_rotation(lm, max(map(len, prompts)), self.sampling.max_new_tokens)
+            check_decoding(lm, padded=len(set(map(len, prompts))) > 1)
         self.units = cut_units(self.problems, prompts, self.sampling, batched=True)
         self.params = SamplingParams(self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
         self.origin: dict[str, Any] = {

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rmx_kernels import traced_reference
+from rmx_kernels.entropy_topk.ops import fake_stats
+from rmx_kernels.once import differentiable_once
 from rmx_kernels.results import VocabStats
 from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, flat, pick
 
@@ -29,6 +31,19 @@ def merge_topk(best: tuple[Tensor, Tensor], values: Tensor, ids: Tensor, k: int)
     return values[:, :k], torch.cat([best[1], ids], dim=-1).gather(1, order[:, :k])
 
 
+def _fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    target, k = others[4:6]
+    return fake_stats(x, target, k)[:5]
+
+
+@traced_reference.register(
+    "stats",
+    f"(Tensor x, {traced_reference.LINEAR}, Tensor? target, int k, float temperature, float? softcap) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    (0, 1, 2, 3, 4),
+    upstream=4,
+)
 class _VocabStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,9 +86,9 @@ class _VocabStats(torch.autograd.Function):
         return m + log_d, entropy, logprob, (best[0] - m[:, None]) - log_d[:, None], ids
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_lse: Any, g_entropy: Any, g_logprob: Any, g_topk: Any, _: Any) -> Any:
-        *inputs, target, m, log_d, entropy, ids = ctx.saved_tensors
+    @differentiable_once("entropy_topk")
+    def backward(ctx: Any, saved: Any, g_lse: Any, g_entropy: Any, g_logprob: Any, g_topk: Any, _: Any) -> Any:
+        *inputs, target, m, log_d, entropy, ids = saved
         x = inputs[0]
         tiles = VocabTiles(*inputs, temperature=ctx.temperature, softcap=ctx.softcap)
         sink = GradientSink(tiles, *ctx.needs_input_grad[:5])
@@ -125,8 +140,8 @@ def run(
     lead = x.shape[:-1]
     with torch.autocast(x.device.type, enabled=False):
         ids = None if target is None else target.reshape(-1).long()
-        lse, entropy, logprob, values, topk_ids = _VocabStats.apply(
-            *(flat(x), weight, bias, flat(lora_hidden), lora_weight, ids, k, temperature, softcap)
+        lse, entropy, logprob, values, topk_ids = traced_reference.apply(
+            "stats", _VocabStats, *(flat(x), weight, bias, flat(lora_hidden), lora_weight, ids, k, temperature, softcap)
         )
     return VocabStats(
         lse.view(lead),

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rmx_kernels import traced_reference
+from rmx_kernels.gated_contrastive_loss.ops import fake_loss
 from rmx_kernels.linear_logprob_kl.reference import RowGroup, normalisers, sweep
+from rmx_kernels.once import differentiable_once
 from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import GradientSink, VocabTiles, flat
 
@@ -34,6 +36,18 @@ def live_rows(ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
     return order[:rows], with_base
 
 
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return fake_loss(x)[:3]
+
+
+@traced_reference.register(
+    "contrastive_loss",
+    f"(Tensor x, Tensor base_x, {traced_reference.LINEAR}, Tensor target, Tensor ce_weight, Tensor kl_weight, "
+    "float temperature, float? softcap, Tensor? base_lse, bool recorded) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    (0, 2, 3, 4, 5),
+    upstream=1,
+)
 class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,20 +101,20 @@ class _ContrastiveLoss(torch.autograd.Function):
         ctx.scaling, ctx.early = scaling, early
         if early:
             ctx.dtype = x.dtype
-            ctx.save_for_backward(sink.x, sink.lora_hidden)
+            ctx.save_for_backward(sink.x, sink.lora_hidden, x, lora_hidden)
         else:
             ctx.save_for_backward(*student, base_x, target, ce, kl_w, *norms)
         ctx.mark_non_differentiable(logprob, kl)
         return loss, logprob, kl
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_loss: Tensor, _logprob: Any, _kl: Any) -> Any:
+    @differentiable_once("gated_contrastive_loss")
+    def backward(ctx: Any, saved: Any, g_loss: Tensor, _logprob: Any, _kl: Any) -> Any:
         if ctx.early:
-            dx, d_lora = (None if d is None else (d * g_loss).to(ctx.dtype) for d in ctx.saved_tensors)
+            dx, d_lora = (None if d is None else (d * g_loss).to(ctx.dtype) for d in saved[:2])
             return dx, None, None, None, d_lora, *[None] * 8
-        *student, base_x, target, ce, kl_w = ctx.saved_tensors[:9]
-        norms, rows = ctx.saved_tensors[9:], split_rows(ce, kl_w)
+        *student, base_x, target, ce, kl_w = saved[:9]
+        norms, rows = saved[9:], split_rows(ce, kl_w)
         needs = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6]
         sink = GradientSink(VocabTiles(*student, **ctx.scaling), *needs, scale=g_loss)
         with torch.autocast(base_x.device.type, enabled=False):
@@ -151,7 +165,9 @@ def run(
     """x and base_x [..., V], or [..., H] with weight [V, H]; arguments as checked by the public operators."""
     lead, width = x.shape[:-1], x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        loss, logprob, kl = _ContrastiveLoss.apply(
+        loss, logprob, kl = traced_reference.apply(
+            "contrastive_loss",
+            _ContrastiveLoss,
             x.reshape(-1, width),
             base_x.detach().reshape(-1, width),
             weight,
@@ -166,4 +182,4 @@ def run(
             None if base_lse is None else base_lse.detach().reshape(-1),
             torch.is_grad_enabled(),
         )
-    return ContrastiveLoss(loss, logprob.view(lead), kl.view(lead))
+    return ContrastiveLoss(loss, logprob.detach().view(lead), kl.detach().view(lead))

@@ -51,11 +51,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) 
 
 
 def _backward(ctx: Any, *upstream: Any) -> Any:
-    target = ctx.saved_tensors[5]
+    saved = ctx.saved_tensors  # read once, for non-reentrant checkpointing
+    target = saved[5]
     g_lse, g_entropy, g_logprob, g_topk = upstream[:4]
     needs = ctx.needs_input_grad[:5]
     gradients = torch.ops.rmx_kernels.linear_entropy_topk_backward(
-        *ctx.saved_tensors,
+        *saved,
         *(g_lse, g_entropy, None if target is None else g_logprob, g_topk),
         *(ctx.temperature, ctx.softcap, *needs),
     )

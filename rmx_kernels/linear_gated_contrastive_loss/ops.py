@@ -52,7 +52,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) 
 
 
 def _backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
-    early, saved = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    d_hidden, d_lora_hidden, *saved = ctx.saved_tensors  # read once, for non-reentrant checkpointing
+    early = d_hidden, d_lora_hidden
     if g_loss is None:
         return (None,) * 13
     of_head: list[Tensor | None] = [None] * 3

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rmx_kernels import traced_reference
+from rmx_kernels.once import differentiable_once
 from rmx_kernels.results import LogprobKL
-from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, flat, pick
+from rmx_kernels.tiles import GradientSink, RowSums, VocabTiles, add_at, compute_dtype, flat, pick
 
 BASE_MASS_TOLERANCE = 0.05  # of sum p_b around 1: bf16 hidden states scored in another batch stay within it
 
@@ -95,6 +96,19 @@ def sweep(
     return kls
 
 
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    row = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return row, torch.empty_like(row)
+
+
+@traced_reference.register(
+    "logprob_kl",
+    f"(Tensor x, Tensor base_x, {traced_reference.LINEAR}, Tensor target, float temperature, float? softcap) -> "
+    "(Tensor, Tensor)",
+    _fake,
+    (0, 2, 3, 4, 5),
+    upstream=2,
+)
 class _LogprobKL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,9 +139,9 @@ class _LogprobKL(torch.autograd.Function):
         return (chosen - m) - log_d, kl
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None) -> Any:
-        x, base_x, weight, bias, *lora, target, m, log_d, base_m, base_log_d = ctx.saved_tensors
+    @differentiable_once("linear_logprob_kl")
+    def backward(ctx: Any, saved: Any, g_logprob: Tensor | None, g_kl: Tensor | None) -> Any:
+        x, base_x, weight, bias, *lora, target, m, log_d, base_m, base_log_d = saved
         student = VocabTiles(x, weight, bias, *lora, **ctx.scaling)
         base = None if g_kl is None else VocabTiles(base_x, weight, bias, **ctx.scaling)
         sink = GradientSink(student, ctx.needs_input_grad[0], *ctx.needs_input_grad[2:6])
@@ -154,7 +168,9 @@ def run(
     """Arguments as checked by the public operator."""
     lead, H = hidden.shape[:-1], hidden.shape[-1]
     with torch.autocast(hidden.device.type, enabled=False):
-        logprob, kl = _LogprobKL.apply(
+        logprob, kl = traced_reference.apply(
+            "logprob_kl",
+            _LogprobKL,
             hidden.reshape(-1, H),
             base_hidden.detach().reshape(-1, H),
             weight,

@@ -29,7 +29,15 @@ ALIKE = (
     "highest target",
     "rows with ce_weight",
     "rows with kl_weight",
+    "values of hidden, by a checksum",
+    "values of base_hidden, by a checksum",
+    "values of target, by a checksum",
+    "values of ce_weight, by a checksum",
+    "values of kl_weight, by a checksum",
+    "values of lora A, by a checksum",
 )
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 1 << 20  # values at a time, so that the check needs little memory
 SIZE = ("start", "rows of weight")
 MAX_VOCAB = 2**31 - 1  # ids travel as int32
 Claim = dict[str, float]  # of ALIKE, those that are not 0, and SIZE
@@ -57,11 +65,25 @@ def targets_of(target: Tensor | None, used: Tensor | None = None) -> Claim:
     return {"target given": 1, "lowest target": lowest, "highest target": highest}
 
 
+def values_of(name: str, x: Tensor) -> Claim:
+    """A checksum of the bits of all values and their places, exact in float64."""
+    flat = x.detach().contiguous().flatten()
+    bits = flat.view(WORDS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for start in range(0, len(bits), CHUNK):
+        part = bits[start : start + CHUNK].long() & 0xFFFFFFFF
+        if flat.element_size() == 8:
+            part = part ^ (bits[start : start + CHUNK] >> 32)
+        place = torch.arange(start, start + len(part), device=x.device)
+        total += ((part + 1) * (place * 2654435761 % 4294967291 | 1) ^ (part >> 7)).sum()  # overflows wrap around
+    return {f"values of {name}, by a checksum": float(int(total) % 2**53)}
+
+
 def agree(local: Callable[[], Claim], group: dist.ProcessGroup | None) -> None:
     """Run this rank's own checks, and compare what comes of them with the other ranks.
 
     Raises on every rank, if on any: its own error where a rank has one, and a ValueError that tells it elsewhere; or
-    one that names the argument and what came from each rank. Each rank sends 20 numbers of 8 bytes.
+    one that names the argument and what came from each rank. Each rank sends 26 numbers of 8 bytes.
     """
     error: Exception | None = None
     claim: Claim = {}

@@ -20,6 +20,7 @@ from rmx_kernels.vocab_parallel.agreement import (
     membership,
     shard_start,
     targets_of,
+    values_of,
 )
 from rmx_kernels.vocab_parallel.functions import Divergence, Statistics
 from rmx_kernels.vocab_parallel.shard import Shard, Student
@@ -65,15 +66,15 @@ def vocab_parallel_entropy_topk(
         k: 0 <= k <= V. Ties go to the lower id. The log-probs of equal logits on two ranks differ by roundings, so
             tokens of two ranks whose log-probs are within 4 roundings of each other are ties.
         temperature, softcap, impl: as in :func:`entropy_topk`, the same on every rank (impl may differ).
-        check: compare shapes and arguments over ranks first, so that a difference is an error on every rank. It waits
-            for the device. Without, a difference is a hang or a wrong result, and the log-prob of a target that no
-            rank holds is -inf.
+        check: compare shapes, arguments and checksums of the values that are to be the same over ranks first, so that a
+            difference is an error on every rank. It waits for the device. Without, a difference is a hang or a wrong
+            result, and the log-prob of a target that no rank holds is -inf.
 
     Returns:
         :class:`VocabStats` of float32 (float64 for float64 inputs), in nats, equal on every rank and up to rounding to
         those of one process. In a group of one it is :func:`linear_entropy_topk`.
 
-    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 160 where it checks; backward a sum over
+    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 208 where it checks; backward a sum over
     ranks of 4 N H bytes (8 N H), and of 4 N r more with lora, of what requires a gradient. The statistics are merged in
     rank order; the order of that sum is the backend's.
 
@@ -86,12 +87,17 @@ def vocab_parallel_entropy_topk(
     world = membership(group)
 
     def claim() -> Claim:
-        found = _check_head(hidden, weight, start, bias, lora, temperature, softcap)
+        found = _check_head(hidden, weight, start, bias, lora, temperature, softcap, check)
         checks.top_k(k, MAX_VOCAB)
         if target is not None:
             checks.targets(target, hidden.shape[:-1], MAX_VOCAB, hidden.device)
         dispatch.load("linear_entropy_topk", impl, hidden.device, hidden.dtype)
-        return found | {"operator": 0, "k": k} | (targets_of(target) if check else {})
+        found |= {"operator": 0, "k": k}
+        if check:
+            found |= targets_of(target) | values_of("hidden", hidden)
+            if target is not None:
+                found |= values_of("target", target.long())
+        return found
 
     agree(claim, group) if check else claim()
     if world == 1:
@@ -150,7 +156,7 @@ def vocab_parallel_gated_contrastive_loss(
         yet: a row with ce_weight costs 3 products with the part, one with kl_weight 5, one with both 8.
 
     Of n rows with ce_weight and m with kl_weight, each rank sends 16 n + 24 m bytes forward (twice that in float64),
-    and 160 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
+    and 208 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
@@ -161,7 +167,7 @@ def vocab_parallel_gated_contrastive_loss(
     world = membership(group)
 
     def claim() -> Claim:
-        found = _check_head(hidden, weight, start, bias, lora, temperature, softcap)
+        found = _check_head(hidden, weight, start, bias, lora, temperature, softcap, check)
         checks.like("base_hidden", base_hidden, "hidden", hidden)
         checks.frozen("base_hidden", base_hidden, "the base distribution is a constant")
         rows = hidden.shape[:-1]
@@ -174,7 +180,9 @@ def vocab_parallel_gated_contrastive_loss(
         found |= {"operator": 1, "k": 0}
         if check:
             live = {f"rows with {n}_weight": int((w != 0).sum()) for n, w in (("ce", ce_weight), ("kl", kl_weight))}
-            found |= targets_of(target, used) | live
+            found |= targets_of(target, used) | live | values_of("hidden", hidden[used])
+            found |= values_of("base_hidden", base_hidden[kl_weight != 0]) | values_of("target", target[used].long())
+            found |= values_of("ce_weight", ce_weight) | values_of("kl_weight", kl_weight)
         return found
 
     agree(claim, group) if check else claim()
@@ -207,6 +215,7 @@ def _check_head(
     lora: LoRA | None,
     temperature: float,
     softcap: float | None,
+    check: bool,
 ) -> Claim:
     checks.floating("hidden", hidden, 1)
     checks.head(hidden, weight, bias)
@@ -225,6 +234,8 @@ def _check_head(
     }
     if lora is not None:
         claim |= {"lora rank": lora[0].shape[0], "lora scale": lora[2]} | gradient_of("lora A", lora[0])
+        if check:
+            claim |= values_of("lora A", lora[0])
     return claim | gradient_of("hidden", hidden)
 
 

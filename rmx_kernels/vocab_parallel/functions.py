@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rmx_kernels.once import differentiable_once
 from rmx_kernels.vocab_parallel import merge
 from rmx_kernels.vocab_parallel.agreement import MAX_VOCAB
 from rmx_kernels.vocab_parallel.shard import NEG_INF, Gradients, Needs, Shard, Student
@@ -53,9 +53,9 @@ class Statistics(torch.autograd.Function):
         return whole.lse.to(m.dtype), entropy, found.to(m.dtype), values.to(m.dtype), ids
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        *tensors, target, ids, m, log_d, entropy = ctx.saved_tensors
+    @differentiable_once("vocab_parallel_entropy_topk")
+    def backward(ctx: Any, saved: Any, *upstream: Tensor | None) -> Any:
+        *tensors, target, ids, m, log_d, entropy = saved
         needs = ctx.needs_input_grad[1:6]
         g_lse, g_entropy, g_logprob, g_topk, _ = upstream
         given = g_lse, g_entropy, None if target is None else g_logprob, g_topk
@@ -88,9 +88,9 @@ class Divergence(torch.autograd.Function):
         return logprob, merge.divergence(whole, base, parts[1]).to(kl.dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor, g_kl: Tensor) -> Any:
-        *tensors, base_hidden, norms = ctx.saved_tensors
+    @differentiable_once("vocab_parallel_gated_contrastive_loss")
+    def backward(ctx: Any, saved: Any, _: Tensor, g_kl: Tensor) -> Any:
+        *tensors, base_hidden, norms = saved
         needs = ctx.needs_input_grad[1:6]
         found = ctx.shard.divergence_gradient(Student(*tensors), base_hidden, norms, g_kl.contiguous(), needs)
         return None, *_over_ranks(found, needs, ctx.shard), None, None

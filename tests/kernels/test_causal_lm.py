@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import oracles
@@ -16,8 +16,10 @@ from cases import randint, randn
 from peft import LoraConfig, get_peft_model
 from test_memory import SCRATCH, Ledger, inside
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from rmx_kernels import causal_lm, head_of, linear_gated_contrastive_loss, linear_logprob_kl, token_logprobs
+from rmx_kernels import causal_lm, head_of, in_forward, linear_gated_contrastive_loss, linear_logprob_kl, token_logprobs
 
 OPERATOR = "linear_entropy_topk"  # that makes the statistics, for conftest.py
 
@@ -27,6 +29,8 @@ LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_i
 LLAMA |= {"eos_token_id": 2, "initializer_range": 0.3}  # wide, so that distributions are far from uniform
 GPT = {"vocab_size": V, "n_embd": H, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 OPT = SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16, "init_std": 0.3, "max_position_embeddings": 64}
+LLAMA4 = {"intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2, "layer_types": ["full_attention"] * 2}
+MLLAMA = {"cross_attention_layers": [], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 
 
@@ -45,6 +49,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma2, softcap": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=3.0)),
     "cohere, scale": lambda: hf.CohereForCausalLM(hf.CohereConfig(**LLAMA, logit_scale=0.3)),
     "granite, scale": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**LLAMA, logits_scaling=3.0)),
+    "hyperclovax, scale": lambda: hf.HyperCLOVAXForCausalLM(hf.HyperCLOVAXConfig(**LLAMA, logits_scaling=3.0)),
+    "llama 4": lambda: hf.Llama4ForCausalLM(hf.Llama4TextConfig(**LLAMA, **LLAMA4)),
+    "mllama": lambda: hf.MllamaForCausalLM(hf.models.mllama.MllamaTextConfig(**LLAMA, **MLLAMA)),
     "falcon-h1, scale": lambda: hf.FalconH1ForCausalLM(hf.FalconH1Config(**LLAMA, **MAMBA, lm_head_multiplier=0.3)),
     "scale and softcap": scaled_and_capped,
     "phi, bias": lambda: hf.PhiForCausalLM(hf.PhiConfig(**LLAMA)),
@@ -466,6 +473,68 @@ def test_distributed_data_parallel() -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def alone_in_a_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_in_forward_of_distributed_data_parallel() -> None:
+    """The gradients without the wrapper, and all of them went through its reducer; the module is left as it was."""
+    model, ids = adapted(make()), tokens()
+    expected = gradients(model, [token_logprobs(model, ids).logprob])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    reduced: list[int] = []
+
+    def hook(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        reduced.append(bucket.buffer().numel())
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    logprob = in_forward(wrapped, lambda inner: token_logprobs(inner, ids).logprob)
+    weighted([logprob]).backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+    assert sum(reduced) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "forward" not in model.__dict__
+    with pytest.raises(ZeroDivisionError):
+        in_forward(wrapped, lambda _: 1 / 0)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+@pytest.mark.filterwarnings("ignore")
+def test_fully_sharded_data_parallel_is_served_in_its_forward_alone() -> None:
+    model, ids = make(), tokens()
+    expected = gradients(model, [token_logprobs(model, ids).logprob])
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    for call in (head_of, lambda m: token_logprobs(m, ids)):
+        with pytest.raises(ValueError, match=r"^model: expected a module with whole weights, got FullyShardedData"):
+            call(wrapped)
+    logprob = in_forward(wrapped, lambda inner: token_logprobs(inner, ids).logprob)
+    weighted([logprob]).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_in_forward_needs_a_module() -> None:
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got str"):
+        in_forward("gpt2", lambda inner: inner)  # type: ignore[arg-type]
+    assert in_forward(make(), lambda inner: torch.ones(2)).equal(torch.ones(2))
+
+
+def test_checkpointed_without_reentrance() -> None:
+    model, ids = adapted(make()), tokens()
+    expected = token_logprobs(model, ids, k=2)
+    got = checkpoint(lambda x: tuple(token_logprobs(model, x, k=2)), ids, use_reentrant=False)
+    torch.testing.assert_close(gradients(model, got), gradients(model, expected), rtol=0, atol=0)
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -493,11 +562,26 @@ def with_weight(weight: Tensor) -> Any:
     return model
 
 
+def twice_scaled(model: Any) -> Any:
+    model.lm_head.register_forward_hook(lambda _, args, logits: logits / 9)
+    return model
+
+
+def with_scaled_states(factor: float) -> Any:
+    model = make()
+    model.lm_head.register_forward_pre_hook(lambda _, args: (factor * args[0],))
+    return model
+
+
 UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
-    "unknown scale": (lambda: Sharpened(hf.LlamaConfig(**LLAMA)), r"got logits that differ by 1\.0%"),
-    "scale that this model multiplies by": (
-        lambda: hf.HyperCLOVAXForCausalLM(hf.HyperCLOVAXConfig(**LLAMA, logits_scaling=3.0)),
+    "unknown scale": (lambda: Sharpened(hf.LlamaConfig(**LLAMA)), r"got its logits with a difference of 0\.99%"),
+    "scale of the wrong way round": (
+        lambda: twice_scaled(hf.HyperCLOVAXForCausalLM(hf.HyperCLOVAXConfig(**LLAMA, logits_scaling=3.0))),
         "expected the logits of HyperCLOVAXForCausalLM to be its hidden states times its output head",
+    ),
+    "states that are scaled": (
+        lambda: with_scaled_states(1.01),
+        r"got the states that its head reads with a difference of 0\.99%",
     ),
     "layers between hidden states and head": (
         lambda: hf.BertLMHeadModel(hf.BertConfig(**SIZES, intermediate_size=48, is_decoder=True)),
@@ -527,6 +611,48 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
         r"expected config\.logit_scale above 0, got -1\.0",
     ),
 }
+
+
+def capped_inside(cls: Any, config: Any) -> Any:
+    """A Gemma 2 with a softcap of 3 inside a wrapper that applies none."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = hf.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=3.0)
+    torch.manual_seed(0)
+    vision = hf.CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    return cls(config(vision_config=vision, text_config=text, image_token_id=96)).eval()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0], ids=["small logits", "large logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_softcap_that_is_not_applied_is_refused(dtype: torch.dtype, size: float) -> None:
+    """In every dtype, and where the logits of the 8 tokens are too small to tell."""
+    model = capped_inside(hf.LlavaForConditionalGeneration, hf.LlavaConfig).to(dtype)
+    model.lm_head.weight.data *= size
+    with pytest.raises(ValueError, match=r"^model: expected the logits of LlavaForConditionalGeneration"):
+        head_of(model)
+
+
+@pytest.mark.parametrize("factor", [1.004, 0.996])
+def test_small_errors_are_seen_in_bfloat16(factor: float) -> None:
+    """Half a percent is less than one rounding of a bfloat16 logit."""
+    model = make(dtype=torch.bfloat16)
+    model.lm_head.register_forward_hook(lambda _, args, logits: factor * logits)
+    with pytest.raises(ValueError, match=r"its logits with a difference of 0\.40%"):
+        head_of(model)
+
+
+def test_images_that_the_decoder_would_not_see_are_refused() -> None:
+    """Llama 4 joins text and images outside of what makes the hidden states."""
+    vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4, "vision_output_dim": 16, "projector_input_dim": 16}
+    text = hf.Llama4TextConfig(**LLAMA, **LLAMA4)
+    config = hf.Llama4Config(vision_config={**vision, "projector_output_dim": 16}, text_config=text)
+    torch.manual_seed(0)
+    model, ids = hf.Llama4ForConditionalGeneration(config).eval(), tokens()
+    got = token_logprobs(model, ids)
+    torch.testing.assert_close(tuple(got[:3]), tuple(eager(model, ids, ids[:, 1:, None])[:3]), rtol=RTOL, atol=ATOL)
+    with pytest.raises(ValueError, match=r"^pixel_values: expected inputs of Llama4TextModel"):
+        token_logprobs(model, ids, pixel_values=randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

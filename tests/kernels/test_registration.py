@@ -1,5 +1,7 @@
 """The operators as torch sees them: schemas, fake kernels, autograd and torch.compile."""
 
+import importlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,8 @@ import torch
 from cases import SCALED, assert_same_bits
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import rmx_kernels
 from rmx_kernels.dispatch import OPERATORS
@@ -178,7 +182,8 @@ def test_opcheck(samples: Callable[[torch.dtype], dict[str, list[Call]]], dtype:
 
 def test_every_registered_operator_is_checked() -> None:
     checked = {name for samples in SAMPLES for name in samples(torch.float32)}
-    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::")}
+    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::"))
+    registered = {n for n in names if not n.startswith("rmx_kernels::reference_")}  # these below
     assert {f"rmx_kernels::{name}" for name in checked} == registered
 
 
@@ -206,7 +211,7 @@ def forward_backward(op: str, function: Callable[[cases.Arguments], Any], argume
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("chosen", [None, "cpu"])
+@pytest.mark.parametrize("chosen", [None, "cpu", "reference"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiled_without_a_graph_break(op: str, chosen: str | None) -> None:
     """The bits of eager, forward and backward, and one compilation for any number of rows."""
@@ -230,6 +235,110 @@ def test_compiled_with_lora(op: str) -> None:
         expected = cases.forward_backward(op, arguments, **SCALED)
         assert_same_bits(forward_backward(op, function, arguments), expected)
     assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["stats", "logprob_kl", "contrastive_loss"])
+def test_opcheck_of_the_references(name: str) -> None:
+    """Loaded with the references; they run in their place inside of compiled functions."""
+    for op in OPERATORS:
+        importlib.import_module(f"rmx_kernels.{op}.reference")
+    hidden, base_hidden, weight, bias, target = headed(torch.float32)
+    pair = cases.randn(6, 2).requires_grad_(), cases.randn(11, 2).requires_grad_()
+    x, base, ids, row = hidden.detach().flatten(0, 1), base_hidden.flatten(0, 1), target.flatten(), cases.randn(6)
+    head, norms = (weight, bias, *pair), (row, row.abs(), 0.7, 5.0, None, False)
+    calls: dict[str, tuple[Call, int]] = {
+        "stats": ((x.requires_grad_(), *head, ids, 2, 0.7, 5.0), 4),
+        "logprob_kl": ((x, base, *head, ids, 0.7, 5.0), 2),
+        "contrastive_loss": ((x, base, *head, ids, *norms), 1),
+    }
+    arguments, upstream = calls[name]
+    op = packet(f"reference_{name}")
+    torch.library.opcheck(op, arguments, test_utils=UTILS)
+    gradients = [g.detach() for g in op(*arguments)[:upstream]]
+    for needs in ([True] * 5, [True, False, False, True, False]):
+        torch.library.opcheck(
+            packet(f"reference_{name}_backward"), (*detached(*arguments), *gradients, needs), test_utils=STATIC
+        )
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_export_saves_and_loads_results(op: str) -> None:
+    """The named tuples of results are known to torch.export, which writes them by name."""
+    arguments = cases.make(op)
+    named = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in arguments.items() if name not in named}
+
+    class Module(torch.nn.Module):
+        def forward(self, given: dict[str, Tensor]) -> Any:
+            return cases.call(op, given | others, impl="cpu")
+
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Module(), (named,)), file)
+    file.seek(0)
+    got, expected = torch.export.load(file).module()(named), Module()(named)
+    assert type(got) is type(expected)
+    assert_same_bits([x for x in got if x is not None], [x for x in expected if x is not None])
+
+
+@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_non_reentrant_checkpointing(op: str, chosen: str) -> None:
+    """The bits without it; saved tensors are read once."""
+    arguments = cases.make(op) if op == "entropy_topk" or "linear" not in op else cases.with_lora(cases.make(op))
+    for frozen in (False, True):  # with a frozen head the loss makes its gradient early
+        results = []
+        for checkpointed in (False, True):
+            fresh, inputs = cases.leaves(op, arguments)
+            if frozen:
+                fresh |= {name: fresh[name].detach() for name in ("weight", "bias") if name in fresh}
+                inputs = [x for x in inputs if any(x is value for value in cases.tensors(fresh))]
+
+            def run(*tensors: Tensor, fresh: cases.Arguments = fresh) -> tuple[Tensor, ...]:
+                return tuple(cases.differentiable(cases.call(op, fresh, impl=chosen)))
+
+            outputs = checkpoint(run, *inputs, use_reentrant=False) if checkpointed else run(*inputs)
+            results.append(torch.autograd.grad(outputs, inputs, cases.cotangents(outputs)))
+        assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_second_derivative_is_refused(op: str, chosen: str) -> None:
+    """A gradient penalty: its upstream gradients are constants, and it depends on the inputs all the same."""
+    for frozen in (False, True):
+        fresh, inputs = cases.leaves(op, cases.make(op))
+        if frozen:
+            fresh |= {name: fresh[name].detach() for name in ("weight", "bias") if name in fresh}
+            inputs = inputs[:1]
+        outputs = cases.differentiable(cases.call(op, fresh, impl=chosen))
+        gradients = torch.autograd.grad(outputs, inputs, cases.cotangents(outputs), create_graph=True)
+        assert all(g.requires_grad for g in gradients)
+        penalty = sum((g.square().sum() for g in gradients), inputs[0].sum())
+        with pytest.raises(RuntimeError, match="trying to differentiate twice a function that is once_differentiable"):
+            torch.autograd.grad(penalty, inputs)
+
+
+@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_forward_mode_is_refused(op: str, chosen: str) -> None:
+    """By way of dual numbers and of torch.func, for each tensor that may carry a tangent."""
+    arguments = cases.make(op)
+    for name in cases.DIFFERENTIABLE[op]:
+        x = arguments[name]
+
+        def function(value: Tensor, name: str = name) -> Tensor:
+            return cases.call(op, arguments | {name: value}, impl=chosen)[0].sum()
+
+        with pytest.raises(NotImplementedError, match=f"^{name}: expected a tensor without a tangent"):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match=f"^{name}: expected a tensor without a tangent"):
+                function(forward_ad.make_dual(x, torch.ones_like(x)))
+            assert function(x).isfinite()  # no tangent, no error
+    if op.startswith("linear"):
+        A, B, scale = cases.with_lora(arguments)["lora"]
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"^lora: B: expected a tensor without"):
+            cases.call(op, arguments | {"lora": (A, forward_ad.make_dual(B, B), scale)}, impl=chosen)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -258,6 +258,23 @@ def other_operator(rank: int, world: int) -> None:
     (loss_with if rank == 1 else stats_with)(rank, world, {})
 
 
+def one_bit(rank: int, world: int) -> None:
+    hidden = own_case(rank, world)["hidden"].clone()
+    hidden[1, 3, 2] = torch.nextafter(hidden[1, 3, 2], torch.tensor(9.0))
+    stats_with(rank, world, {"hidden": hidden})
+
+
+def permuted(rank: int, world: int, call: Callable[..., None], name: str) -> None:
+    own = own_case(rank, world, LOSS) if call is loss_with else own_case(rank, world)
+    call(rank, world, {name: own[name].flip(1)})
+
+
+def other_lora(rank: int, world: int) -> None:
+    own = own_case(rank, world)
+    B = randn(own["weight"].shape[0], 3)
+    stats_with(rank, world, {"lora": (randn(3, 7, seed=2), B, 1.0)}, lora=(randn(3, 7), B, 1.0))
+
+
 def not_a_member(rank: int, world: int) -> None:
     groups = [dist.new_group([r]) for r in range(world)]
     vocab_parallel_entropy_topk(**own_case(rank, world), group=groups[(rank + 1) % world])
@@ -322,6 +339,35 @@ ERRORS: dict[str, tuple[Callable[[int, int], None], str, str]] = {
         "rows with ce_weight: ",
         "10 on rank 0, 12 on rank 1",
     ),
+    "hidden": (
+        partial(stats_with, on_rank_1={"hidden": randn(2, 6, 7, seed=1)}),
+        "values of hidden, by a checksum: expected the same",
+        "values of hidden",
+    ),
+    "one bit of hidden": (one_bit, "values of hidden, by a checksum: expected the same", "values of hidden"),
+    "permuted rows": (
+        partial(permuted, call=stats_with, name="hidden"),
+        "values of hidden, by a checksum: expected the same",
+        "values of hidden",
+    ),
+    "permuted targets": (
+        partial(permuted, call=stats_with, name="target"),
+        "values of target, by a checksum: expected the same",
+        "values of target",
+    ),
+    "permuted targets of the loss": (
+        partial(permuted, call=loss_with, name="target"),
+        "values of target, by a checksum: expected the same",
+        "values of target",
+    ),
+    "permuted base": (partial(permuted, call=loss_with, name="base_hidden"), "values of base_hidden", "base_hidden"),
+    "permuted ce_weight": (partial(permuted, call=loss_with, name="ce_weight"), "values of (hidden|ce_weight)", ""),
+    "permuted kl_weight": (
+        partial(permuted, call=loss_with, name="kl_weight"),
+        "values of (.*hidden|kl_weight)",
+        "same",
+    ),
+    "lora A": (other_lora, "values of lora A, by a checksum: expected the same", "values of lora A"),
     "impl": (partial(loss_with, on_rank_1={"impl": "cuda"}), "impl: expected None or one of", OWN.format("impl")),
     "operator": (other_operator, "operator: expected the same", "0 on rank 0, 1 on rank 1"),
     "member": (not_a_member, "group: expected a group that this process is a member of", "group: expected"),

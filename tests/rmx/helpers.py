@@ -11,4 +11,5 @@ def full_logits(lm: CausalLM, ids: Tensor, mask: Tensor | None = None) -> Tensor
     logits = lm.hidden(ids, mask, use_cache=False) @ lm.weight.T
     if lm.bias is not None:
         logits = logits + lm.bias
+    logits = logits * lm.scale
     return logits if lm.softcap is None else lm.softcap * torch.tanh(logits / lm.softcap)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from rmx import engines, model, sampling
 from rmx.config import ModelConfig, PromptConfig, RolloutsConfig
@@ -28,7 +29,7 @@ def naive_nucleus(logits: Tensor, uniform: float, params: SamplingParams) -> int
     if params.top_k is not None:
         p[params.top_k :] = 0
     before = (logits.double() / params.temperature).softmax(-1).sort(descending=True).values.cumsum(-1) - p
-    p[before >= params.top_p] = 0
+    p[before >= params.top_p * (1.0 if params.top_k is None else p.sum())] = 0
     kept = p.cumsum(-1)
     return int(ids[min(int((kept <= uniform * kept[-1]).sum()), int((p > 0).sum()) - 1)])
 
@@ -205,3 +206,17 @@ def test_wide_nuclei_are_looked_up_again_not_cut(monkeypatch: pytest.MonkeyPatch
     drawn, logprob = sample_tokens(lm, torch.ones(1, 4), uniform, SamplingParams())
     assert drawn.tolist() == [299]
     assert float(logprob) == pytest.approx(-math.log(300))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 0.7), (5, 0.95), (1500, 0.5), (64, 0.3)])
+def test_the_nucleus_is_of_the_top_k_as_in_transformers(top_k: int, top_p: float) -> None:
+    """A flat distribution, of which top_k hold little: cut from the whole, the nucleus would be all of them."""
+    generator = torch.Generator().manual_seed(0)
+    head, hidden = torch.randn(2000, 8, generator=generator) * 0.1, torch.randn(1, 8, generator=generator)
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    kept = TopPLogitsWarper(top_p)(ids, TopKLogitsWarper(top_k)(ids, hidden @ head.T)).softmax(-1)[0].double()
+    uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    drawn, _ = sample_tokens(lm, hidden.expand(4000, -1), uniforms, SamplingParams(1.0, top_p, top_k))
+    assert set(drawn.tolist()) <= set(kept.nonzero()[:, 0].tolist())
+    torch.testing.assert_close(drawn.bincount(minlength=2000).double() / 4000, kept, atol=5e-4, rtol=0)
