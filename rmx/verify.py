@@ -111,7 +111,7 @@ class _Worker:
     def spawn(self) -> None:
         # A server that has imported the parsers once forks every worker, in milliseconds, also one to replace another.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rmx.verify", *self.modules])
+        context.set_forkserver_preload(["rmx.verify_server", *self.modules])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.judge, self.modules, os.getpid()), daemon=True)
         self.process.start()
@@ -178,17 +178,33 @@ def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules
             pipe.send(("crash", None, f"{type(fault).__name__}: {fault}"))
 
 
-def _die_with(parent: int) -> None:
-    """End this process when its parent ends, also by SIGKILL, in the middle of a computation too."""
+def die_with_parent() -> None:
+    """On Linux, end this process when the thread that started it ends, in the middle of a computation too."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    def watch() -> None:  # for other systems, and where the parent ended before the line above
-        while os.getppid() == parent:
+
+def _die_with(run: int) -> None:
+    """End this worker when the process that runs the verifier ends; on Linux their server ends then, and it with it."""
+    die_with_parent()
+    server = os.getppid()
+
+    def watch() -> None:  # for other systems, and where one of them ended before the line above
+        while os.getppid() == server and _runs(run):
             time.sleep(1.0)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _limit_memory() -> None:
