@@ -82,7 +82,7 @@ def test_several_ggufs_must_be_told_apart(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(ModelError, match=r"several GGUF files \(a.gguf, b.gguf\); set model.gguf_file"):
         model.load(config(tmp_path))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="expected a GGUF file, it does not begin as one"):
         model.load(config(tmp_path, gguf_file="a.gguf"))  # empty
 
 

@@ -223,7 +223,7 @@ def quick(folder: Path, text: str, *arguments: str) -> subprocess.CompletedProce
 def test_an_error_of_the_configuration_comes_before_heavy_imports(tmp_path: Path, command: list[str]) -> None:
     done = quick(tmp_path, GOOD.format(folder=tmp_path, model="m") + "trian: {epochs: 2}\n", *command)
     assert (done.returncode, done.stdout) == (1, "loaded:\n")
-    assert done.stderr == f"rmx: error: {tmp_path / 'run.yaml'}: trian: unknown key\n"
+    assert done.stderr == f"rmx: error: {tmp_path / 'run.yaml'}: trian: unknown key; did you mean 'train'?\n"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] in ("run", "merge", "compare")], ids=lambda c: c[0])
