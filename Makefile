@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 # The Triton kernels have a run of their own: a process interprets them, on CPU tensors, or does not.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels tests/rmx/test_fused.py -k "triton or opcheck or (graph_break and None)" -m "not heavy"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k "triton or opcheck or (graph_break and None)" -m "not heavy"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
