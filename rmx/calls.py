@@ -138,7 +138,8 @@ class _Call:
         self.timer = threading.Timer(seconds, self._end)
         self.timer.daemon = True
         # Proxies are those of the environment; a redirect is an error.
-        self.opener = urllib.request.build_opener(_NoRedirects, _http(self), _https(self))
+        schemes = (urllib.request.HTTPHandler, urllib.request.HTTPSHandler)
+        self.opener = urllib.request.build_opener(_NoRedirects, *(_handler(self, scheme) for scheme in schemes))
 
     def __enter__(self) -> "_Call":
         self.timer.start()
@@ -188,16 +189,10 @@ def _tracked(call: _Call, http_class: type[http.client.HTTPConnection]) -> type[
     return Tracked
 
 
-def _http(call: _Call) -> urllib.request.HTTPHandler:
-    class Handler(urllib.request.HTTPHandler):
-        def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
-            return super().do_open(_tracked(call, http_class), req, **more)
+def _handler(call: _Call, scheme: type[urllib.request.AbstractHTTPHandler]) -> urllib.request.AbstractHTTPHandler:
+    """That of http or https, whose connections the call knows."""
 
-    return Handler()
-
-
-def _https(call: _Call) -> urllib.request.HTTPSHandler:
-    class Handler(urllib.request.HTTPSHandler):
+    class Handler(scheme):  # type: ignore[valid-type, misc]
         def do_open(self, http_class: Any, req: Any, **more: Any) -> Any:
             return super().do_open(_tracked(call, http_class), req, **more)
 

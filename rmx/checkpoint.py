@@ -17,7 +17,7 @@ import torch
 
 from rmx.artefacts import replacing
 from rmx.errors import Interrupted
-from rmx.lora import Masters
+from rmx.lora_layers import Masters
 
 PARTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 FIELDS = ("step", "token_budget", "shifts", "stopped")  # of State

@@ -355,9 +355,9 @@ def cache_command(
     clear: Annotated[bool, typer.Option("--clear", help="delete all of it")] = False,
 ) -> None:
     """Models that were converted from GGUF files once and are kept, or with --clear their removal."""
-    from rmx import converted
+    from rmx import converted, digests
 
-    cache = converted.place()
+    cache = digests.place()
     if cache is None:
         print("off: RMX_CACHE=off")
         return

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rmx.artefacts import lock_file, remove, replacing, write_json
+from rmx.digests import file_sha256, place, sha256
 from rmx.progress import console
 
 FORM = 1  # of the entries: another one where their content changes
@@ -33,15 +33,6 @@ BESIDE = (
 )  # files beside a GGUF from which transformers takes parts of the tokenizer
 INDEX = "rmx.json"  # of an entry: its files, their sizes and SHA-256; written last
 FOLDER = "models"
-
-
-def place() -> Path | None:
-    """The directory of the cache; None where RMX_CACHE=off."""
-    given = os.environ.get("RMX_CACHE")
-    if given == "off":
-        return None
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or f"{base}/rmx").expanduser()
 
 
 @dataclass(frozen=True)
@@ -57,12 +48,13 @@ class Entry:
     def key(self) -> str:
         """Of the content of the GGUF file and of the files beside it, the dtype, and what converts them."""
         beside = sorted(p for p in self.folder.iterdir() if p.suffix in BESIDE and p.is_file())
+        gguf, *digests = sha256([self.gguf, *beside])
         parts = {
             "form": FORM,
             "dtype": self.dtype,
             "made by": {name: importlib.metadata.version(name) for name in MADE_BY},
-            "gguf": _sha256(self.gguf),
-            "beside": {p.name: _sha256(p) for p in beside},
+            "gguf": gguf,
+            "beside": {p.name: digest for p, digest in zip(beside, digests, strict=True)},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -75,7 +67,7 @@ class Entry:
         try:
             files = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["files"]
             return bool(files) and all(
-                (self.path / name).stat().st_size == size and _sha256(self.path / name) == content
+                (self.path / name).stat().st_size == size and file_sha256(self.path / name) == content
                 for name, (size, content) in files.items()
                 if weights or not name.endswith(".safetensors")
             )
@@ -95,7 +87,7 @@ class Entry:
         with replacing(self.path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            files = {p.name: (p.stat().st_size, _sha256(p)) for p in sorted(aside.iterdir())}
+            files = {p.name: (p.stat().st_size, file_sha256(p)) for p in sorted(aside.iterdir())}
             write_json(aside / INDEX, {"source": str(self.gguf), "dtype": self.dtype, "files": files})
         size = _size(sum(size for size, _ in files.values()))
         say(f"{self.gguf.name} was converted once and is kept in {self.path} ({size}; RMX_CACHE sets the place)")
@@ -163,8 +155,3 @@ def say_not_kept(entry: Entry, fault: OSError | SafetensorError) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,16 +2,31 @@
 
 import hashlib
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rmx.artefacts import write_json
-from rmx.converted import place
 
 KEPT = "digests.json"
 SETTLED_S = 2.0  # a file that is younger may change again within the resolution of its times
+
+
+def place() -> Path | None:
+    """The directory of the cache; None where RMX_CACHE=off."""
+    given = os.environ.get("RMX_CACHE")
+    if given == "off":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(given or f"{base}/rmx").expanduser()
+
+
+def file_sha256(path: Path) -> str:
+    """Of its content, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256(paths: list[Path]) -> list[str]:
@@ -30,9 +45,7 @@ def sha256(paths: list[Path]) -> list[str]:
         name, stat = str(path.resolve()), path.stat()
         state = [stat.st_size, stat.st_ino, stat.st_dev, stat.st_mtime_ns, stat.st_ctime_ns]
         if kept.get(name, [None])[:-1] != state:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            kept[name] = [*state, digest]
+            kept[name] = [*state, file_sha256(path)]
             if time.time() - max(stat.st_mtime_ns, stat.st_ctime_ns) / 1e9 > SETTLED_S:
                 fresh[name] = kept[name]
         found.append(kept[name][-1])

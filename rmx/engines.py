@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from rmx.config import Sampling
 from rmx.decode_attention import decoding
 from rmx.errors import RmxError
-from rmx.model import CausalLM, ModelError, pad, text_decoder
+from rmx.model import CausalLM, ModelError, embedded_leaves, pad, text_decoder
 from rmx.prompts import Renderer
 from rmx.records import Problem
 from rmx.sampling import SamplingParams, sample_tokens
@@ -105,16 +105,8 @@ def check_decoding(lm: CausalLM, padded: bool) -> None:
     prompts = [[(5 * i + 3 * j + 1) % V for j in range(n)] for i, n in enumerate((3 if padded else 6, 6))]
     steps = [[(7 * i + 2 * j + 3) % V for j in range(2)] for i in range(2)]
     try:
-        embedded: list[Tensor] = []
-
-        def keep(_: Any, args: tuple[Any, ...], states: Tensor) -> Tensor:
-            embedded.append(states.detach().requires_grad_())
-            return embedded[-1].clone()  # which some models change in place
-
-        handle = lm.model.get_input_embeddings().register_forward_hook(keep)
-        with torch.enable_grad():
+        with torch.enable_grad(), embedded_leaves(lm.model) as embedded:
             decoder = Decoder(lm, prompts, 2)
-            handle.remove()
             (reached,) = torch.autograd.grad(decoder.hidden[0].float().sum(), embedded[:1], retain_graph=True)
         if padded and bool(reached[0, :3].nan_to_num().any()):  # NaN: 0 times infinity, by roots of 0
             raise EngineError(f"{name}: padding on the left reaches the states of the tokens; {hint}")
@@ -129,8 +121,6 @@ def check_decoding(lm: CausalLM, padded: bool) -> None:
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
         said = f"{name}: engine loop cannot keep its states from token to token ({fault!r})"
         raise EngineError(f"{said}; {hint}") from fault
-    finally:
-        handle.remove()
     limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((decoder.hidden.float() - alone).norm() / alone.norm())
     if not error < limit:

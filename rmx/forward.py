@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.config import TrainConfig
-from rmx.model import CausalLM, batches, pad, text_decoder
+from rmx.model import CausalLM, batches, embedded_leaves, pad, text_decoder
 from rmx.packing import PackingError, pack, packed, packing_of, sent
 
 
@@ -140,20 +140,10 @@ def _probe(lm: CausalLM, lengths: Sequence[int]) -> list[list[int]]:
 
 def _reaches_others(lm: CausalLM, sequences: Sequence[Sequence[int]], chosen: int) -> bool:
     """Whether the states of the sequence ``chosen`` have a gradient with respect to the tokens of another."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
-        seen.append(embedded.detach().requires_grad_())
-        return seen[-1].clone()  # which some models change in place
-
-    handle = lm.model.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            states = _run(lm, sequences).split([len(ids) for ids in sequences])[chosen]
-            weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
-            (gradient,) = torch.autograd.grad((100 * weights * states).sum(), seen[:1])
-    finally:
-        handle.remove()
+    with torch.enable_grad(), embedded_leaves(lm.model) as embedded:
+        states = _run(lm, sequences).split([len(ids) for ids in sequences])[chosen]
+        weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+        (gradient,) = torch.autograd.grad((100 * weights * states).sum(), embedded[:1])
     gradient = gradient.nan_to_num()  # 0 times infinity, by roots of 0: then the bits below decide
     rows = gradient[0] if lm.packing else _unpad(gradient, sequences)
     parts = rows.split([len(ids) for ids in sequences])

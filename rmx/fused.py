@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from rmx_kernels.registration import INTERPRETED
 from rmx_kernels.vec_triton import launch, power_of_2, tanh
 
 Form = Callable[[Tensor], Tensor]
@@ -305,10 +304,6 @@ def _rotates_alike(plain: Callable[..., Any], dtype: torch.dtype, device: torch.
     return _close(tried, _tried(lambda x: Rotation.apply(x, *tables), x), exact)
 
 
-def available(device: torch.device) -> bool:
-    return device.type == "cuda" or INTERPRETED
-
-
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[dict[str, int]]:
     """Inside, the model's modules run fused where that gives the same; yields how many of each kind do."""
@@ -317,9 +312,8 @@ def fused(model: PreTrainedModel) -> Iterator[dict[str, int]]:
     rotations: dict[str, Any] = {}
     first = next(model.parameters())
     chosen: dict[Any, int | None] = {}
-    modules = list(model.modules()) if available(first.device) else []
     try:
-        for module in modules:
+        for module in list(model.modules()):
             for kind, forms in KINDS.items():
                 options = forms(module)
                 if not options or "forward" in vars(module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmx import forward
 from rmx.config import TrainConfig
-from rmx.lora import Adapter
+from rmx.lora_layers import Adapter
 from rmx.model import CausalLM
 from rmx.packing import sent
 from rmx.records import BaseStates, TrainingSequence

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -279,6 +279,22 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     found: Any = settings.eos_token_id if settings is not None else None
     given = [found] if isinstance(found, int) else list(found or [])
     return frozenset(given + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))
+
+
+@contextmanager
+def embedded_leaves(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside, the embedded tokens of each pass are leaves that want a gradient; they are kept in the list."""
+    leaves: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[-1].clone()  # which some models change in place
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
 
 
 def text_decoder(model: PreTrainedModel) -> Any:

@@ -24,7 +24,7 @@ from rmx.checkpoint import Checkpoint, State
 from rmx.config import TrainConfig
 from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
-from rmx.lora import Adapter, Masters
+from rmx.lora_layers import Adapter, Masters
 from rmx.loss import BaseSource, BatchRows, Prepared, prepare, prepared_loss
 from rmx.model import CausalLM
 from rmx.progress import console

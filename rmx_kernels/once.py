@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmx_kernels.registration import refuse
+
 Gradients = Sequence[Tensor | None]
 
 
@@ -24,8 +26,7 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        name = f"rmx_kernels, {ctx.name}"
-        raise RuntimeError(f"{name}: trying to differentiate twice a function that is once_differentiable")
+        refuse(f"rmx_kernels, {ctx.name}")()
 
 
 def differentiable_once(name: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rmx import lora, model
 from rmx.config import ModelConfig, ScoreConfig
 from rmx.errors import RmxError
-from rmx.lora import Adapter
+from rmx.lora_layers import Adapter
 from rmx.model import CausalLM, ModelError
 from rmx.progress import progress
 from rmx.records import Rollout, Scores

@@ -20,13 +20,6 @@ from rmx_kernels.results import ContrastiveLoss
 from rmx_kernels.tiles import GradientSink, VocabTiles, flat
 
 
-def split_rows(ce_weight: Tensor, kl_weight: Tensor) -> list[tuple[Tensor, bool]]:
-    """(rows, anchored?) of the rows with an anchor and of those with a decision alone; empty groups left out."""
-    anchored = kl_weight != 0
-    groups = [(anchored.nonzero().squeeze(1), True), ((~anchored & (ce_weight != 0)).nonzero().squeeze(1), False)]
-    return [(index, with_base) for index, with_base in groups if index.numel() > 0]
-
-
 def live_rows(ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
     """(positions of the rows with a weight, those with an anchor first; how many have one). Waits for a GPU once."""
     anchored = kl_weight != 0
@@ -34,6 +27,12 @@ def live_rows(ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, int]:
     order = torch.argsort(2 - live.int() - anchored.int(), stable=True)
     rows, with_base = torch.stack([live.sum(), anchored.sum()]).tolist()
     return order[:rows], with_base
+
+
+def split_rows(ce_weight: Tensor, kl_weight: Tensor) -> list[tuple[Tensor, bool]]:
+    """(rows, anchored?) of the rows with an anchor and of those with a decision alone; empty groups left out."""
+    index, with_base = live_rows(ce_weight, kl_weight)
+    return [(rows, anchored) for rows, anchored in ((index[:with_base], True), (index[with_base:], False)) if len(rows)]
 
 
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rmx import lora, model
+from rmx import lora, lora_layers, model
 from rmx.config import LoraConfig, ModelConfig
 from rmx.lora import AdapterError
 
@@ -358,7 +358,7 @@ def test_masters_are_the_same_weights_and_gradients_in_one_tensor(tiny: model.Ca
     first = loss()
     first.backward()
     expected = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
-    masters = lora.Masters(adapter)
+    masters = lora_layers.Masters(adapter)
     assert torch.equal(loss(), first)
     with masters.lent(torch.float32):
         for _ in range(2):  # passes of one step add up

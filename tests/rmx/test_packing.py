@@ -35,7 +35,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from rmx import forward, lora, packing
+from rmx import forward, lora, lora_layers, packing
 from rmx.config import LoraConfig, TrainConfig
 from rmx.model import CausalLM
 from rmx.packing import Packing, PackingError, pack
@@ -99,7 +99,7 @@ def test_a_layer_is_compiled_once_for_all_layers_and_lengths(family: str, monkey
     lm = wrapped(config)
     lm.model.requires_grad_(False)
     adapter = lora.attach(lm.model, LoraConfig(r=2, alpha=4), seed=0)
-    masters = lora.Masters(adapter)
+    masters = lora_layers.Masters(adapter)
     with torch.no_grad():
         masters.flat.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     products = []
