@@ -27,7 +27,8 @@ import triton
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import configs
+from rmx_kernels.head import configs
+from rmx_kernels.logits import Logits
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 12
@@ -106,25 +107,26 @@ def logits_rows(table: Table) -> None:
     ops = torch.ops.rmx_kernels
     target = torch.randint(V, (N,), device="cuda")
     row, one = torch.ones(N, device="cuda"), torch.ones((), device="cuda")
+    needs = [True, False, False, False, False]
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         logits = torch.empty(N, V, dtype=dtype, device="cuda").normal_(std=4.0)
         for k in (0, 8, 64) if dtype == torch.bfloat16 else (0, 8):
             run = partial(rmx_kernels.entropy_topk, logits, target, k=k, impl="triton")
             table.add(f"entropy_topk k={k} {N}x{V} {name}", "rmx", run, logits.nbytes)
-        stats = ops.entropy_topk(logits, target, 8, 1.0, None)
-        saved = (stats[4], stats[5], stats[6], stats[1])
-        run = partial(ops.entropy_topk_backward, logits, target, *saved, None, row, row, None, 1.0, None)
+        stats = ops.vocab_stats(*Logits(logits), target, 8, "triton")
+        upstream = (stats[4], stats[5], stats[6], stats[1], None, row, row, None)
+        run = partial(ops.vocab_stats_backward, *Logits(logits), target, *upstream, needs, "triton")
         table.add(f"entropy_topk backward {N}x{V} {name}", "rmx", run, 2 * logits.nbytes)
         del logits, run
     logits = torch.empty(N, V, dtype=torch.bfloat16, device="cuda").normal_(std=4.0)
     base = logits + 0.1 * torch.randn_like(logits)
     gate = torch.rand(N, device="cuda") < 0.03
     for label, ce, kl in (("3 % gated", gate.float(), (~gate).float()), ("all anchored", row, row)):
-        inputs = (logits, base, target, ce, kl)
-        run = partial(ops.gated_contrastive_loss, *inputs, 1.0, None)
+        inputs = (*Logits(logits), base, target, ce, kl)
+        run = partial(ops.contrastive_loss, *inputs, None, False, "triton")
         table.add(f"gated_contrastive_loss forward, {label} {N}x{V}", "rmx", run, 2 * logits.nbytes)
-        run = partial(ops.gated_contrastive_loss_backward, *inputs, run()[3], one, 1.0, None)
+        run = partial(ops.contrastive_loss_backward, *inputs, run()[3], one, needs, "triton")
         table.add(f"gated_contrastive_loss backward, {label} {N}x{V}", "rmx", run, 3 * logits.nbytes)
 
 

@@ -2,7 +2,7 @@
 
 Each candidate of a kernel is timed on its operator at the shape of Qwen2.5-1.5B, after its results passed the bench's
 check against float64, and its time is set against the bytes that it must move. What wins is a line for
-rmx_kernels/configs.py, printed; with --write it also goes to bench/results/<device>-<date>-tuning.json. Nothing is
+rmx_kernels/head/configs.py, printed; with --write it also goes to bench/results/<device>-<date>-tuning.json. Nothing is
 tuned when the library starts.
 """
 
@@ -22,7 +22,8 @@ import triton
 from report import device_name
 
 import rmx_kernels
-from rmx_kernels import configs
+from rmx_kernels.head import configs
+from rmx_kernels.logits import Logits
 
 N, V, H = 8192, 151936, 1536
 SPANS, WARPS, STAGES = (0, 8192, 40960, 81920, 163840), (2, 4, 8), (1, 3)
@@ -41,20 +42,21 @@ def works(dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], Any]]]:
     gate = torch.rand(N, device="cuda") < 0.03
     ce, kl = gate.float(), (~gate).float()
     ops = torch.ops.rmx_kernels
-    stats = ops.entropy_topk(logits, target, 8, 1.0, None)
+    z, needs = Logits(logits), [True, False, False, False, False]
+    stats = ops.vocab_stats(*z, target, 8, "triton")
     saved = (stats[4], stats[5], stats[6], stats[1])
-    norms = ops.gated_contrastive_loss(logits, base, target, ce, kl, 1.0, None)[3]
+    norms = ops.contrastive_loss(*z, base, target, ce, kl, None, False, "triton")[3]
     one, row = logits.nbytes, torch.ones(N, device="cuda")
     return {
-        "statistics": (one, lambda: ops.entropy_topk(logits, target, 8, 1.0, None)),
+        "statistics": (one, lambda: ops.vocab_stats(*z, target, 8, "triton")),
         "statistics_gradient": (
             2 * one,
-            lambda: ops.entropy_topk_backward(logits, target, *saved, None, row, row, None, 1.0, None),
+            lambda: ops.vocab_stats_backward(*z, target, *saved, None, row, row, None, needs, "triton"),
         ),
-        "loss": (2 * one, lambda: ops.gated_contrastive_loss(logits, base, target, ce, kl, 1.0, None)),
+        "loss": (2 * one, lambda: ops.contrastive_loss(*z, base, target, ce, kl, None, False, "triton")),
         "loss_gradient": (
             3 * one,
-            lambda: ops.gated_contrastive_loss_backward(logits, base, target, ce, kl, norms, row[0], 1.0, None),
+            lambda: ops.contrastive_loss_backward(*z, base, target, ce, kl, norms, row[0], needs, "triton"),
         ),
     }
 

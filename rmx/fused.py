@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from rmx_kernels.vec_triton import launch, power_of_2, tanh
+from rmx_kernels.head.kernels import tanh
+from rmx_kernels.head.launch import launch, power_of_2
 
 Form = Callable[[Tensor], Tensor]
 WIDTH = 16  # of trials

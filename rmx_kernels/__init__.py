@@ -5,14 +5,11 @@ Every operator takes ``impl=None`` (best available), ``"reference"``, ``"cpu"`` 
 """
 
 from rmx_kernels.causal_lm import CausalLMHead, head_of, token_logprobs
-from rmx_kernels.configs import set_logits_dtype, set_scratch_bytes
 from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
-from rmx_kernels.entropy_topk.api import entropy_topk
-from rmx_kernels.gated_contrastive_loss.api import gated_contrastive_loss
-from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
-from rmx_kernels.linear_gated_contrastive_loss.api import linear_gated_contrastive_loss
-from rmx_kernels.linear_logprob_kl.api import linear_logprob_kl
+from rmx_kernels.head.configs import set_logits_dtype, set_scratch_bytes
+from rmx_kernels.losses.api import gated_contrastive_loss, linear_gated_contrastive_loss, linear_logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL, VocabStats
+from rmx_kernels.statistics.api import entropy_topk, linear_entropy_topk
 from rmx_kernels.version import __version__
 from rmx_kernels.wrappers import in_forward
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rmx_kernels import checks
 from rmx_kernels.head_check import check_logits
-from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
-from rmx_kernels.lora import LoRA
+from rmx_kernels.logits import LoRA
 from rmx_kernels.results import VocabStats
+from rmx_kernels.statistics.api import linear_entropy_topk
 from rmx_kernels.wrappers import inside
 
 # The names under which the configurations of transformers describe what happens to logits.

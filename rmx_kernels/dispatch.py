@@ -1,16 +1,17 @@
-"""Which implementation of an operator runs where, and the loading of it. No silent fallback."""
+"""Which implementation of an operator runs where. No silent fallback."""
 
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from rmx_kernels import native
-from rmx_kernels.registration import INTERPRETED
 
 OPERATORS = (
     "entropy_topk",
@@ -20,7 +21,8 @@ OPERATORS = (
     "linear_logprob_kl",
 )
 IMPLS = ("triton", "cpu", "reference")  # the order in which impl=None tries them
-_PACKAGES = {op: importlib.import_module(f"rmx_kernels.{op}") for op in OPERATORS}  # without what is in them
+# Triton's interpreter runs its kernels on CPU tensors; it is on or off for a whole process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,30 +45,22 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-@functools.cache
-def _shipped(impl: str) -> tuple[str, ...]:
-    return tuple(op for op in OPERATORS if importlib.util.find_spec(f"rmx_kernels.{op}.{impl}") is not None)
-
-
 def _describe(impl: str) -> Backend:
-    operators = _shipped(impl)
     devices = {
         "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
         "cpu": ("cpu",),
         "reference": ("cpu", "cuda", "mps", "xpu"),
     }[impl]
     reason = ""
-    if not operators:
-        reason = f"this version of rmx_kernels ships no {impl} implementation"
-    elif impl == "cpu" and INTERPRETED:
-        reason = "TRITON_INTERPRET is set: the interpreted Triton kernels have its place"
+    if impl == "cpu" and INTERPRETED:
+        reason = "TRITON_INTERPRET is set: interpreted Triton kernels replace the CPU kernels"
     elif impl == "cpu" and native.missing():
         reason = native.missing()
     elif impl == "triton" and not _installed("triton"):
         reason = "the triton package is not installed"
     elif impl == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         reason = "torch sees no CUDA or ROCm device"
-    return Backend(impl, reason == "", devices, operators, reason)
+    return Backend(impl, reason == "", devices, OPERATORS, reason)
 
 
 def backends() -> dict[str, Backend]:
@@ -78,42 +72,27 @@ def backends() -> dict[str, Backend]:
     return {impl: _describe(impl) for impl in IMPLS}
 
 
-def load(op: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
-    """Return the module whose ``run`` computes ``op`` for tensors of ``dtype`` on ``device``.
+def chosen(op: str, impl: str | None, x: Tensor) -> str:
+    """:func:`choose` for the device and dtype of x, once in a process for each; a constant of compiled functions."""
+    if torch.compiler.is_compiling():
+        from rmx_kernels.traced import choose as constant  # takes seconds, unless torch.compile is at work already
 
-    The choice is made once in a process for each operator, implementation, device type and dtype.
+        return constant(op, impl, x.device.type, x.dtype)
+    return remembered(op, impl, x.device.type, x.dtype)
+
+
+def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    """Return the name of the implementation that computes ``op`` for tensors of ``dtype`` on a type of device.
 
     Raises:
         ValueError: ``impl`` is not None or one of :data:`IMPLS`.
         BackendUnavailable: the implementation that was named cannot run here; the message says why.
     """
-    if torch.compiler.is_compiling():
-        from rmx_kernels.traced import imported  # takes seconds, unless torch.compile is at work already
-
-        name = imported(op, impl, device.type, dtype)
-    else:
-        name = _imported(op, impl, device.type, dtype)
-    module: ModuleType = getattr(_PACKAGES[op], name)
-    return module
-
-
-@functools.cache
-def _imported(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation, whose module is then an attribute of the operator's package."""
-    name = choose(op, impl, device, dtype)
-    importlib.import_module(f"rmx_kernels.{op}.{name}")
-    return name
-
-
-def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation; raises as :func:`load` does."""
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
     for name in IMPLS if impl is None else (impl,):
         backend = _describe(name)
         reason = backend.reason
-        if not reason and op not in backend.operators:
-            reason = f"this version of rmx_kernels ships no {name} implementation of {op}"
         if not reason and name != "reference" and device not in backend.devices:
             reason = f"the tensors are on {device!r}, it runs on {', '.join(backend.devices)}"
         if not reason and name == "triton" and dtype == torch.float64:
@@ -128,9 +107,20 @@ def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
+def remembered(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    return choose(op, impl, device, dtype)
+
+
+@functools.cache
 def _warn_of_fallback(name: str, reason: str) -> None:
     warnings.warn(
         f"rmx_kernels: {reason}. Running on impl='reference', exact and several times slower",
         RuntimeWarning,
         stacklevel=6,
     )
+
+
+@functools.cache
+def kernels(family: str, impl: str) -> ModuleType:
+    """The module of a family, "statistics" or "losses", that holds an implementation's functions."""
+    return importlib.import_module(f"rmx_kernels.{family}.{impl}")

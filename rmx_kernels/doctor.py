@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from rmx_kernels import dispatch, native, precision
-from rmx_kernels.dispatch import IMPLS, OPERATORS, BackendUnavailable
+from rmx_kernels.dispatch import IMPLS, INTERPRETED, OPERATORS, BackendUnavailable
 from rmx_kernels.precision import Precision
-from rmx_kernels.registration import INTERPRETED
 from rmx_kernels.version import __version__
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "safetensors", "flash-attn")

@@ -5,8 +5,8 @@ import torch
 from rmx_kernels import dispatch
 
 
-def _imported(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
-    return dispatch._imported(op, impl, device, dtype)
+def _choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
+    return dispatch.remembered(op, impl, device, dtype)
 
 
-imported = torch.compiler.assume_constant_result(_imported)
+choose = torch.compiler.assume_constant_result(_choose)

@@ -7,11 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch
-from rmx_kernels.linear_entropy_topk.api import linear_entropy_topk
-from rmx_kernels.linear_gated_contrastive_loss.api import linear_gated_contrastive_loss
-from rmx_kernels.lora import LoRA, split
+from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.losses.api import linear_gated_contrastive_loss
 from rmx_kernels.results import ContrastiveLoss, VocabStats, named
-from rmx_kernels.tiles import compute_dtype, flat
+from rmx_kernels.statistics.api import linear_entropy_topk
 from rmx_kernels.vocab_parallel.agreement import (
     MAX_VOCAB,
     Claim,
@@ -23,7 +22,7 @@ from rmx_kernels.vocab_parallel.agreement import (
     values_of,
 )
 from rmx_kernels.vocab_parallel.functions import Divergence, Statistics
-from rmx_kernels.vocab_parallel.shard import Shard, Student
+from rmx_kernels.vocab_parallel.shard import Shard
 
 
 def vocab_parallel_entropy_topk(
@@ -91,7 +90,7 @@ def vocab_parallel_entropy_topk(
         checks.top_k(k, MAX_VOCAB)
         if target is not None:
             checks.targets(target, hidden.shape[:-1], MAX_VOCAB, hidden.device)
-        dispatch.load("linear_entropy_topk", impl, hidden.device, hidden.dtype)
+        dispatch.chosen("linear_entropy_topk", impl, hidden)
         found |= {"operator": 0, "k": k}
         if check:
             found |= targets_of(target) | values_of("hidden", hidden)
@@ -103,11 +102,10 @@ def vocab_parallel_entropy_topk(
     if world == 1:
         scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
         return linear_entropy_topk(hidden, weight, target, bias=bias, lora=lora, k=k, impl=impl, **scaling)
-    module = dispatch.load("linear_entropy_topk", impl, hidden.device, hidden.dtype)
-    shard = Shard(group, start, float(temperature), softcap, module.__name__.endswith("reference"))
-    student = _student(hidden, weight, bias, lora)
+    shard = Shard(group, start, dispatch.chosen("linear_entropy_topk", impl, hidden))
+    z = linear(hidden, weight, bias, lora, float(temperature), softcap).rows()
     ids = None if target is None else target.reshape(-1).long()
-    lse, entropy, logprob, values, topk_ids = Statistics.apply(shard, *student, ids, k)
+    lse, entropy, logprob, values, topk_ids = Statistics.apply(shard, *z, ids, k)
     lead = hidden.shape[:-1]
     rows = (x.view(lead) for x in (lse, entropy, logprob))
     return named((*rows, values.view(*lead, k), topk_ids.view(*lead, k)), target, k)
@@ -176,7 +174,7 @@ def vocab_parallel_gated_contrastive_loss(
         used = (ce_weight != 0) | (kl_weight != 0)
         checks.targets(target, rows, MAX_VOCAB, hidden.device, used=used)
         for op in ("linear_entropy_topk", "linear_logprob_kl"):
-            dispatch.load(op, impl, hidden.device, hidden.dtype)
+            dispatch.chosen(op, impl, hidden)
         found |= {"operator": 1, "k": 0}
         if check:
             live = {f"rows with {n}_weight": int((w != 0).sum()) for n, w in (("ce", ce_weight), ("kl", kl_weight))}
@@ -192,14 +190,13 @@ def vocab_parallel_gated_contrastive_loss(
         return linear_gated_contrastive_loss(
             hidden, base_hidden, weight, target, *weights, bias=bias, lora=lora, impl=impl, **scaling
         )
-    module = dispatch.load("linear_logprob_kl", impl, hidden.device, hidden.dtype)
-    shard = Shard(group, start, float(temperature), softcap, module.__name__.endswith("reference"))
-    student = _student(hidden, weight, bias, lora)
-    base, ids = base_hidden.detach().reshape(student.hidden.shape), target.reshape(-1).long()
-    ce, kl_w = (w.detach().reshape(-1).to(compute_dtype(hidden.dtype)) for w in (ce_weight, kl_weight))
+    shard = Shard(group, start, dispatch.chosen("linear_logprob_kl", impl, hidden))
+    z = linear(hidden, weight, bias, lora, float(temperature), softcap).rows()
+    base, ids = base_hidden.detach().reshape(z.x.shape), target.reshape(-1).long()
+    ce, kl_w = (w.detach().reshape(-1).to(z.real) for w in (ce_weight, kl_weight))
     decisions, anchors = ce.nonzero().squeeze(1), kl_w.nonzero().squeeze(1)
-    _, _, logprob, _, _ = Statistics.apply(shard, *_rows(student, decisions), ids[decisions], 0)
-    anchor_logprob, kl = Divergence.apply(shard, *_rows(student, anchors), base[anchors], ids[anchors])
+    _, _, logprob, _, _ = Statistics.apply(shard, *_rows(z, decisions), ids[decisions], 0)
+    anchor_logprob, kl = Divergence.apply(shard, *_rows(z, anchors), base[anchors], ids[anchors])
     loss = (kl_w[anchors].double() * kl.double()).sum() - (ce[decisions].double() * logprob.double()).sum()
     row_logprob, row_kl = (torch.full_like(ce, float("nan")) for _ in range(2))
     row_logprob[anchors], row_kl[anchors] = anchor_logprob, kl.detach()
@@ -239,11 +236,6 @@ def _check_head(
     return claim | gradient_of("hidden", hidden)
 
 
-def _student(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None) -> Student:
-    lora_hidden, lora_weight = split(hidden, lora)
-    return Student(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat(lora_hidden), lora_weight)
-
-
-def _rows(student: Student, index: Tensor) -> Student:
-    lora_hidden = None if student.lora_hidden is None else student.lora_hidden[index]
-    return student._replace(hidden=student.hidden[index], lora_hidden=lora_hidden)
+def _rows(z: Logits, index: Tensor) -> Logits:
+    lora_hidden = None if z.lora_hidden is None else z.lora_hidden[index]
+    return z._replace(x=z.x[index], lora_hidden=lora_hidden)

@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels.once import differentiable_once
+from rmx_kernels.logits import TENSORS, Logits, Needs
 from rmx_kernels.vocab_parallel import merge
 from rmx_kernels.vocab_parallel.agreement import MAX_VOCAB
-from rmx_kernels.vocab_parallel.shard import NEG_INF, Gradients, Needs, Shard, Student
+from rmx_kernels.vocab_parallel.once import differentiable_once
+from rmx_kernels.vocab_parallel.shard import NEG_INF, Gradients, Shard
+
+OPERANDS = slice(1, 1 + len(TENSORS))  # of the arguments of a function, after the shard
 
 
 def _over_ranks(gradients: Gradients, needs: Needs, shard: Shard) -> Gradients:
@@ -26,13 +29,12 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shard: Shard, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, target, k = inputs
-        student = Student(*tensors)
-        V = student.weight.shape[0]
-        local, own = (None, None) if target is None else shard.local(target, V)
-        _, entropy, logprob, values, ids, m, log_d = shard.statistics(student, local, min(k, V))
+        *operands, target, k = inputs
+        z = Logits(*operands)
+        local, own = (None, None) if target is None else shard.local(target, z.V)
+        _, entropy, logprob, values, ids, m, log_d = shard.statistics(z, local, min(k, z.V))
         logprob = torch.full_like(m, NEG_INF) if own is None else torch.where(own, logprob, NEG_INF)
-        empty = shard.massless(student.bias)
+        empty = shard.massless(z)
         if empty is not None:  # no sync: whether it is so stays on the device
             m, logprob, values = (torch.where(empty, NEG_INF, x) for x in (m, logprob, values))
             log_d, entropy = (torch.where(empty, 0, x) for x in (log_d, entropy))
@@ -45,9 +47,9 @@ class Statistics(torch.autograd.Function):
         entropy = merge.entropy(whole, parts[..., 2]).to(m.dtype)
         found = merge.logprob(whole, parts[..., 3])
         values, ids = merge.top_k(whole, parts[..., 4 : 4 + k], merge.unpacked_ids(parts[..., 4 + k :]), k, MAX_VOCAB)
-        ctx.shard = shard
+        ctx.shard, ctx.scaling = shard, (z.temperature, z.softcap)
         norms = whole.m.to(m.dtype), whole.log_d.to(m.dtype), entropy
-        ctx.save_for_backward(*tensors, target, ids, *norms)
+        ctx.save_for_backward(*z.tensors, target, ids, *norms)
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
         return whole.lse.to(m.dtype), entropy, found.to(m.dtype), values.to(m.dtype), ids
@@ -55,13 +57,11 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     @differentiable_once("vocab_parallel_entropy_topk")
     def backward(ctx: Any, saved: Any, *upstream: Tensor | None) -> Any:
-        *tensors, target, ids, m, log_d, entropy = saved
-        needs = ctx.needs_input_grad[1:6]
+        tensors, of_rows, needs = saved[: len(TENSORS)], saved[len(TENSORS) :], ctx.needs_input_grad[OPERANDS]
         g_lse, g_entropy, g_logprob, g_topk, _ = upstream
-        given = g_lse, g_entropy, None if target is None else g_logprob, g_topk
-        student = Student(*tensors)
-        found = ctx.shard.statistics_gradient(student, target, ids, (m, log_d, entropy), given, needs)
-        return None, *_over_ranks(found, needs, ctx.shard), None, None
+        given = g_lse, g_entropy, None if of_rows[0] is None else g_logprob, g_topk
+        found = ctx.shard.statistics_gradient(Logits(*tensors, *ctx.scaling), of_rows, given, needs)
+        return None, *_over_ranks(found, needs, ctx.shard), None, None, None, None
 
 
 class Divergence(torch.autograd.Function):
@@ -69,20 +69,20 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shard: Shard, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *tensors, base_hidden, target = inputs
-        student = Student(*tensors)
-        local, own = shard.local(target, student.weight.shape[0])
-        logprob, kl, norms = shard.divergence(student, base_hidden, local)
+        *operands, base_hidden, target = inputs
+        z = Logits(*operands)
+        local, own = shard.local(target, z.V)
+        logprob, kl, norms = shard.divergence(z, base_hidden, local)
         rows = torch.stack([torch.where(own, logprob, NEG_INF), kl, *norms])
-        empty = shard.massless(student.bias)
+        empty = shard.massless(z)
         if empty is not None:
             without = rows.new_tensor([NEG_INF, 0, NEG_INF, 0, NEG_INF, 0])
             rows = torch.where(empty, without[:, None], rows)
         parts = merge.gather(rows, shard.group).movedim(1, 0)
         whole, base = merge.shares(*parts[2:4]), merge.shares(*parts[4:6])
-        ctx.shard = shard
+        ctx.shard, ctx.scaling = shard, (z.temperature, z.softcap)
         norms = torch.stack([whole.m, whole.log_d, base.m, base.log_d]).to(kl.dtype)
-        ctx.save_for_backward(*tensors, base_hidden, norms)
+        ctx.save_for_backward(*z.tensors, base_hidden, norms)
         logprob = merge.logprob(whole, parts[0]).to(kl.dtype)
         ctx.mark_non_differentiable(logprob)
         return logprob, merge.divergence(whole, base, parts[1]).to(kl.dtype)
@@ -91,6 +91,6 @@ class Divergence(torch.autograd.Function):
     @differentiable_once("vocab_parallel_gated_contrastive_loss")
     def backward(ctx: Any, saved: Any, _: Tensor, g_kl: Tensor) -> Any:
         *tensors, base_hidden, norms = saved
-        needs = ctx.needs_input_grad[1:6]
-        found = ctx.shard.divergence_gradient(Student(*tensors), base_hidden, norms, g_kl.contiguous(), needs)
-        return None, *_over_ranks(found, needs, ctx.shard), None, None
+        z, needs = Logits(*tensors, *ctx.scaling), ctx.needs_input_grad[OPERANDS]
+        found = ctx.shard.divergence_gradient(z, base_hidden, norms, g_kl.contiguous(), needs)
+        return None, *_over_ranks(found, needs, ctx.shard), None, None, None, None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmx_kernels.linear_logprob_kl.reference import kl_terms
+from rmx_kernels.losses.reference import kl_terms
 
 ROUNDINGS = 4  # (z - m_r) - log d_r is two off z, relative to the log-prob; so a tie of two is four apart at most
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import configs, dispatch, head_cpu, native, registration, tiles
+from rmx_kernels import dispatch, native
+from rmx_kernels.head import configs
+from rmx_kernels.head import cpu as head_cpu
+from rmx_kernels.head import reference as tiles
 
 Arguments = dict[str, Any]
 
@@ -27,7 +30,7 @@ SCALED = {"temperature": 0.7, "softcap": 5.0}
 
 def unless_interpreted(count: int, interpreted: int) -> int:
     """How many draws or rows: fewer under Triton's interpreter, which takes a hundred times as long for each."""
-    return interpreted if registration.INTERPRETED else count
+    return interpreted if dispatch.INTERPRETED else count
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -326,4 +329,4 @@ def another_library(path: Path, abi: int = native.ABI) -> Iterator[None]:
 def _forget() -> None:
     """What was found out about the library, and chosen by it."""
     native._open.cache_clear()
-    dispatch._imported.cache_clear()
+    dispatch.remembered.cache_clear()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rmx_kernels import backends, registration
+from rmx_kernels import backends, dispatch
 from rmx_kernels.checks import FLOATS
 from rmx_kernels.dispatch import OPERATORS
 
@@ -45,7 +45,7 @@ def _speed_up_interpreter() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
-if registration.INTERPRETED:
+if dispatch.INTERPRETED:
     _speed_up_interpreter()
 
 

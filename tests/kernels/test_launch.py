@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rmx_kernels import vec_triton
+from rmx_kernels.head import launch as launching
 
 CUDA = torch.device("cuda", 0)
 
@@ -39,12 +39,12 @@ class Kernel:
 @pytest.fixture(autouse=True)
 def _a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(vec_triton, "_compiled", {})
+    monkeypatch.setattr(launching, "_compiled", {})
     return
 
 
 def launch(kernel: Kernel, *arguments: Any, programs: int = 3, warps: int = 4, **constants: Any) -> None:
-    vec_triton.launch(kernel, programs, CUDA, *arguments, warps=warps, **constants)
+    launching.launch(kernel, programs, CUDA, *arguments, warps=warps, **constants)
 
 
 def test_the_second_launch_of_a_kind_goes_to_what_was_compiled_with_the_arguments_in_their_order() -> None:
@@ -93,7 +93,7 @@ def test_arguments_of_one_kind_are_of_one_kind_for_triton() -> None:
     for argument in tensors + numbers:
         for specialised in (True, False):
             theirs = jit.native_specialize_impl(backend, argument, False, specialised, specialised)
-            assert found.setdefault((*vec_triton._kinds((argument,)), specialised), theirs) == theirs, argument
+            assert found.setdefault((*launching._kinds((argument,)), specialised), theirs) == theirs, argument
 
 
 def test_nothing_is_launched_for_no_programs() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmx_kernels.registration import INTERPRETED
+from rmx_kernels.dispatch import INTERPRETED
 
 OPERATORS = ("linear_entropy_topk", "linear_gated_contrastive_loss", "linear_logprob_kl")
 OPERATOR = "linear_gated_contrastive_loss"  # of the tests that take no op: those of weights

@@ -1,6 +1,5 @@
 """The linear operators hold no tensor of rows x vocabulary: scratch is bounded, whatever N and V."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -15,8 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmx_kernels.head_cpu import LOGIT_BYTES
-from rmx_kernels.tiles import TILE_BYTES
+from rmx_kernels import dispatch
+from rmx_kernels.head.cpu import LOGIT_BYTES
+from rmx_kernels.head.reference import TILE_BYTES
 
 OPERATORS = ("linear_entropy_topk", "linear_gated_contrastive_loss", "linear_logprob_kl")
 IMPLS = ("reference", "cpu")  # that of the Triton kernels is larger than these shapes: test_triton_gpu.py
@@ -69,9 +69,10 @@ def inside(ledger: Ledger, op: str, impl: str) -> Iterator[Ledger]:
 
         return run
 
-    module = importlib.import_module(f"rmx_kernels.{op}.{impl}")
-    names = [name for name in ("forward", "backward", "d_hidden") if hasattr(module, name)]
-    assert names or impl == "reference"
+    module = dispatch.kernels("losses" if "kl" in op or "loss" in op else "statistics", impl)
+    functions = ("contrastive_loss", "contrastive_loss_backward", "logprob_kl", "logprob_kl_backward")
+    names = [name for name in (*functions, "forward", "backward") if hasattr(module, name)]
+    assert names
     with patch.dict(vars(module), {name: seen(getattr(module, name)) for name in names}), ledger:
         yield ledger
 

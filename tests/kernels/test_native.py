@@ -23,7 +23,7 @@ from torch import Tensor
 from rmx_kernels import backends, entropy_topk, native
 from rmx_kernels.checks import FLOATS
 from rmx_kernels.dispatch import OPERATORS
-from rmx_kernels.entropy_topk.cpu import RunningStats
+from rmx_kernels.statistics.cpu import RunningStats
 
 ROOT = Path(native.__file__).parents[1]
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")  # of instruction sets, each a superset of the one before

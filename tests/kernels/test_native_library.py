@@ -27,7 +27,7 @@ ROOT = Path(native.__file__).parents[1]
 
 
 def clear() -> None:
-    dispatch._imported.cache_clear()
+    dispatch.remembered.cache_clear()
     dispatch._warn_of_fallback.cache_clear()
 
 

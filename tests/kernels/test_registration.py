@@ -1,6 +1,5 @@
 """The operators as torch sees them: schemas, fake kernels, autograd and torch.compile."""
 
-import importlib
 import io
 import subprocess
 import sys
@@ -17,12 +16,13 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import rmx_kernels
+from rmx_kernels import backends
 from rmx_kernels.dispatch import OPERATORS
+from rmx_kernels.logits import Logits
 
-PLAIN = (1.0, None)
-SCALING = tuple(SCALED.values())
-ALL, HEAD_NEEDS = (True,) * 5, [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
-NEEDS = [ALL, *(tuple(i == j for j in range(5)) for i in range(5))]
+ALL, LOGITS_ALONE = (True,) * 5, (True, False, False, False, False)
+NEEDS = [ALL, LOGITS_ALONE, (False, True, False, True, False), (False, False, True, False, True)]
+HEAD_NEEDS = [(False, True, True, False, True), (False, True, False, False, False), (False, False, True, False, True)]
 STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")
 UTILS = (*STATIC, "test_aot_dispatch_dynamic")  # which compares results with eager's, and takes NaN for a difference
 Call = tuple[Any, ...]
@@ -36,60 +36,52 @@ def detached(*arguments: Any) -> Call:
     return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
 
 
-def entropy_topk(dtype: torch.dtype) -> dict[str, list[Call]]:
-    x = cases.randn(2, 3, 9, dtype=dtype).requires_grad_()
-    target, upstream = cases.randint(9, 2, 3), cases.randn(2, 3)
-    calls: list[Call] = [
-        (x, target, 2, *PLAIN),
-        (x, target.int(), 9, *SCALING),
-        (x, None, 0, *PLAIN),
-        (x.detach()[0], None, 1, *SCALING),
-    ]
-    backward = []
-    for _, ids, k, *scaling in calls[:3]:
-        _, entropy, _, _, topk_ids, m, log_d = packet("entropy_topk")(x.detach(), ids, k, *scaling)
-        saved = (x.detach(), ids, topk_ids, m, log_d, entropy)
-        g_logprob = None if ids is None else upstream
-        backward += [
-            (*saved, upstream, upstream, g_logprob, cases.randn(2, 3, k), *scaling),
-            (*saved, None, upstream, None, None, *scaling),
-        ]
-    return {"entropy_topk": calls, "entropy_topk_backward": backward}
+def logits(dtype: torch.dtype, **scaling: Any) -> Logits:
+    return Logits(cases.randn(2, 3, 9, dtype=dtype).requires_grad_(), **scaling)
 
 
-def headed(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(hidden, base_hidden, weight, bias, target) of 2 x 3 rows, 11 tokens and H = 8."""
+def headed(dtype: torch.dtype) -> tuple[Logits, Tensor, Tensor]:
+    """(the student's with a LoRA pair, base_hidden, target) of 2 x 3 rows, 11 tokens, H = 8 and r = 3; all trained."""
     a = cases.make("linear_gated_contrastive_loss", (2, 3), 11, 8, dtype)
     hidden, weight, bias = (a[name].requires_grad_() for name in ("hidden", "weight", "bias"))
-    return hidden, a["base_hidden"], weight, bias, a["target"]
-
-
-def lora_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(lora_hidden, lora_weight) for the rows and tokens of :func:`headed`; r = 3."""
     lora_hidden, lora_weight = (cases.randn(*shape, 3, seed=7, dtype=dtype) for shape in ((2, 3), (11,)))
-    return lora_hidden.requires_grad_(), lora_weight.requires_grad_()
+    pair = lora_hidden.requires_grad_(), lora_weight.requires_grad_()
+    return Logits(hidden, weight, bias, *pair, **SCALED), a["base_hidden"], a["target"]
 
 
-def linear_entropy_topk(dtype: torch.dtype) -> dict[str, list[Call]]:
-    hidden, _, weight, bias, target = headed(dtype)
-    u, B = lora_pair(dtype)
-    upstream = cases.randn(2, 3)
+def plain(z: Logits) -> Logits:
+    """Without LoRA, and without scaling."""
+    return Logits(*z.tensors[:3])
+
+
+def frozen(z: Logits, *names: str) -> Logits:
+    return z._replace(**{name: getattr(z, name).detach() for name in names})
+
+
+def vocab_stats(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
+    z, (head, _, target) = logits(dtype), headed(dtype)
+    ids = cases.randint(9, 2, 3)
     calls: list[Call] = [
-        (hidden, weight, bias, None, None, target, 2, *PLAIN),
-        (hidden, weight.detach(), None, u, B, target.int(), 11, *SCALING),
-        (hidden.detach(), weight, None, None, None, None, 0, *PLAIN),
-        (hidden, weight, bias, u, B, target, 2, *SCALING),
-        (hidden.detach(), weight.detach(), None, u.detach(), B, target, 0, *PLAIN),
+        (*z, ids, 2, impl),
+        (*logits(dtype, **SCALED), ids.int(), 9, impl),
+        (*z, None, 0, impl),
+        (*z._replace(x=z.x.detach()[0]), None, 1, impl),
+        (*plain(head), target, 2, impl),
+        (*frozen(head._replace(bias=None), "weight"), target.int(), 11, impl),
+        (*frozen(plain(head)._replace(bias=None), "x"), None, 0, impl),
+        (*head, target, 2, impl),
+        (*frozen(head, "x", "weight", "lora_hidden"), target, 0, impl),
     ]
     backward = []
-    for *tensors, ids, k, temperature, softcap in calls:
-        inputs, scaling = detached(hidden, weight, *tensors[2:], ids), (temperature, softcap)
-        _, entropy, _, _, topk_ids, m, log_d = packet("linear_entropy_topk")(*inputs, k, *scaling)
-        g_logprob = None if ids is None else upstream
-        gradients = (upstream, upstream, g_logprob, cases.randn(2, 3, k))
-        for needs in NEEDS:
-            backward.append((*inputs, topk_ids, m, log_d, entropy, *gradients, *scaling, *needs))
-    return {"linear_entropy_topk": calls, "linear_entropy_topk_backward": backward}
+    for call in calls:
+        inputs, (ids, k, _) = detached(*call[:7]), call[7:]
+        _, entropy, _, _, topk_ids, m, log_d = packet("vocab_stats")(*detached(*call))
+        up = cases.randn(*m.shape)
+        gradients = (up, up, None if ids is None else up, cases.randn(*m.shape, k))
+        for needs in [LOGITS_ALONE] if inputs[1] is None else NEEDS if inputs[3] is not None else [ALL]:
+            backward.append((*inputs, ids, topk_ids, m, log_d, entropy, *gradients, list(needs), impl))
+        backward.append((*inputs, ids, topk_ids, m, log_d, entropy, None, up, None, None, list(LOGITS_ALONE), impl))
+    return {"vocab_stats": calls, "vocab_stats_backward": backward}
 
 
 def weights(dead: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -97,94 +89,73 @@ def weights(dead: float = 0.5) -> tuple[Tensor, Tensor]:
     return torch.tensor([[1.0, dead, -0.5], [0.3, 2.0, 0.0]]), torch.tensor([[0.5, dead, dead], [1.0, 0.1, 0.2]])
 
 
-def gated_contrastive_loss(dtype: torch.dtype) -> dict[str, list[Call]]:
-    x, base = (cases.randn(2, 3, 9, seed=seed, dtype=dtype) for seed in (0, 1))
-    x.requires_grad_()
-    rows = (base, cases.randint(9, 2, 3))
+def contrastive_loss(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
+    z, (head, base, target) = logits(dtype, **SCALED), headed(dtype)
+    of_logits = cases.randn(2, 3, 9, seed=1, dtype=dtype), cases.randint(9, 2, 3)
+    base_lse = rmx_kernels.linear_entropy_topk(base, *detached(head.weight), bias=head.bias.detach(), **SCALED).lse
     calls: list[Call] = [
-        (x, *rows, *weights(), *SCALING),
-        (x, *rows, *weights(dead=0), *PLAIN),
-        (x.detach(), *rows, *weights(), *PLAIN),
-    ]
-    backward: list[Call] = []
-    for call in calls:
-        inputs, scaling = detached(*call[:5]), call[5:]
-        norms = packet("gated_contrastive_loss")(*inputs, *scaling)[3]
-        backward.append((*inputs, norms, torch.tensor(0.7), *scaling))
-    return {"gated_contrastive_loss": calls, "gated_contrastive_loss_backward": backward}
-
-
-def linear_gated_contrastive_loss(dtype: torch.dtype) -> dict[str, list[Call]]:
-    name = "linear_gated_contrastive_loss"
-    hidden, base_hidden, weight, bias, target = headed(dtype)
-    u, B = lora_pair(dtype)
-    base_lse = rmx_kernels.linear_entropy_topk(*detached(base_hidden, weight), bias=bias.detach()).lse
-    calls: list[Call] = [
-        (hidden, base_hidden, weight, bias, None, None, target, *weights(), None, *SCALING, True),
-        (hidden, base_hidden, *detached(weight, bias), None, None, target, *weights(), base_lse, *PLAIN, True),
-        (hidden.detach(), base_hidden, weight, None, None, None, target.int(), *weights(dead=0), None, *PLAIN, False),
-        (hidden, base_hidden, weight, bias, u, B, target, *weights(), None, *SCALING, True),
-        (hidden, base_hidden, *detached(weight, bias), u, B.detach(), target, *weights(), base_lse, *PLAIN, True),
-        (hidden.detach(), base_hidden, weight.detach(), None, u.detach(), B, target, *weights(), None, *PLAIN, False),
+        (*z, *of_logits, *weights(), None, False, impl),
+        (*logits(dtype), *of_logits, *weights(dead=0), None, False, impl),
+        (*frozen(z, "x"), *of_logits, *weights(), None, False, impl),
+        (*plain(head), base, target, *weights(), None, True, impl),
+        (*frozen(head, "weight", "bias"), base, target, *weights(), base_lse, True, impl),
+        (*frozen(plain(head)._replace(bias=None), "x"), base, target.int(), *weights(dead=0), None, False, impl),
+        (*head, base, target, *weights(), None, True, impl),
+        (*frozen(head, "weight", "bias", "lora_weight"), base, target, *weights(), base_lse, True, impl),
+        (*frozen(head, "x", "weight", "bias", "lora_hidden"), base, target, *weights(), None, False, impl),
     ]
     backward, products = [], []
     for call in calls:
-        _, _, _, norms, *early = packet(name)(*detached(*call))
-        for needs in HEAD_NEEDS:
-            backward.append((*detached(*call[:9]), norms, torch.tensor(0.7), *call[10:12], *needs))
-        assert [x.numel() > 0 for x in early] == [call[-1], call[-1] and call[4] is not None]
-        products += [(x, torch.tensor(0.7), dtype) for x in early if x.numel()]
-    return {name: calls, f"{name}_backward": backward, f"{name}_d_hidden": products}
+        *results, dx, d_lora_hidden = packet("contrastive_loss")(*detached(*call))
+        inputs, gradient = detached(*call[:11]), call[12]
+        for needs in [LOGITS_ALONE] if call[1] is None else HEAD_NEEDS if call[3] is not None else HEAD_NEEDS[:1]:
+            backward.append((*inputs, results[3], torch.tensor(0.7), list(needs), impl))
+        assert [x.numel() > 0 for x in (dx, d_lora_hidden)] == [gradient, gradient and call[3] is not None]
+        products += [(x, torch.tensor(0.7), dtype) for x in (dx, d_lora_hidden) if x.numel()]
+    return {"contrastive_loss": calls, "contrastive_loss_backward": backward, "times": products}
 
 
-def linear_logprob_kl(dtype: torch.dtype) -> dict[str, list[Call]]:
-    hidden, base_hidden, weight, bias, target = headed(dtype)
-    u, B = lora_pair(dtype)
+def logprob_kl(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
+    head, base, target = headed(dtype)
     calls: list[Call] = [
-        (hidden, base_hidden, weight, bias, None, None, target, *SCALING),
-        (hidden, base_hidden, weight.detach(), None, None, None, target.int(), *PLAIN),
-        (hidden.detach(), base_hidden, weight, None, None, None, target, *PLAIN),
-        (hidden, base_hidden, weight, bias, u, B, target, *SCALING),
-        (hidden, base_hidden, weight.detach(), None, u.detach(), B, target.int(), *PLAIN),
+        (*plain(head), base, target, impl),
+        (*frozen(plain(head)._replace(bias=None), "weight"), base, target.int(), impl),
+        (*frozen(plain(head)._replace(bias=None), "x"), base, target, impl),
+        (*head, base, target, impl),
+        (*frozen(head._replace(bias=None), "weight", "lora_hidden"), base, target.int(), impl),
     ]
     backward: list[Call] = []
     upstream = cases.randn(2, 3)
     for call in calls:
-        inputs, scaling = detached(*call[:7]), call[7:]
-        norms = packet("linear_logprob_kl")(*inputs, *scaling)[2]
-        for needs in NEEDS:
-            backward.append((*inputs, norms, upstream, upstream, *scaling, *needs))
-        backward.append((*inputs, norms, upstream, None, *scaling, *ALL))
-        backward.append((*inputs, norms, None, upstream, *scaling, *ALL))
-    return {"linear_logprob_kl": calls, "linear_logprob_kl_backward": backward}
+        inputs = detached(*call[:9])
+        norms = packet("logprob_kl")(*inputs, impl)[2]
+        asked = NEEDS if inputs[3] is not None else [ALL]
+        backward += [(*inputs, norms, upstream, upstream, list(needs), impl) for needs in asked]
+        backward += [(*inputs, norms, *given, list(ALL), impl) for given in ((upstream, None), (None, upstream))]
+    return {"logprob_kl": calls, "logprob_kl_backward": backward}
 
 
-SAMPLES: list[Callable[[torch.dtype], dict[str, list[Call]]]] = [
-    entropy_topk,
-    linear_entropy_topk,
-    gated_contrastive_loss,
-    linear_gated_contrastive_loss,
-    linear_logprob_kl,
-]
+SAMPLES: list[Callable[[torch.dtype, str], dict[str, list[Call]]]] = [vocab_stats, contrastive_loss, logprob_kl]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("samples", SAMPLES, ids=lambda samples: samples.__name__)
-def test_opcheck(samples: Callable[[torch.dtype], dict[str, list[Call]]], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chosen", [b.name for b in backends().values() if b.available and "cpu" in b.devices])
+def test_opcheck(chosen: str, samples: Callable[[torch.dtype, str], dict[str, list[Call]]], dtype: torch.dtype) -> None:
     """Schemas tell the truth about mutation and aliases, fakes about shapes and dtypes, and gradients trace."""
-    for name, calls in samples(dtype).items():
+    for name, calls in samples(dtype, chosen).items():
         for call in calls:
             operator = packet(name).default
             results = operator(*detached(*call))
             nan = any(x.isnan().any() for x in ([results] if isinstance(results, Tensor) else results))
-            torch.library.opcheck(operator, call, test_utils=STATIC if nan else UTILS)
+            traced = dtype == torch.float32 and not nan
+            torch.library.opcheck(operator, call, test_utils=UTILS if traced else STATIC)
 
 
 def test_every_registered_operator_is_checked() -> None:
-    checked = {name for samples in SAMPLES for name in samples(torch.float32)}
-    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::"))
-    registered = {n for n in names if not n.startswith("rmx_kernels::reference_")}  # these below
-    assert {f"rmx_kernels::{name}" for name in checked} == registered
+    checked = {name for samples in SAMPLES for name in samples(torch.float32, "reference")}
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::")}
+    assert {f"rmx_kernels::{name}" for name in checked} == names
 
 
 PER_ROW = ("logits", "base_logits", "hidden", "base_hidden", "target", "ce_weight", "kl_weight")
@@ -235,30 +206,6 @@ def test_compiled_with_lora(op: str) -> None:
         expected = cases.forward_backward(op, arguments, **SCALED)
         assert_same_bits(forward_backward(op, function, arguments), expected)
     assert backend.frame_count == 1
-
-
-@pytest.mark.parametrize("name", ["stats", "logprob_kl", "contrastive_loss"])
-def test_opcheck_of_the_references(name: str) -> None:
-    """Loaded with the references; they run in their place inside of compiled functions."""
-    for op in OPERATORS:
-        importlib.import_module(f"rmx_kernels.{op}.reference")
-    hidden, base_hidden, weight, bias, target = headed(torch.float32)
-    pair = cases.randn(6, 2).requires_grad_(), cases.randn(11, 2).requires_grad_()
-    x, base, ids, row = hidden.detach().flatten(0, 1), base_hidden.flatten(0, 1), target.flatten(), cases.randn(6)
-    head, norms = (weight, bias, *pair), (row, row.abs(), 0.7, 5.0, None, False)
-    calls: dict[str, tuple[Call, int]] = {
-        "stats": ((x.requires_grad_(), *head, ids, 2, 0.7, 5.0), 4),
-        "logprob_kl": ((x, base, *head, ids, 0.7, 5.0), 2),
-        "contrastive_loss": ((x, base, *head, ids, *norms), 1),
-    }
-    arguments, upstream = calls[name]
-    op = packet(f"reference_{name}")
-    torch.library.opcheck(op, arguments, test_utils=UTILS)
-    gradients = [g.detach() for g in op(*arguments)[:upstream]]
-    for needs in ([True] * 5, [True, False, False, True, False]):
-        torch.library.opcheck(
-            packet(f"reference_{name}_backward"), (*detached(*arguments), *gradients, needs), test_utils=STATIC
-        )
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -397,17 +344,18 @@ import rmx_kernels
 from rmx_kernels import native
 native.LIBRARY = Path("nowhere")
 ops = torch.ops.rmx_kernels
-for name in ("entropy_topk", "gated_contrastive_loss", "linear_logprob_kl"):
+for name in ("vocab_stats", "contrastive_loss", "logprob_kl"):
     assert getattr(ops, name).default and getattr(ops, f"{name}_backward").default
 with FakeTensorMode():
     h, W, ids, w = torch.empty(3, 8), torch.empty(11, 8), torch.empty(3, dtype=torch.int64), torch.empty(3)
-    assert [tuple(x.shape) for x in ops.entropy_topk(h, ids, 2, 1.0, None)] == [
+    scaling, plain = (1.0, None), (None,) * 4
+    assert [tuple(x.shape) for x in ops.vocab_stats(h, *plain, *scaling, ids, 2, "cpu")] == [
         (3,), (3,), (3,), (3, 2), (3, 2), (3,), (3,)
     ]
     for u, B, shape in ((None, None, (0,)), (torch.empty(3, 2), torch.empty(11, 2), (3, 2))):
-        loss = ops.linear_gated_contrastive_loss(h, h, W, None, u, B, ids, w, w, None, 1.0, None, True)
+        loss = ops.contrastive_loss(h, W, None, u, B, *scaling, h, ids, w, w, None, True, "cpu")
         assert [tuple(x.shape) for x in loss] == [(), (3,), (3,), (4, 3), (3, 8), shape]
-        assert ops.linear_logprob_kl(h, h, W, None, u, B, ids, 1.0, None)[1].shape == (3,)
+        assert ops.logprob_kl(h, W, None, u, B, *scaling, h, ids, "cpu")[1].shape == (3,)
 loaded = {m for m in sys.modules if m.startswith("rmx_kernels.") and m.split(".")[-1] in ("cpu", "triton", "reference")}
 assert not loaded, loaded
 assert native._open.cache_info().currsize == 0

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import rmx_kernels
-from rmx_kernels import configs
-from rmx_kernels.head_triton import Head
+from rmx_kernels.head import configs
+from rmx_kernels.head.triton import Head
+from rmx_kernels.logits import Logits
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +20,14 @@ def _defaults() -> Iterator[None]:
 
 
 def test_scratch_sets_the_rows_of_a_product() -> None:
-    weight = torch.empty(1000, 8, dtype=torch.bfloat16)
+    z = Logits(torch.empty(3, 8, dtype=torch.bfloat16), torch.empty(1000, 8, dtype=torch.bfloat16))
     rmx_kernels.set_scratch_bytes(1000 * 2 * 1024)
-    assert Head(weight, None, None, models=1).chunk == 1024
-    assert Head(weight, None, None, models=2).chunk == 512
+    assert Head(z, models=1).chunk == 1024
+    assert Head(z, models=2).chunk == 512
     rmx_kernels.set_logits_dtype(torch.float32)  # 4 bytes of logits, and 2 of their gradient beside them
-    assert Head(weight, None, None, models=1).chunk == 256
+    assert Head(z, models=1).chunk == 256
     rmx_kernels.set_scratch_bytes(1)
-    assert Head(weight, None, None, models=1).chunk == configs.ROW_MULTIPLE
+    assert Head(z, models=1).chunk == configs.ROW_MULTIPLE
     rmx_kernels.set_scratch_bytes(None)
     assert configs.scratch_bytes(torch.device("cpu")) == configs.LEAST_SCRATCH
 

@@ -22,9 +22,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rmx_kernels import configs, registration
+from rmx_kernels import dispatch
+from rmx_kernels.head import configs
+from rmx_kernels.logits import Logits
+from rmx_kernels.losses.op import Pair
+from rmx_kernels.statistics.op import Saved, Upstream
 
-pytestmark = pytest.mark.skipif(registration.INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing")
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any], int]  # (kernel, arguments, constants, warps)
 TARGETS = {  # and the shared memory of one program, in KiB (CUDA programming guide; CDNA3 instruction set)
@@ -43,39 +47,45 @@ POINTERS = {
 }
 
 
-def kernels_of(op: str) -> Any:
-    return importlib.import_module(f"rmx_kernels.{op}.triton")
+FAMILIES = ("statistics", "losses")
+
+
+def kernels_of(family: str) -> Any:
+    return importlib.import_module(f"rmx_kernels.{family}.triton")
 
 
 def run_statistics(dtype: torch.dtype, V: int, k: int, softcap: float | None) -> None:
-    module = kernels_of("entropy_topk")
-    x, target, g = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
-    stats = module.forward(x, target, k, 0.7, softcap)
-    norms = (stats[4].zero_(), stats[5], stats[6], stats[1])
-    module.backward(x, target, *norms, g, g, g, torch.zeros(2, k) if k else None, 0.7, softcap)
+    z, target = Logits(torch.zeros(2, V, dtype=dtype), temperature=0.7, softcap=softcap), torch.zeros(2).long()
+    statistics(z, target, k)
 
 
 def run_int32_targets() -> None:
     """With the gradient of a top-k, whose ids are int64."""
-    module = kernels_of("entropy_topk")
-    x, target, g = torch.zeros(2, 8192), torch.zeros(2, dtype=torch.int32), torch.zeros(2)
-    stats = module.forward(x, target, 2, 1.0, None)
-    norms = (stats[4].zero_(), stats[5], stats[6], stats[1])
-    module.backward(x, target, *norms, g, g, g, torch.zeros(2, 2), 1.0, None)
-    w = torch.ones(2)
-    losses = kernels_of("gated_contrastive_loss")
-    losses.backward(x, x, target, w, w, losses.forward(x, x, target, w, w, 1.0, None)[3], w[0], 1.0, None)
+    z, target = Logits(torch.zeros(2, 8192)), torch.zeros(2, dtype=torch.int32)
+    statistics(z, target, 2)
+    loss(Pair(z, z.x, target))
+
+
+def statistics(z: Logits, target: Tensor, k: int) -> None:
+    module, g = kernels_of("statistics"), torch.zeros(2)
+    _, entropy, _, _, ids, m, log_d = module.forward(z, target, k)
+    upstream = Upstream(g, g, g, torch.zeros(2, k) if k else None)
+    module.backward(z, Saved(target, ids.zero_(), m, log_d, entropy), upstream, (True, *[False] * 4))
+
+
+def loss(pair: Pair) -> None:
+    module, w = kernels_of("losses"), torch.ones(2)
+    norms = module.contrastive_loss(pair, (w, w), None, False)[3]
+    module.contrastive_loss_backward(pair, (w, w), norms, w[0], (True, *[False] * 4))
 
 
 def run_loss(dtype: torch.dtype, V: int, softcap: float | None) -> None:
-    losses, linear = kernels_of("gated_contrastive_loss"), kernels_of("linear_logprob_kl")
     x, target, w = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    norms = losses.forward(x, x, target, w, w, 0.7, softcap)[3]
-    losses.backward(x, x, target, w, w, norms, w[0], 0.7, softcap)
+    loss(Pair(Logits(x, temperature=0.7, softcap=softcap), x, target))
     h, head = torch.zeros(2, 4, dtype=dtype), torch.zeros(V, 4, dtype=dtype)
-    linear.forward(h, h, head, None, None, None, target, 0.7, softcap)
-    loss = kernels_of("linear_gated_contrastive_loss").forward
-    loss(h, h, head, None, None, None, target, w, w, w, 0.7, softcap, True)
+    pair = Pair(Logits(h, head, temperature=0.7, softcap=softcap), h, target)
+    kernels_of("losses").logprob_kl(pair)
+    kernels_of("losses").contrastive_loss(pair, (w, w), w, True)
 
 
 def recorded(*runs: Callable[[], None], architecture: str = "sm_90") -> list[Launch]:
@@ -88,8 +98,8 @@ def recorded(*runs: Callable[[], None], architecture: str = "sm_90") -> list[Lau
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "architecture", lambda device: architecture)
-        for op in ("entropy_topk", "gated_contrastive_loss"):
-            patch.setattr(kernels_of(op), "launch", record)
+        for family in FAMILIES:
+            patch.setattr(kernels_of(family), "launch", record)
         for run in runs:
             run()
     return list(found.values())
@@ -172,7 +182,7 @@ def _compiled_in_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def test_spills_are_found() -> None:
     """One warp for the work of four: more numbers than a thread has registers."""
-    kernel, arguments, constants, _ = of_kernel("gated_contrastive_loss", "fold", torch.bfloat16)[0]
+    kernel, arguments, constants, _ = of_kernel("losses", "fold", torch.bfloat16)[0]
     assert spills(compiled((kernel, arguments, constants, 1), TARGETS["sm_90"][0])) > 0
 
 
@@ -195,26 +205,26 @@ def test_every_architecture_has_a_configuration() -> None:
 
 # Instructions a logit in the longest loop, counted in the disassembly for sm_90. At 8192 x 151936 bfloat16 logits an
 # H200 issues about 13 a logit in the time in which it reads them.
-BUDGETS = {("entropy_topk", "fold"): 13.0, ("gated_contrastive_loss", "fold"): 32.0}
+BUDGETS = {("statistics", "fold"): 13.0, ("losses", "fold"): 32.0}
 FP32_MORE = 3.0  # a step holds half as many logits; they also take twice the time to be read
 GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instructions of a step that is not masked
 
 
-@pytest.mark.parametrize(("op", "kernel"), BUDGETS)
+@pytest.mark.parametrize(("family", "kernel"), BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_instructions_a_logit(op: str, kernel: str, dtype: torch.dtype) -> None:
-    for launch in of_kernel(op, kernel, dtype):
+def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype) -> None:
+    for launch in of_kernel(family, kernel, dtype):
         shape = launch[2]
         logits = shape["R"] * shape["J"]  # a thread and step
         longest = max(loops(disassembly(compiled(launch, TARGETS["sm_90"][0]))), key=len)
-        budget = BUDGETS[op, kernel] + (FP32_MORE if dtype == torch.float32 else 0)
+        budget = BUDGETS[family, kernel] + (FP32_MORE if dtype == torch.float32 else 0)
         assert len(longest) / logits <= budget, f"{len(longest) / logits:.1f} a logit"
 
 
-@pytest.mark.parametrize("op", ["entropy_topk", "gated_contrastive_loss"])
-def test_arithmetic_of_the_gradients(op: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arithmetic_of_the_gradients(family: str) -> None:
     """The pairs of branches (masked or not, anchored or not, with the target or not) cost code, not time."""
-    for launch in of_kernel(op, "gradient", torch.bfloat16):
+    for launch in of_kernel(family, "gradient", torch.bfloat16):
         kinds = [
             line.split()[0].split(".")[0] for line in instructions(disassembly(compiled(launch, TARGETS["sm_90"][0])))
         ]
@@ -237,16 +247,16 @@ def test_a_new_size_or_k_compiles_nothing() -> None:
     assert len(losses) == 1
 
 
-def of_kernel(op: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
+def of_kernel(family: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
     """The launches of a kernel on plain logits of an aligned vocabulary, each variant once."""
     run = {
-        "entropy_topk": lambda: run_statistics(dtype, 151936, 8, None),
-        "gated_contrastive_loss": lambda: run_loss(dtype, 151936, None),
-    }[op]
+        "statistics": lambda: run_statistics(dtype, 151936, 8, None),
+        "losses": lambda: run_loss(dtype, 151936, None),
+    }[family]
     found = [
         launch
         for launch in recorded(run)
-        if launch[0].fn.__name__ == kernel and op in launch[0].fn.__module__ and launch[1][0].dtype == dtype
+        if launch[0].fn.__name__ == kernel and family in launch[0].fn.__module__ and launch[1][0].dtype == dtype
     ]
     assert found
     return found
@@ -286,10 +296,10 @@ def loops(sass: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kernel", ["fold", "gradient"])
-@pytest.mark.parametrize("op", ["entropy_topk", "gated_contrastive_loss"])
-def test_logits_move_16_bytes_at_a_time(op: str, kernel: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_move_16_bytes_at_a_time(family: str, kernel: str) -> None:
     """bfloat16 rows of an aligned vocabulary: no scalar load of a logit in a step that is not masked."""
-    for launch in of_kernel(op, kernel, torch.bfloat16):
+    for launch in of_kernel(family, kernel, torch.bfloat16):
         ptx = compiled(launch, TARGETS["sm_90"][0]).asm["ptx"]
         assert re.search(r"ld\.global\.v4\.b32", ptx), ptx[-3000:]
         if kernel == "gradient":

@@ -10,7 +10,7 @@ from cases import assert_same_bits
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import configs
+from rmx_kernels.head import configs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,7 +176,7 @@ def test_head_gradients_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_scalar_is_read_from_the_device() -> None:
     """Statistics and logit losses never wait; the linear loss waits for the number of live rows alone."""
-    importlib.import_module("rmx_kernels.entropy_topk.triton")
+    importlib.import_module("rmx_kernels.statistics.triton")
     logits = torch.randn(8, 1000, device="cuda", requires_grad=True)
     target, w = torch.zeros(8, dtype=torch.int64, device="cuda"), torch.ones(8, device="cuda")
     rmx_kernels.entropy_topk(logits, target, k=4).lse.sum().backward()

@@ -22,7 +22,7 @@ from cases import SCALED, Arguments, randint, randn
 from torch import Tensor
 
 from rmx_kernels import backends, entropy_topk
-from rmx_kernels.registration import INTERPRETED
+from rmx_kernels.dispatch import INTERPRETED
 from rmx_kernels.vocab_parallel import merge, vocab_parallel_entropy_topk, vocab_parallel_gated_contrastive_loss
 
 SHARDS = {2: (0, 9, 23), 3: (0, 4, 15, 23)}  # unequal, and one of fewer rows than k

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rmx_kernels import configs
-from rmx_kernels.tiles import chunks
+from rmx_kernels.head import configs
+from rmx_kernels.head.gradient import HeadGradient
+from rmx_kernels.head.reference import chunks
+from rmx_kernels.logits import Logits, Needs
 
 Index = Tensor | slice
 
@@ -53,8 +55,10 @@ def row_sizes(*weights: Tensor | None) -> Tensor:
 class Head:
     """W [V, H], bias [V] or None, and the LoRA pair's B [V, r] or None; ``models`` whose rows are held together."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, lora_weight: Tensor | None, models: int) -> None:
-        self.weight, self.bias, self.lora_weight = weight, bias, lora_weight
+    def __init__(self, z: Logits, models: int) -> None:
+        assert z.weight is not None
+        weight = z.weight
+        self.weight, self.bias, self.lora_weight = weight, z.bias, z.lora_weight
         self.V, self.H = weight.shape
         self.logit_dtype = configs.logits_dtype(weight.dtype)
         self.narrow = weight.dtype == torch.float16  # whose gradients are divided by the rows' sizes
@@ -117,41 +121,6 @@ def multiple(n: int) -> int:
     return -(-n // configs.ROW_MULTIPLE) * configs.ROW_MULTIPLE
 
 
-class HeadGradient:
-    """dW [V, H], dbias [V] and dB [V, r], summed over rows in float32, one slice of the vocabulary at a time."""
-
-    def __init__(self, head: Head, need_weight: bool, need_bias: bool, need_lora: bool) -> None:
-        self.head = head
-        weight, lora = head.weight, head.lora_weight
-        self.weight = weight.new_empty(weight.shape if need_weight else (0,))
-        self.bias = weight.new_empty(weight.shape[:1] if need_bias and head.bias is not None else (0,))
-        self.lora_weight = weight.new_empty(lora.shape if need_lora and lora is not None else (0,))
-
-    @property
-    def wanted(self) -> bool:
-        return self.weight.numel() + self.bias.numel() + self.lora_weight.numel() > 0
-
-    def open(self, cols: slice) -> None:
-        self.cols = cols
-        self.sums = [
-            torch.zeros(cols.stop - cols.start, *whole.shape[1:], dtype=torch.float32, device=whole.device)
-            for whole in self._wholes()
-        ]
-
-    def add(self, dz: Tensor, x: Tensor, lora_hidden: Tensor | None, size: Tensor | None) -> None:
-        """dz [n, columns] of the raw logits of x [n, H], divided by size [n] where there is one."""
-        parts = [x if whole is self.weight else None if whole is self.bias else lora_hidden for whole in self._wholes()]
-        for total, part in zip(self.sums, parts, strict=True):
-            if part is None:
-                total += (dz.float() if size is None else dz.float() * size[:, None]).sum(0)
-            elif size is None:
-                total += product_fp32(dz.T, part)
-            else:
-                total += dz.T.float() @ (part.float() * size[:, None])
-
-    def close(self, upstream: Tensor | float = 1.0) -> None:
-        for whole, total in zip(self._wholes(), self.sums, strict=True):
-            whole[self.cols] = (total * upstream).to(whole.dtype)
-
-    def _wholes(self) -> list[Tensor]:
-        return [whole for whole in (self.weight, self.bias, self.lora_weight) if whole.numel()]
+def head_gradient(z: Logits, needs: Needs) -> HeadGradient:
+    """The sums of a trained head's gradient, whose products are summed in float32."""
+    return HeadGradient(z, needs, product_fp32)

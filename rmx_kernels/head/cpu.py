@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import native
-from rmx_kernels.tiles import chunks, compute_dtype
+from rmx_kernels.head.reference import chunks
+from rmx_kernels.logits import Logits, product_dtype
 
 LOGIT_BYTES = 48 << 20  # of the whole rows of logits that are held at a time
 TILE_COLUMNS = 8192  # of a [rows, columns] tile: 8 MiB in bfloat16; a multiple of the kernels' block
@@ -19,28 +20,15 @@ TILE_ROWS = 512
 UPCAST_BYTES = 4 << 20  # of a slice of the head in float32, where the CPU has no product in its dtype
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, else full precision; float16 lacks the range for gradients."""
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return dtype
-    return compute_dtype(dtype)
-
-
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """Of a gradient for hidden that is still to be multiplied by the upstream gradient, on any device."""
-    if hidden.device.type == "cpu":
-        return product_dtype(hidden.dtype)
-    return hidden.dtype if hidden.dtype == torch.bfloat16 else compute_dtype(hidden.dtype)
-
-
 class Head:
     """W [V, H], bias [V] or None, and B [V, r] of a LoRA pair or None."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, lora_weight: Tensor | None = None) -> None:
-        self.weight, self.lora_weight = weight, lora_weight
-        self.V, self.H = weight.shape
-        self.dtype, self.real = product_dtype(weight.dtype), compute_dtype(weight.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
+    def __init__(self, z: Logits) -> None:
+        assert z.weight is not None
+        self.weight, self.lora_weight = z.weight, z.lora_weight
+        self.V, self.H = z.weight.shape
+        self.dtype = product_dtype(z.weight.dtype)
+        self.bias = None if z.bias is None else z.bias.to(self.dtype)
 
     def columns(self) -> Iterator[slice]:
         return chunks(self.V, TILE_COLUMNS)
@@ -104,39 +92,3 @@ class Head:
         for part, upcast in self._upcast(matrix, slice(0, self.V)):
             total.addmm_(dz[:, part], upcast)
         return total
-
-
-class HeadGradient:
-    """dW [V, H], dbias [V] and dB [V, r], summed over rows in full precision, one slice of the vocabulary at a time."""
-
-    def __init__(self, head: Head, need_weight: bool, need_bias: bool, need_lora_weight: bool) -> None:
-        def room(like: Tensor | None, wanted: bool) -> Tensor:
-            shape = like.shape if like is not None and wanted else (0,)
-            return torch.empty(shape, dtype=head.weight.dtype)
-
-        self.real = head.real
-        self.weight, self.bias = room(head.weight, need_weight), room(head.bias, need_bias)
-        self.lora_weight = room(head.lora_weight, need_lora_weight)
-
-    @property
-    def wanted(self) -> bool:
-        return self.weight.numel() + self.bias.numel() + self.lora_weight.numel() > 0
-
-    def open(self, cols: slice) -> None:
-        self.cols = cols
-        wholes = self.weight, self.bias, self.lora_weight  # no rows of those without elements
-        self.dw, self.db, self.d_lora = (torch.zeros_like(whole[cols], dtype=self.real) for whole in wholes)
-
-    def add(self, dz: Tensor, x: Tensor, lora_hidden: Tensor | None) -> None:
-        """dz [rows, columns] with respect to the raw logits of x [rows, H] and lora_hidden [rows, r]."""
-        if self.weight.numel():
-            self.dw += dz.T @ x
-        if self.bias.numel():
-            self.db += dz.sum(0, dtype=self.real)
-        if self.lora_weight.numel() and lora_hidden is not None:
-            self.d_lora += dz.T @ lora_hidden
-
-    def close(self, upstream: Tensor | float = 1.0) -> None:
-        totals = (self.weight, self.dw), (self.bias, self.db), (self.lora_weight, self.d_lora)
-        for whole, total in totals:
-            whole[self.cols] = (total * upstream).to(whole.dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels: one read of the logits for all statistics. Also serve linear_entropy_topk, on whole rows of logits.
+"""Triton kernels of the statistics: one read of the logits for all of them.
 
 ``fold`` walks along a part of a row and keeps m, d and T by lane, and the largest logit of every chunk: 2^LOG_U steps
 of one lane. ``finish`` merges the parts of a row and finds the top-k. It takes a bound that at least k lanes reach,
@@ -7,24 +7,15 @@ logits), it walks along the whole row once for each distinct value instead. Neit
 are, so a row's bits depend on the row alone; neither knows V or k at compile time.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rmx_kernels import configs
-from rmx_kernels.entropy_topk.ops import run as run
-from rmx_kernels.entropy_topk.reference import exact_topk
-from rmx_kernels.tiles import VocabTiles, chunks
-from rmx_kernels.vec_triton import (
+from rmx_kernels.head.kernels import (
     LN2,
     LOG2E,
     LOWEST,
     NO_KEY,
     NO_POWER,
-    Rows,
     append,
     capped,
     columns_of,
@@ -34,28 +25,17 @@ from rmx_kernels.vec_triton import (
     key_of,
     lane_max,
     lane_sum,
-    launch,
     offsets,
     order_of,
     place,
-    power_of_2,
     read,
     read_part,
     read_row,
-    scaling,
     uncapped,
     value_of,
     widened,
     write_row,
 )
-
-SORT_BYTES = 64 << 20  # of rows in float32, where the top-k is found by sorting them
-MAX_K = 128  # of the top-k by ``finish``; above it the rows are sorted
-ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much more for each 16
-BLOCK = 512  # columns that ``finish`` reads at a time where it walks along a row
-FEW = 16  # tokens of the top-k, up to which chunks are large: a chunk is 16 bytes at a time from places far apart
-LEAST_SEGMENTS = 4  # parts of a row are padded to so many: vocabularies below 160,000 share a compilation
-LANES_A_WARP = 512  # of ``finish``, in which a warp keeps the largest logits of so many lanes in registers
 
 
 @triton.jit
@@ -310,157 +290,3 @@ def gradient(
             dz = uncapped(dz * per_temperature, z, softcap)
             write_row(dx + row * dx_stride + begin, at, left, left >= TILE, dz, R, L, J)
         begin += TILE
-
-
-def _sorted_topk(x: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """The k largest scaled logits of rows x [N, V] and their ids, exactly, for a k that is too large for registers."""
-    values, ids = x.new_empty(x.shape[0], k, dtype=torch.float32), x.new_empty(x.shape[0], k, dtype=torch.int64)
-    tiles = VocabTiles(x, temperature=temperature, softcap=softcap)
-    for rows in chunks(tiles.N, max(1, SORT_BYTES // (4 * tiles.V))):
-        values[rows], ids[rows] = exact_topk(tiles(rows, slice(0, tiles.V), None), k)
-    return values, ids
-
-
-class Statistics:
-    """Room for the results of N rows, and their computation from whole rows of logits."""
-
-    def __init__(self, like: Tensor, N: int, k: int, target: Tensor | None) -> None:
-        self.N, self.k, self.target = N, k, target
-        self.m = torch.empty(N, dtype=torch.float32, device=like.device)  # before the temperature
-        self.log_d, self.lse, self.entropy = (torch.empty_like(self.m) for _ in range(3))
-        self.logprob = self.m.new_empty(0 if target is None else N)
-        self.values = self.m.new_empty(N, k)
-        self.ids = torch.empty(N, k, dtype=torch.int64, device=like.device)
-
-    def compute(self, x: Rows, rows: slice, temperature: float, softcap: float | None) -> None:
-        """The results of ``rows`` from their logits, the first rows of x."""
-        n, V, device, itemsize = rows.stop - rows.start, x.columns, self.m.device, x.x.element_size()
-        setting = configs.config(device)
-        sweep, shape = setting.statistics, setting.statistics.shape(itemsize)
-        most = max(1, setting.chunk // (shape["R"] * shape["J"]))  # steps of a chunk; halved where many are read again
-        log_u = (most if self.k <= FEW else max(1, most // 2)).bit_length() - 1
-        S, steps = sweep.division(V, itemsize, most)
-        in_kernel = 0 < self.k <= MAX_K
-        C = -(-V // (sweep.columns(itemsize) << log_u)) * sweep.lanes
-        c, per_temperature, softcap = scaling(temperature, softcap)
-        parts = torch.empty(3, n, S, dtype=torch.float32, device=device)
-        peaks = lanes = lists = keys = None
-        room = ROOM * (1 + self.k // 16)
-        if in_kernel:
-            peaks = x.x.new_empty(n, C)
-            lanes = parts.new_empty(n, S * sweep.lanes)
-            lists = torch.empty(n, 3 * room, dtype=torch.int32, device=device)
-            keys = torch.empty(n, room, dtype=torch.int64, device=device)
-        launch(
-            *(fold, n * S, device, *x.arguments, parts, peaks, lanes, n, V, S, C, steps, log_u, c, softcap),
-            warps=sweep.warps,
-            STAGES=sweep.stages,
-            **shape,
-        )
-        of_rows = [self.target, self.m, self.log_d, self.lse, self.entropy, self.logprob, self.values, self.ids]
-        if n != self.N:
-            of_rows = [None if part is None else part[rows] for part in of_rows]
-        target, row_m, row_log_d, lse, entropy, logprob, values, ids = of_rows
-        segments = max(LEAST_SEGMENTS, power_of_2(S))
-        launch(
-            *(finish, n, device, *x.arguments, target, parts, peaks, lanes, lists, keys),
-            *(
-                row_m,
-                row_log_d,
-                lse,
-                entropy,
-                logprob,
-                values,
-                ids,
-                n,
-                V,
-                S,
-                C,
-                steps,
-                log_u,
-                self.k,
-                room,
-                c,
-                per_temperature,
-                softcap,
-            ),
-            warps=max(1, segments * sweep.lanes // LANES_A_WARP),
-            SEGMENTS=segments,
-            BLOCK=BLOCK,
-            **shape,
-        )
-        if self.k > MAX_K:
-            z, self.ids[rows] = _sorted_topk(x.x.reshape(-1, V)[:n], self.k, temperature, softcap)
-            self.values[rows] = (z - self.m[rows, None] * per_temperature) - self.log_d[rows, None]
-
-    def results(self, lead: torch.Size) -> tuple[Tensor, ...]:
-        """(lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d), each [B...] or [B..., k]."""
-        found = (self.lse, self.entropy, self.logprob, self.values, self.ids, self.m, self.log_d)
-        if len(lead) == 1:
-            return found
-        of_rows = (x if x is self.logprob and self.target is None else x.view(lead + x.shape[1:]) for x in found)
-        return tuple(of_rows)
-
-
-def forward(
-    logits: Tensor, target: Tensor | None, k: int, temperature: float, softcap: float | None
-) -> tuple[Tensor, ...]:
-    """The kernel of rmx_kernels::entropy_topk."""
-    x = Rows(logits)
-    ids = None if target is None else target.reshape(-1).contiguous()
-    statistics = Statistics(logits, x.N, k, ids)
-    statistics.compute(x, slice(0, x.N), temperature, softcap)
-    return statistics.results(logits.shape[:-1])
-
-
-class StatisticsGradient:
-    """Upstream gradients of N rows, flattened and in float32, and what the backward kernel needs besides."""
-
-    def __init__(
-        self,
-        target: Tensor | None,
-        topk_ids: Tensor,
-        norms: tuple[Tensor, Tensor, Tensor],
-        upstream: Sequence[Tensor | None],  # of lse, entropy, logprob and the top-k
-    ) -> None:
-        N, self.k = norms[0].numel(), topk_ids.shape[-1]
-        flat = [None if g is None else g.to(torch.float32).reshape(-1).contiguous() for g in upstream]
-        target = None if target is None else target.reshape(-1).contiguous()
-        self.per_row = [target, *(x.reshape(-1) for x in norms), *flat[:3]]
-        self.topk_ids = topk_ids.reshape(N, self.k)
-        self.g_topk = None if flat[3] is None or self.k == 0 else flat[3].view(N, self.k)
-
-    def __call__(self, x: Rows, dx: Tensor, rows: slice, first: int, temperature: float, softcap: float | None) -> None:
-        """dx of the logits x, columns from ``first`` on, for some of the rows; in place if both are the same."""
-        target, *others = (None if part is None else part[rows] for part in self.per_row)
-        g_topk = None if self.g_topk is None else self.g_topk[rows]
-        sweep, itemsize = configs.config(dx.device).statistics_gradient, x.x.element_size()
-        (S, steps), n = sweep.division(x.columns, itemsize), rows.stop - rows.start
-        launch(
-            *(gradient, n * S, dx.device, *x.arguments, dx, dx.stride(0), target, self.topk_ids[rows], *others, g_topk),
-            *(first, x.columns, S, steps, self.k, *scaling(temperature, softcap)),
-            warps=sweep.warps,
-            **sweep.shape(itemsize),
-        )
-
-
-def backward(
-    logits: Tensor,
-    target: Tensor | None,
-    topk_ids: Tensor,
-    m: Tensor,
-    log_d: Tensor,
-    entropy: Tensor,
-    g_lse: Tensor | None,
-    g_entropy: Tensor | None,
-    g_logprob: Tensor | None,
-    g_topk: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
-    """The kernel of rmx_kernels::entropy_topk_backward."""
-    x = Rows(logits)
-    backward_rows = StatisticsGradient(target, topk_ids, (m, log_d, entropy), (g_lse, g_entropy, g_logprob, g_topk))
-    dx = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    backward_rows(x, dx.view(-1, x.columns), slice(0, x.N), 0, temperature, softcap)
-    return dx

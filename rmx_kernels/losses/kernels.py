@@ -1,5 +1,4 @@
-"""Triton kernels: one read of student and base for all values, one more with the gradient's write. Also serve the
-linear losses, on whole rows of logits.
+"""Triton kernels of the losses: one read of student and base for all values, one more with the gradient's write.
 
 ``fold`` walks along a part of a row of both models and keeps by lane, beside m and d of each, the KL in the form
 
@@ -16,20 +15,14 @@ left little of Q, it walks along the row a second time, with the norms known. So
 are far apart, cost twice the others and are as exact.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rmx_kernels import configs
-from rmx_kernels.gated_contrastive_loss.ops import run as run
-from rmx_kernels.linear_logprob_kl.reference import BASE_MASS_TOLERANCE
-from rmx_kernels.vec_triton import (
+from rmx_kernels.head.kernels import (
     LN2,
     LOG2E,
     LOWEST,
     NEAR,
-    Rows,
     capped,
     columns_of,
     decay,
@@ -38,21 +31,15 @@ from rmx_kernels.vec_triton import (
     kl_terms,
     lane_max,
     lane_sum,
-    launch,
     moved,
     offsets,
     place,
-    power_of_2,
     read,
     read_part,
     read_row,
-    scaling,
     uncapped,
     write_row,
 )
-
-PARTS = 7  # m and d of student and base, kappa, A and Q
-LEAST_SEGMENTS = 4  # parts of a row are padded to so many, so that vocabularies below 160,000 share one compilation
 
 
 @triton.jit
@@ -323,113 +310,3 @@ def gradient(
             write_row(dx + row * dx_stride + begin, at, left, left >= TILE, dz, R, L, J)
         begin += TILE
         chosen -= TILE
-
-
-def row_terms(
-    x: Rows,
-    base_x: Rows,
-    n: int,
-    target: Tensor,
-    weights: tuple[Tensor, Tensor] | tuple[None, None],
-    base_lse: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
-    """[6, n] of the first n rows: logprob, kl, and the norms m, log d of student and base; NaN where not computed."""
-    V, device, itemsize = x.columns, target.device, x.x.element_size()
-    sweep = configs.config(device).loss
-    shape = sweep.shape(itemsize)
-    S, steps = sweep.division(V, itemsize)
-    parts = torch.empty(PARTS, n, S, dtype=torch.float32, device=device)
-    terms = torch.empty(6, n, dtype=torch.float32, device=device)
-    rows, scale = (*x.arguments, *base_x.arguments), scaling(temperature, softcap)
-    launch(
-        *(fold, n * S, device, *rows, *weights, parts, n, V, S, steps, *scale),
-        warps=sweep.warps,
-        STAGES=sweep.stages,
-        **shape,
-    )
-    launch(
-        *(finish, n, device, *rows, target, *weights, base_lse, parts, terms),
-        *(n, V, S, BASE_MASS_TOLERANCE, *scale),
-        warps=sweep.warps,
-        SEGMENTS=max(LEAST_SEGMENTS, power_of_2(S)),
-        **shape | {"R": 1},  # for few registers: most rows are not walked along again
-    )
-    return terms
-
-
-def row_gradient(
-    x: Rows,
-    base_x: Rows,
-    n: int,
-    dx: Tensor,
-    target: Tensor,
-    weights: tuple[Tensor, Tensor],
-    norms: Tensor,
-    temperature: float,
-    softcap: float | None,
-    *,
-    upstream: Tensor | None = None,
-    first: int = 0,
-    V: int | None = None,
-) -> None:
-    """dx [n, columns] of the first n rows, columns from ``first`` on of V; in place if dx holds x."""
-    sweep, itemsize = configs.config(dx.device).loss_gradient, x.x.element_size()
-    S, steps = sweep.division(x.columns, itemsize)
-    launch(
-        *(gradient, n * S, dx.device, *x.arguments, *base_x.arguments, dx, dx.stride(0), target, *weights, upstream),
-        *(*norms, first, x.columns, x.columns if V is None else V, S, steps, *scaling(temperature, softcap)),
-        warps=sweep.warps,
-        **sweep.shape(itemsize),
-    )
-
-
-def weighted_sum(ce: Tensor, kl_weight: Tensor, logprob: Tensor, kl: Tensor) -> Tensor:
-    """The loss; an impossible target or an infinite KL counts only where it has a weight. Waits for no device."""
-    terms = [(-ce, logprob), (kl_weight, kl)]
-    parts = (torch.where(weight != 0, weight.double() * term.double(), 0.0).sum() for weight, term in terms)
-    return sum(parts, start=torch.zeros((), dtype=torch.float64, device=ce.device)).to(torch.float32)
-
-
-def flat(ce_weight: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [B...] as float32 [N], without strides."""
-    ce, kl = (x.reshape(-1).to(torch.float32).contiguous() for x in (ce_weight, kl_weight))
-    return ce, kl
-
-
-def forward(
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel of rmx_kernels::gated_contrastive_loss."""
-    x, base_x, weights = Rows(logits), Rows(base_logits), flat(ce_weight, kl_weight)
-    ids = target.reshape(-1).contiguous()
-    terms = row_terms(x, base_x, x.N, ids, weights, None, temperature, softcap)
-    loss = weighted_sum(*weights, terms[0], terms[1])
-    return loss, terms[0].view(target.shape).clone(), terms[1].view(target.shape).clone(), terms[2:].clone()
-
-
-def backward(
-    logits: Tensor,
-    base_logits: Tensor,
-    target: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    norms: Tensor,
-    g_loss: Tensor,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
-    """The kernel of rmx_kernels::gated_contrastive_loss_backward."""
-    x, base_x, weights = Rows(logits), Rows(base_logits), flat(ce_weight, kl_weight)
-    ids, upstream = target.reshape(-1).contiguous(), g_loss.to(torch.float32)
-    dx = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    to = dx.view(-1, x.columns)
-    row_gradient(x, base_x, x.N, to, ids, weights, norms, temperature, softcap, upstream=upstream)
-    return dx

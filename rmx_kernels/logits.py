@@ -1,0 +1,124 @@
+"""The operand of every operator: rows of logits, given as they are or as hidden states with an output head."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LoRA = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of TENSORS; without elements where not asked for
+Needs = Sequence[bool]  # which gradients of TENSORS are asked for
+
+TENSORS = ("x", "weight", "bias", "lora_hidden", "lora_weight")
+SCHEMA = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
+    "float temperature, float? softcap"
+)
+GRADIENTS = "(Tensor dx, Tensor d_weight, Tensor d_bias, Tensor d_lora_hidden, Tensor d_lora_weight)"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics, sums and results: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of products with the head on a CPU: bfloat16 where it is multiplied natively, else full precision.
+
+    float16 lacks the range for gradients.
+    """
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    return compute_dtype(dtype)
+
+
+def gradient_dtype(x: Tensor, impl: str) -> torch.dtype:
+    """Of a gradient for hidden states that is still to be multiplied by the upstream gradient."""
+    if impl == "reference":
+        return compute_dtype(x.dtype)
+    if x.device.type == "cpu":
+        return product_dtype(x.dtype)
+    return x.dtype if x.dtype == torch.bfloat16 else compute_dtype(x.dtype)
+
+
+def flat(x: Tensor | None) -> Tensor | None:
+    """The rows of x [B..., columns], [N, columns]."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+class Logits(NamedTuple):
+    r"""z = cap(x) / temperature, or z = cap(x @ weight.T + bias + lora_hidden @ lora_weight.T) / temperature.
+
+    cap(u) = softcap * tanh(u / softcap), or u without a softcap. The fields stand in the order of :data:`SCHEMA`.
+    """
+
+    x: Tensor  # [B..., V] without a weight, [B..., H] with one
+    weight: Tensor | None = None  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_hidden: Tensor | None = None  # [B..., r], of a LoRA pair on the head
+    lora_weight: Tensor | None = None  # [V, r]
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def V(self) -> int:
+        return self.x.shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
+    def lead(self) -> torch.Size:
+        """B..., the leading dimensions."""
+        return self.x.shape[:-1]
+
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of the results."""
+        return compute_dtype(self.x.dtype)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of :data:`TENSORS`, the differentiable ones."""
+        return self.x, self.weight, self.bias, self.lora_hidden, self.lora_weight
+
+    def rows(self) -> "Logits":
+        """With the leading dimensions in one: x [N, columns], lora_hidden [N, r]."""
+        return self._replace(x=self.x.reshape(-1, self.x.shape[-1]), lora_hidden=flat(self.lora_hidden))
+
+    def of_base(self, base_x: Tensor) -> "Logits":
+        """The base's logits: of the same head and scaling, without the LoRA pair."""
+        return self._replace(x=base_x, lora_hidden=None, lora_weight=None)
+
+    def empty_gradients(self, needs: Needs) -> Gradients:
+        """Room for the gradients of :data:`TENSORS`, of the shape of each; without elements where not needed."""
+        shapes = [x.shape if x is not None and need else (0,) for x, need in zip(self.tensors, needs, strict=True)]
+        x, weight, bias, lora_hidden, lora_weight = (self.x.new_empty(shape) for shape in shapes)
+        return x, weight, bias, lora_hidden, lora_weight
+
+
+def asked(gradients: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
+    """The gradients as autograd takes them: None where not asked for."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, temperature: float, softcap: float | None
+) -> Logits:
+    """The operand from an operator's arguments.
+
+    The first product of a LoRA pair, lora_hidden = scale * hidden @ A.T, is a small one under autograd, from which the
+    gradients of A and of hidden through A come; the operators make the second. On a CPU its rows come in fours, as in
+    head/cpu.py, so that neither a value nor a gradient depends on the number of rows. (MKL's float64 product at ranks
+    of 16 to 32 also depends on whether there are more than 2 r rows.)
+    """
+    if lora is None:
+        return Logits(hidden, weight, bias, None, None, temperature, softcap)
+    A, B, scale = lora
+    x = hidden.reshape(-1, hidden.shape[-1])
+    N = x.shape[0]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.device.type == "cpu" and (torch.compiler.is_compiling() or N % 4):
+            x = F.pad(x, (0, 0, 0, -N % 4))
+        lora_hidden = torch.addmm(x.new_zeros(()), x, A.T, beta=0, alpha=scale)  # scaled before it is rounded
+    lora_hidden = lora_hidden[:N].view(*hidden.shape[:-1], A.shape[0])
+    return Logits(hidden, weight, bias, lora_hidden, B, temperature, softcap)

@@ -1,0 +1,197 @@
+"""gated_contrastive_loss, linear_gated_contrastive_loss and linear_logprob_kl: a student against a frozen base.
+
+The linear ones make no tensor of size [tokens, vocabulary].
+"""
+
+from torch import Tensor
+
+from rmx_kernels import checks, dispatch
+from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
+from rmx_kernels.results import ContrastiveLoss, LogprobKL
+
+
+def gated_contrastive_loss(
+    logits: Tensor,
+    base_logits: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> ContrastiveLoss:
+    r"""The sum over rows of a weighted negative log-prob and a weighted full-vocabulary KL to the base.
+
+    .. math::
+        \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i))
+            + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}), \qquad
+        \frac{\partial\,\mathrm{loss}}{\partial z_s} = (c + w) p_s - c\,\mathrm{onehot} - w\,p_b
+
+    The weights c = ``ce_weight`` (of any sign: an advantage) and w = ``kl_weight`` hold every mean and gate, so the
+    loss never depends on how sequences are batched. A row whose two weights are zero is not read, neither is its
+    target; a row with kl_weight = 0 needs no base.
+
+    Args:
+        logits: the student's, [..., V], bfloat16, float16, float32 or float64. Differentiable.
+        base_logits: the frozen base's, same shape, dtype and device; a constant, so it may not require a gradient.
+        target: token ids [...] in [0, V), int64 or int32.
+        ce_weight, kl_weight: [...] floating point, constants.
+        temperature, softcap: as in :func:`entropy_topk`, applied to both.
+        impl: None (best available), "reference", "cpu" or "triton".
+
+    Returns:
+        :class:`ContrastiveLoss` of float32 (float64 for float64 logits), in nats. ``logprob`` and ``kl`` are per
+        row, detached, and NaN where they were not computed: kl where kl_weight is zero, logprob where both are.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: loss of arXiv 2605.06241, section 3.
+
+    >>> import torch
+    >>> z, one = torch.zeros(1, 4), torch.ones(1)
+    >>> gated_contrastive_loss(z, z, torch.tensor([2]), one, one).loss
+    tensor(1.3863)
+    """
+    checks.floating("logits", logits, 1)
+    checks.like("base_logits", base_logits, "logits", logits)
+    checks.frozen("base_logits", base_logits, "the base distribution is a constant")
+    checks.scaling(temperature, softcap)
+    rows, V = logits.shape[:-1], logits.shape[-1]
+    checks.row_weights("ce_weight", ce_weight, rows, logits.device)
+    checks.row_weights("kl_weight", kl_weight, rows, logits.device)
+    checks.targets(target, rows, V, logits.device, used=(ce_weight != 0) | (kl_weight != 0))
+    chosen = dispatch.chosen("gated_contrastive_loss", impl, logits)
+    z = Logits(logits, temperature=temperature, softcap=softcap)
+    return contrastive_loss(Pair(z, base_logits, target), ce_weight, kl_weight, None, chosen)
+
+
+def linear_gated_contrastive_loss(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    base_lse: Tensor | None = None,
+    impl: str | None = None,
+) -> ContrastiveLoss:
+    r"""What :func:`gated_contrastive_loss` returns for student and base logits that share one output head.
+
+    .. math::
+        \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i})
+
+        z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}, \quad
+        z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}
+
+    Args:
+        hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
+        base_hidden: the frozen base's, same shape, dtype and device; may not require a gradient.
+        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant.
+        target: token ids [...] in [0, V), int64 or int32; not read in rows whose two weights are zero.
+        ce_weight, kl_weight: [...] floating point, constants.
+        bias: [V] or None. Differentiable like weight.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
+            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+            The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
+        temperature, softcap: as in :func:`entropy_topk`, applied to both.
+        base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
+            scoring with the same temperature and softcap), which saves one product with the head; float32 or
+            float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
+            gradients are NaN.
+        impl: None (best available), "reference", "cpu" or "triton".
+
+    Returns:
+        :class:`ContrastiveLoss`, as :func:`gated_contrastive_loss`. Scratch memory does not grow with N x V.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: loss of arXiv 2605.06241, section 3.
+
+    >>> import torch
+    >>> h, one = torch.zeros(1, 3), torch.ones(1)
+    >>> linear_gated_contrastive_loss(h, h, torch.ones(4, 3), torch.tensor([2]), one, one).loss
+    tensor(1.3863)
+    """
+    checks.floating("hidden", hidden, 1)
+    checks.like("base_hidden", base_hidden, "hidden", hidden)
+    checks.frozen("base_hidden", base_hidden, "the base distribution is a constant")
+    checks.head(hidden, weight, bias)
+    checks.lora(hidden, weight, lora)
+    checks.scaling(temperature, softcap)
+    rows = hidden.shape[:-1]
+    checks.row_weights("ce_weight", ce_weight, rows, hidden.device)
+    checks.row_weights("kl_weight", kl_weight, rows, hidden.device)
+    if base_lse is not None:
+        checks.row_weights("base_lse", base_lse, rows, hidden.device)
+        checks.full_precision("base_lse", base_lse)
+    checks.targets(target, rows, weight.shape[0], hidden.device, used=(ce_weight != 0) | (kl_weight != 0))
+    chosen = dispatch.chosen("linear_gated_contrastive_loss", impl, hidden)
+    z = linear(hidden, weight, bias, lora, temperature, softcap)
+    return contrastive_loss(Pair(z, base_hidden, target), ce_weight, kl_weight, base_lse, chosen)
+
+
+def linear_logprob_kl(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> LogprobKL:
+    r"""The two row values from which contrastive, clipped, hinge and distillation losses are made.
+
+    .. math::
+        \mathrm{logprob}_i = \log p_{s,i}(\mathrm{target}_i), \qquad
+        \mathrm{kl}_i = \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}) = \sum_v p_b (e^\delta - 1 - \delta), \quad
+        \delta = \log p_s - \log p_b
+
+    of :math:`z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}` and
+    :math:`z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}`.
+
+    Args:
+        hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
+        base_hidden: the frozen base's, same shape, dtype and device; may not require a gradient.
+        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant.
+        target: token ids [...] in [0, V), int64 or int32.
+        bias: [V] or None. Differentiable like weight.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
+            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        temperature, softcap, impl: as in :func:`entropy_topk`, applied to both distributions.
+
+    Returns:
+        :class:`LogprobKL` of float32 (float64 for float64 inputs), in nats: kl >= 0, and exactly 0 where both hidden
+        states are equal and there is no lora. Scratch memory does not grow with N x V.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: loss of arXiv 2605.06241, section 3, as its row terms.
+
+    >>> import torch
+    >>> h = torch.zeros(1, 3)
+    >>> linear_logprob_kl(h, h, torch.ones(4, 3), torch.tensor([2]))
+    LogprobKL(logprob=tensor([-1.3863]), kl=tensor([0.]))
+    """
+    checks.floating("hidden", hidden, 1)
+    checks.like("base_hidden", base_hidden, "hidden", hidden)
+    checks.frozen("base_hidden", base_hidden, "the base distribution is a constant")
+    checks.head(hidden, weight, bias)
+    checks.lora(hidden, weight, lora)
+    checks.scaling(temperature, softcap)
+    checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
+    chosen = dispatch.chosen("linear_logprob_kl", impl, hidden)
+    z = linear(hidden, weight, bias, lora, temperature, softcap)
+    return logprob_kl(Pair(z, base_hidden, target), chosen)

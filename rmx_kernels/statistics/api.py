@@ -1,0 +1,105 @@
+"""entropy_topk and linear_entropy_topk: row statistics of logits, or of hidden @ weight.T, which is never stored."""
+
+from torch import Tensor
+
+from rmx_kernels import checks, dispatch
+from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.results import VocabStats
+from rmx_kernels.statistics.op import statistics
+
+
+def entropy_topk(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    k: int = 0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> VocabStats:
+    r"""Log-sum-exp, entropy, log-prob of a target and top-k of each row, in one pass over the vocabulary.
+
+    .. math::
+        z = \mathrm{cap}(\mathrm{logits}) / \mathrm{temperature}, \quad p = \mathrm{softmax}(z), \quad
+        \mathrm{lse} = \log \sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v, \quad \log p_\mathrm{target}
+
+    with cap(u) = softcap * tanh(u / softcap), or u without a softcap. Entries of -inf have probability 0. A row
+    that holds a NaN or +inf, or nothing but -inf, has no distribution: its results are NaN (its ids are arbitrary).
+
+    Args:
+        logits: [..., V], bfloat16, float16, float32 or float64. Differentiable.
+        target: token ids [...] in [0, V), int64 or int32; None for no ``logprob``.
+        k: how many of the most probable tokens to return, 0 <= k <= V. Ties go to the lower id.
+        temperature: divides the logits, > 0.
+        softcap: bound of the logits in the manner of Gemma 2, > 0, or None.
+        impl: None (best available), "reference", "cpu" or "triton".
+
+    Returns:
+        :class:`VocabStats` of float32 (float64 for float64 logits), in nats; all but ``topk_ids`` differentiable
+        once: d lse = p, d logprob = onehot - p, d entropy = -p (log p + H).
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: entropy gate of arXiv 2605.06241, section 3.
+
+    >>> import torch
+    >>> entropy_topk(torch.zeros(2, 8), k=1).entropy
+    tensor([2.0794, 2.0794])
+    """
+    checks.floating("logits", logits, 1)
+    checks.scaling(temperature, softcap)
+    checks.top_k(k, logits.shape[-1])
+    if target is not None:
+        checks.targets(target, logits.shape[:-1], logits.shape[-1], logits.device)
+    chosen = dispatch.chosen("entropy_topk", impl, logits)
+    z = Logits(logits, temperature=temperature, softcap=softcap)
+    return statistics(z, target, k, chosen)
+
+
+def linear_entropy_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    k: int = 0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> VocabStats:
+    r"""What :func:`entropy_topk` returns for logits = hidden @ weight.T + bias, without making them.
+
+    .. math:: z = \mathrm{cap}(\mathrm{hidden} \, (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}
+
+    Args:
+        hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
+        weight: output head [V, H] of the same dtype and device. Differentiable; a frozen head costs no gradient.
+        target: token ids [...] in [0, V), int64 or int32; None for no ``logprob``.
+        bias: [V] of the same dtype, or None. Differentiable.
+        lora: (A [r, H], B [V, r], scale), the tensors of the same dtype and device, or None for a head without
+            adapter. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        k, temperature, softcap, impl: as in :func:`entropy_topk`.
+
+    Returns:
+        :class:`VocabStats` of float32 (float64 for float64 inputs), in nats. Scratch memory does not grow with N x V.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
+
+    Source: scoring pass of arXiv 2605.06241, section 3.
+
+    >>> import torch
+    >>> linear_entropy_topk(torch.randn(2, 16), torch.zeros(8, 16)).entropy
+    tensor([2.0794, 2.0794])
+    """
+    checks.floating("hidden", hidden, 1)
+    checks.head(hidden, weight, bias)
+    checks.lora(hidden, weight, lora)
+    checks.scaling(temperature, softcap)
+    checks.top_k(k, weight.shape[0])
+    if target is not None:
+        checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
+    chosen = dispatch.chosen("linear_entropy_topk", impl, hidden)
+    return statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen)

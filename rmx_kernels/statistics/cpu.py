@@ -1,0 +1,144 @@
+"""Native kernels: one pass over the logits.
+
+Of hidden states a tile of the vocabulary at a time is multiplied by torch.mm and folded while it is in the cache. In
+the backward pass whole rows are computed anew, some at a time, turned into their gradient in place and multiplied back;
+the gradient of the head, where one is asked for, takes a second such sweep, by slices of the vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from rmx_kernels import checks, native
+from rmx_kernels.head import cpu as tiles
+from rmx_kernels.head.cpu import Head
+from rmx_kernels.head.gradient import HeadGradient
+from rmx_kernels.head.reference import chunks
+from rmx_kernels.logits import Gradients, Logits, Needs
+from rmx_kernels.statistics.op import Forward, Saved, Upstream
+
+
+class RunningStats:
+    """The sums and the top-k of N rows while tiles of columns are folded in; csrc/rmx_cpu.h says what they hold."""
+
+    def __init__(self, N: int, k: int, real: torch.dtype, target: Tensor | None) -> None:
+        self.N, self.k, self.target = N, k, target
+        self.m, self.d, self.T = (torch.empty(N, dtype=real) for _ in range(3))
+        self.chosen = None if target is None else torch.empty(N, dtype=real)
+        self.best = torch.empty(N, 2 * k, dtype=torch.int64)
+
+    def _sums(self, rows: slice) -> native.Sums:
+        parts = (self.m, self.d, self.T, self.chosen, self.target)
+        pointers = (native.address(None if part is None else part[rows]) for part in parts)
+        return native.Sums(*pointers, self.k, native.address(self.best[rows]))
+
+    def fold(self, z: native.Rows, scale: native.Scale, rows: slice, first: int, columns: int) -> None:
+        native.call("rmx_entropy_topk", z, scale, rows.stop - rows.start, first, columns, self._sums(rows))
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """(lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d), each [N] or [N, k]."""
+        log_d, lse, entropy = (torch.empty_like(self.m) for _ in range(3))
+        logprob = self.m.new_empty(0 if self.chosen is None else self.N)
+        values, ids = self.m.new_empty(self.N, self.k), torch.empty(self.N, self.k, dtype=torch.int64)
+        stats = native.Stats(*(native.address(x) for x in (log_d, lse, entropy, logprob, values, ids)))
+        dtype = native.DTYPES[self.m.dtype]
+        native.call("rmx_entropy_topk_finish", dtype, self.N, self._sums(slice(0, self.N)), stats)
+        return lse, entropy, logprob, values, ids, self.m, log_d
+
+
+def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
+    lead, scale = z.lead, native.scale(z.temperature, z.softcap)
+    ids = None
+    if target is not None:
+        checks.target_range(target, z.V)
+        ids = target.reshape(-1).long().contiguous()
+    stats = RunningStats(lead.numel(), k, z.real, ids)
+    if z.weight is None:
+        stats.fold(native.rows(z.x), scale, slice(0, stats.N), 0, z.V)
+    else:
+        head, rows_of = Head(z), z.rows()
+        buffer = head.buffer(tiles.TILE_COLUMNS, min(stats.N, tiles.TILE_ROWS))
+        for rows in chunks(stats.N, tiles.TILE_ROWS):
+            x, u = head.rows(rows_of.x[rows]), head.lora_rows(rows_of.lora_hidden, rows)
+            for cols in head.columns():
+                tile = head.logits(x, buffer, cols, u)
+                stats.fold(native.rows(tile), scale, rows, cols.start, tile.shape[1])
+    lse, entropy, logprob, values, topk_ids, m, log_d = stats.finish()
+    lse, entropy, m, log_d = (x.view(lead) for x in (lse, entropy, m, log_d))
+    logprob = logprob if target is None else logprob.view(lead)
+    return lse, entropy, logprob, values.view(*lead, k), topk_ids.view(*lead, k), m, log_d
+
+
+class StatisticsGradient:
+    """Upstream gradients of N rows, flattened and in full precision, and what the backward kernel needs besides."""
+
+    def __init__(self, saved: Saved, upstream: Upstream) -> None:
+        target, topk_ids, m, log_d, entropy = saved
+        g_lse, g_entropy, g_logprob, g_topk = upstream
+
+        def flat(x: Tensor | None, *shape: int) -> Tensor | None:
+            return None if x is None else x.to(m.dtype).reshape(-1, *shape).contiguous()
+
+        self.k = topk_ids.shape[-1]
+        self.N = m.numel()
+        self.ids = topk_ids.reshape(self.N, self.k)
+        self.norms = tuple(x.reshape(-1) for x in (m, log_d, entropy))
+        self.g_entropy, self.g_logprob = flat(g_entropy), flat(g_logprob)
+        self.g_topk = None if g_topk is None or self.k == 0 else flat(g_topk, self.k)
+        self.target = None if target is None else target.reshape(-1).long().contiguous()
+        self.along_p = torch.zeros(self.N, dtype=m.dtype)
+        if g_lse is not None:
+            self.along_p += g_lse.reshape(-1)
+        if self.g_logprob is not None:
+            self.along_p -= self.g_logprob
+        if self.g_topk is not None:
+            self.along_p -= self.g_topk.sum(-1)
+
+    def __call__(
+        self, x: native.Rows, dx: native.Rows, scale: native.Scale, rows: slice, first: int, columns: int
+    ) -> None:
+        """dx of a tile of the logits x, for some of the rows; in place if both are the same."""
+        parts = (*self.norms, self.target, self.ids, self.along_p, self.g_entropy, self.g_logprob, self.g_topk)
+        pointers = (native.address(None if part is None else part[rows]) for part in parts)
+        gradient = native.StatsGradient(*pointers, self.k)
+        count = rows.stop - rows.start
+        native.call("rmx_entropy_topk_backward", x, scale, count, first, columns, gradient, dx)
+
+
+def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradients:
+    gradient, scale = StatisticsGradient(saved, upstream), native.scale(z.temperature, z.softcap)
+    if z.weight is None:
+        dx = native.scratch(z.x.numel(), z.x.dtype).view(z.x.shape)
+        gradient(native.rows(z.x), native.rows(dx), scale, slice(0, gradient.N), 0, z.V)
+        return dx, *z.empty_gradients([False] * 5)[1:]
+    dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
+    head, of_rows = Head(z), z.rows()
+    if dx.numel() or du.numel():
+        buffer = head.buffer(head.V, min(gradient.N, head.row_chunk()))
+        for rows in chunks(gradient.N, head.row_chunk()):
+            n = rows.stop - rows.start
+            tile = head.logits(head.rows(of_rows.x[rows]), buffer, None, head.lora_rows(of_rows.lora_hidden, rows))
+            gradient(native.rows(tile), native.rows(tile), scale, rows, 0, head.V)
+            if dx.numel():
+                dx.view(of_rows.x.shape)[rows] = head.back(tile)[:n].to(dx.dtype)
+            if of_rows.lora_hidden is not None and du.numel():
+                du.view(of_rows.lora_hidden.shape)[rows] = head.lora_back(tile)[:n].to(du.dtype)
+    sink = HeadGradient(z, needs)
+    if sink.wanted:
+        _head_gradient(head, of_rows, gradient, sink)
+    return dx, sink.weight, sink.bias, du, sink.lora_weight
+
+
+def _head_gradient(head: Head, z: Logits, gradient: StatisticsGradient, sink: HeadGradient) -> None:
+    scale, buffer = (
+        native.scale(z.temperature, z.softcap),
+        head.buffer(tiles.TILE_COLUMNS, min(gradient.N, tiles.TILE_ROWS)),
+    )
+    for cols in head.columns():
+        sink.open(cols)
+        for rows in chunks(gradient.N, tiles.TILE_ROWS):
+            n = rows.stop - rows.start
+            x, u = head.rows(z.x[rows]), head.lora_rows(z.lora_hidden, rows)
+            tile = head.logits(x, buffer, cols, u)
+            gradient(native.rows(tile), native.rows(tile), scale, rows, cols.start, tile.shape[1])
+            sink.add(tile[:n], x[:n], None if u is None else u[:n])
+        sink.close()

@@ -1,0 +1,115 @@
+"""Schemas, fake kernels and the autograd formula of the statistics, for all implementations.
+
+    rmx_kernels::vocab_stats           logits, target, k -> lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d
+    rmx_kernels::vocab_stats_backward  -> the gradients of logits.TENSORS; without elements where not needed
+
+m = max z and log_d = log sum exp(z - m), kept apart for the backward: log p = (z - m) - log_d. What was not asked for
+has no elements. An implementation is a module of this folder with two functions:
+
+    forward(z: Logits, target, k) -> Forward
+    backward(z: Logits, saved: Saved, upstream: Upstream, needs) -> Gradients
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmx_kernels import dispatch, logits
+from rmx_kernels.logits import Gradients, Logits, asked
+from rmx_kernels.registration import register
+from rmx_kernels.results import VocabStats, named
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+STATS = "(Tensor lse, Tensor entropy, Tensor logprob, Tensor topk_logprobs, Tensor topk_ids, Tensor m, Tensor log_d)"
+SAVED = "Tensor? target, Tensor topk_ids, Tensor m, Tensor log_d, Tensor entropy"
+UPSTREAM = "Tensor? g_lse, Tensor? g_entropy, Tensor? g_logprob, Tensor? g_topk"
+OPERANDS = len(Logits._fields)
+
+
+class Saved(NamedTuple):
+    """What the backward takes besides the logits."""
+
+    target: Tensor | None  # [B...]
+    topk_ids: Tensor  # [B..., K]
+    m: Tensor  # [B...]
+    log_d: Tensor  # [B...]
+    entropy: Tensor  # [B...]
+
+
+class Upstream(NamedTuple):
+    """The gradients of the results that are differentiable; None is zero."""
+
+    lse: Tensor | None  # [B...]
+    entropy: Tensor | None  # [B...]
+    logprob: Tensor | None  # [B...]
+    topk: Tensor | None  # [B..., K]
+
+
+def _forward(*arguments: Any) -> Forward:
+    z, (target, k, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:]
+    with torch.autocast(z.x.device.type, enabled=False):
+        result: Forward = dispatch.kernels("statistics", impl).forward(z, target, k)
+    return result
+
+
+def _fake(*arguments: Any) -> Forward:
+    z, (target, k, _) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:]
+    real = z.x.new_empty(z.lead, dtype=z.real)
+    logprob = real.new_empty(z.lead if target is not None else (0,))
+    topk_ids = real.new_empty((*z.lead, k), dtype=torch.int64)
+    entropy, m, log_d = (torch.empty_like(real) for _ in range(3))
+    return real, entropy, logprob, real.new_empty((*z.lead, k)), topk_ids, m, log_d
+
+
+def _backward(*arguments: Any) -> Gradients:
+    z, others, (needs, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:-2], arguments[-2:]
+    saved, upstream = Saved(*others[:5]), Upstream(*others[5:])
+    with torch.autocast(z.x.device.type, enabled=False):
+        result: Gradients = dispatch.kernels("statistics", impl).backward(z, saved, upstream, needs)
+    return result
+
+
+def _fake_backward(*arguments: Any) -> Gradients:
+    return Logits(*arguments[:OPERANDS]).empty_gradients(arguments[-2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    *tensors, ctx.temperature, ctx.softcap = inputs[:OPERANDS]
+    target, _, ctx.impl = inputs[OPERANDS:]
+    _, entropy, _, _, topk_ids, m, log_d = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, target, topk_ids, m, log_d, entropy)
+
+
+def _formula(ctx: Any, *upstream: Tensor | None) -> Any:
+    saved = ctx.saved_tensors  # read once, for non-reentrant checkpointing
+    count = len(logits.TENSORS)
+    needs = list(ctx.needs_input_grad[:count])
+    g_lse, g_entropy, g_logprob, g_topk = upstream[:4]
+    given = g_lse, g_entropy, None if saved[count] is None else g_logprob, g_topk
+    gradients = torch.ops.rmx_kernels.vocab_stats_backward(
+        *saved[:count], ctx.temperature, ctx.softcap, *saved[count:], *given, needs, ctx.impl
+    )
+    return *asked(gradients, needs), None, None, None, None, None
+
+
+register(
+    "vocab_stats",
+    f"({logits.SCHEMA}, Tensor? target, int k, str impl) -> {STATS}",
+    _forward,
+    _fake,
+    (_formula, _setup_context),
+)
+register(
+    "vocab_stats_backward",
+    f"({logits.SCHEMA}, {SAVED}, {UPSTREAM}, bool[] needs, str impl) -> {logits.GRADIENTS}",
+    _backward,
+    _fake_backward,
+)
+
+
+def statistics(z: Logits, target: Tensor | None, k: int, impl: str) -> VocabStats:
+    """The registered operator; arguments as checked by the public ones."""
+    return named(torch.ops.rmx_kernels.vocab_stats(*z, target, k, impl), target, k)

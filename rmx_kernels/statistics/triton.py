@@ -1,0 +1,182 @@
+"""The statistics by Triton kernels, on logits or on whole rows of them by the vendor's GEMM, some at a time.
+
+Backward computes the rows anew, turns them into their gradient in place and multiplies it back; the gradient of the
+head, where one is asked for, takes a second such sweep, by slices of the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmx_kernels.head import configs
+from rmx_kernels.head.launch import Rows, launch, power_of_2, scaling
+from rmx_kernels.head.reference import VocabTiles, chunks
+from rmx_kernels.head.triton import Head, head_gradient, multiple, row_sizes
+from rmx_kernels.logits import Gradients, Logits, Needs
+from rmx_kernels.statistics import kernels
+from rmx_kernels.statistics.op import Forward, Saved, Upstream
+from rmx_kernels.statistics.reference import exact_topk
+
+SORT_BYTES = 64 << 20  # of rows in float32, where the top-k is found by sorting them
+MAX_K = 128  # of the top-k by ``finish``; above it the rows are sorted
+ROOM = 64  # of the lists in which ``finish`` looks for up to 16 tokens; as much more for each 16
+BLOCK = 512  # columns that ``finish`` reads at a time where it walks along a row
+FEW = 16  # tokens of the top-k, up to which chunks are large: a chunk is 16 bytes at a time from places far apart
+LEAST_SEGMENTS = 4  # parts of a row are padded to so many: vocabularies below 160,000 share a compilation
+LANES_A_WARP = 512  # of ``finish``, in which a warp keeps the largest logits of so many lanes in registers
+
+
+class Statistics:
+    """Room for the results of all rows of z, and their computation from whole rows of logits."""
+
+    def __init__(self, z: Logits, target: Tensor | None, k: int) -> None:
+        self.lead, self.N, self.k = z.lead, z.lead.numel(), k
+        self.temperature, self.scaling = z.temperature, scaling(z.temperature, z.softcap)
+        self.target = None if target is None else target.reshape(-1).contiguous()
+        self.m = torch.empty(self.N, dtype=torch.float32, device=z.x.device)  # before the temperature
+        self.log_d, self.lse, self.entropy = (torch.empty_like(self.m) for _ in range(3))
+        self.logprob = self.m.new_empty(0 if target is None else self.N)
+        self.values = self.m.new_empty(self.N, k)
+        self.ids = torch.empty(self.N, k, dtype=torch.int64, device=z.x.device)
+
+    def compute(self, x: Rows, rows: slice) -> None:
+        """The results of ``rows`` from their logits, the first rows of x."""
+        n, V, device, itemsize = rows.stop - rows.start, x.columns, self.m.device, x.x.element_size()
+        setting = configs.config(device)
+        sweep, shape = setting.statistics, setting.statistics.shape(itemsize)
+        most = max(1, setting.chunk // (shape["R"] * shape["J"]))  # steps of a chunk; halved where many are read again
+        log_u = (most if self.k <= FEW else max(1, most // 2)).bit_length() - 1
+        S, steps = sweep.division(V, itemsize, most)
+        C = -(-V // (sweep.columns(itemsize) << log_u)) * sweep.lanes
+        c, per_temperature, softcap = self.scaling
+        parts = torch.empty(3, n, S, dtype=torch.float32, device=device)
+        peaks = lanes = lists = keys = None
+        room = ROOM * (1 + self.k // 16)
+        if 0 < self.k <= MAX_K:
+            peaks = x.x.new_empty(n, C)
+            lanes = parts.new_empty(n, S * sweep.lanes)
+            lists = torch.empty(n, 3 * room, dtype=torch.int32, device=device)
+            keys = torch.empty(n, room, dtype=torch.int64, device=device)
+        launch(
+            *(kernels.fold, n * S, device, *x.arguments, parts, peaks, lanes),
+            *(n, V, S, C, steps, log_u, c, softcap),
+            warps=sweep.warps,
+            STAGES=sweep.stages,
+            **shape,
+        )
+        segments = max(LEAST_SEGMENTS, power_of_2(S))
+        launch(
+            *(kernels.finish, n, device, *x.arguments, self._own(self.target, rows), parts, peaks, lanes, lists, keys),
+            *(self._own(of, rows) for of in (self.m, self.log_d, self.lse, self.entropy, self.logprob)),
+            *(self._own(of, rows) for of in (self.values, self.ids)),
+            *(n, V, S, C, steps, log_u, self.k, room, c, per_temperature, softcap),
+            warps=max(1, segments * sweep.lanes // LANES_A_WARP),
+            SEGMENTS=segments,
+            BLOCK=BLOCK,
+            **shape,
+        )
+        if self.k > MAX_K:
+            self._sort(x.x.reshape(-1, V)[:n], rows)
+
+    def results(self) -> Forward:
+        lse, entropy, m, log_d = (x.view(self.lead) for x in (self.lse, self.entropy, self.m, self.log_d))
+        logprob = self.logprob if self.target is None else self.logprob.view(self.lead)
+        values, ids = (x.view(*self.lead, self.k) for x in (self.values, self.ids))
+        return lse, entropy, logprob, values, ids, m, log_d
+
+    def _own(self, of_rows: Any, rows: slice) -> Any:
+        """The part of ``rows``, without a view where that is all."""
+        return of_rows if of_rows is None or rows.stop - rows.start == self.N else of_rows[rows]
+
+    def _sort(self, x: Tensor, rows: slice) -> None:
+        """The top-k of ``rows`` from their logits x [n, V], by sorting, for a k that is too large for registers."""
+        _, per_temperature, softcap = self.scaling
+        tiles = VocabTiles(Logits(x, temperature=self.temperature, softcap=softcap))
+        for part in chunks(tiles.N, max(1, SORT_BYTES // (4 * tiles.V))):
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            z, self.ids[own] = exact_topk(tiles(part, slice(0, tiles.V), None), self.k)
+            self.values[own] = (z - self.m[own, None] * per_temperature) - self.log_d[own, None]
+
+
+def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
+    statistics = Statistics(z, target, k)
+    if z.weight is None:
+        statistics.compute(Rows(z.x), slice(0, statistics.N))
+        return statistics.results()
+    head, of_rows = Head(z, models=1), z.rows()
+    buffer = head.buffer(multiple(min(statistics.N, head.chunk)), head.V)
+    for rows in chunks(statistics.N, head.chunk):
+        u = None if of_rows.lora_hidden is None else head.take(of_rows.lora_hidden, rows)
+        statistics.compute(Rows(head.logits(head.take(of_rows.x, rows), u, buffer)), rows)
+    return statistics.results()
+
+
+class StatisticsGradient:
+    """The gradient of rows of logits, from what the forward saved and upstream gradients in float32."""
+
+    def __init__(self, z: Logits, saved: Saved, upstream: Upstream) -> None:
+        N, self.k = saved.m.numel(), saved.topk_ids.shape[-1]
+        self.scaling = scaling(z.temperature, z.softcap)
+        flat = [None if g is None else g.to(torch.float32).reshape(-1).contiguous() for g in upstream]
+        target = None if saved.target is None else saved.target.reshape(-1).contiguous()
+        self.per_row = [target, *(x.reshape(-1) for x in (saved.m, saved.log_d, saved.entropy)), *flat[:3]]
+        self.topk_ids = saved.topk_ids.reshape(N, self.k)
+        self.g_topk = None if flat[3] is None or self.k == 0 else flat[3].view(N, self.k)
+
+    def __call__(self, x: Rows, dx: Tensor, rows: slice, first: int) -> None:
+        """dx of the logits x, columns from ``first`` on, for some of the rows; in place if both are the same."""
+        target, *others = (None if part is None else part[rows] for part in self.per_row)
+        g_topk = None if self.g_topk is None else self.g_topk[rows]
+        sweep, itemsize = configs.config(dx.device).statistics_gradient, x.x.element_size()
+        (S, steps), n = sweep.division(x.columns, itemsize), rows.stop - rows.start
+        launch(
+            *(kernels.gradient, n * S, dx.device, *x.arguments, dx, dx.stride(0), target, self.topk_ids[rows]),
+            *(*others, g_topk, first, x.columns, S, steps, self.k, *self.scaling),
+            warps=sweep.warps,
+            **sweep.shape(itemsize),
+        )
+
+
+def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradients:
+    if z.weight is None:
+        dx = torch.empty_like(z.x, memory_format=torch.contiguous_format)
+        StatisticsGradient(z, saved, upstream)(Rows(z.x), dx.view(-1, z.V), slice(0, saved.m.numel()), 0)
+        return dx, *z.empty_gradients([False] * 5)[1:]
+    dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
+    (x, weight, _, u, lora_weight), N, size = z.rows().tensors, saved.m.numel(), None
+    assert x is not None and weight is not None
+    if x.dtype == torch.float16 and any(g is not None for g in upstream):
+        given = [None if g is None else g.to(torch.float32).reshape(N, *g.shape[saved.m.dim() :]) for g in upstream]
+        size = row_sizes(*given)
+        upstream = Upstream(*(None if g is None else g / size.view(-1, *[1] * (g.dim() - 1)) for g in given))
+    head, gradient, sink = Head(z, models=1), StatisticsGradient(z, saved, upstream), head_gradient(z, needs)
+
+    def tile(rows: slice, buffer: Tensor, cols: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(dz, x, u) of some rows and columns, followed by rows to fill up with."""
+        own, own_u = head.take(x, rows), None if u is None else head.take(u, rows)
+        logits = head.logits(own, own_u, buffer, cols)
+        dz = head.gradient_buffer(logits)
+        gradient(Rows(logits), dz, rows, cols.start)
+        dz[rows.stop - rows.start :].zero_()
+        return dz, own, own_u
+
+    if needs[0] or needs[3]:
+        buffer = head.buffer(multiple(min(N, head.chunk)), head.V)
+        for rows in chunks(N, head.chunk):
+            part = None if size is None else size[rows]
+            dz, _, _ = tile(rows, buffer, slice(0, head.V))
+            if needs[0]:
+                head.back(dz, weight, part, dx.view(x.shape)[rows])
+            if u is not None and lora_weight is not None and needs[3]:
+                head.back(dz, lora_weight, part, du.view(u.shape)[rows])
+    for cols in head.slices() if sink.wanted else ():
+        sink.open(cols)
+        step = head.slice_rows(cols.stop - cols.start)
+        buffer = head.buffer(multiple(min(N, step)), cols.stop - cols.start)
+        for rows in chunks(N, step):
+            n = rows.stop - rows.start
+            dz, own, own_u = tile(rows, buffer, cols)
+            sink.add(dz[:n], own[:n], None if own_u is None else own_u[:n], None if size is None else size[rows])
+        sink.close()
+    return dx, sink.weight, sink.bias, du, sink.lora_weight
