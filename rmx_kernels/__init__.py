@@ -8,7 +8,8 @@ from rmx_kernels.causal_lm import CausalLMHead, head_of, token_logprobs
 from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
 from rmx_kernels.head.configs import set_logits_dtype, set_scratch_bytes
 from rmx_kernels.losses.api import gated_contrastive_loss, linear_gated_contrastive_loss, linear_logprob_kl
-from rmx_kernels.results import ContrastiveLoss, LogprobKL, VocabStats
+from rmx_kernels.losses.cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from rmx_kernels.results import ContrastiveLoss, CrossEntropy, LogprobKL, VocabStats
 from rmx_kernels.statistics.api import entropy_topk, linear_entropy_topk
 from rmx_kernels.version import __version__
 from rmx_kernels.wrappers import in_forward
@@ -18,6 +19,8 @@ __all__ = [
     "BackendUnavailable",
     "CausalLMHead",
     "ContrastiveLoss",
+    "CrossEntropy",
+    "LinearCrossEntropyLoss",
     "LogprobKL",
     "VocabStats",
     "__version__",
@@ -26,6 +29,7 @@ __all__ = [
     "gated_contrastive_loss",
     "head_of",
     "in_forward",
+    "linear_cross_entropy",
     "linear_entropy_topk",
     "linear_gated_contrastive_loss",
     "linear_logprob_kl",

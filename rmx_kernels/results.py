@@ -37,5 +37,14 @@ class LogprobKL(NamedTuple):
     kl: Tensor  # [B...]  KL(p_base || p_student), nats, never negative
 
 
-for kind in (VocabStats, ContrastiveLoss, LogprobKL):  # for torch.export, which saves what it knows by name
+class CrossEntropy(NamedTuple):
+    """The loss and what is reported beside it."""
+
+    loss: Tensor  # [] or [B...]  differentiable, nats
+    lse: Tensor  # [B...]  log-sum-exp of the scaled logits, nats; NaN in rows that are ignored. Differentiable
+    prediction: Tensor  # [B...]  int64, the most probable token; ignore_index in rows that are ignored
+    accuracy: Tensor  # []  share of the rows whose target it is; NaN without rows
+
+
+for kind in (VocabStats, ContrastiveLoss, LogprobKL, CrossEntropy):  # torch.export saves what it knows by name
     pytree._register_namedtuple(kind, serialized_type_name=f"{__name__}.{kind.__name__}")

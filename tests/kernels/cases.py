@@ -28,6 +28,11 @@ DIFFERENTIABLE = {
 SCALED = {"temperature": 0.7, "softcap": 5.0}
 
 
+def available(device: str) -> list[str]:
+    """The implementations that run here for tensors on a device."""
+    return [b.name for b in rmx_kernels.backends().values() if b.available and device in b.devices]
+
+
 def unless_interpreted(count: int, interpreted: int) -> int:
     """How many draws or rows: fewer under Triton's interpreter, which takes a hundred times as long for each."""
     return interpreted if dispatch.INTERPRETED else count

@@ -15,7 +15,14 @@ ORDER = (
     *("head", "head.configs", "head.kernels", "head.launch", "head.gradient", "head.reference", "head.cpu"),
     *("head.triton", "statistics", "statistics.op", "statistics.reference", "statistics.cpu", "statistics.kernels"),
     *("statistics.triton", "statistics.api", "losses", "losses.op", "losses.reference", "losses.cpu"),
-    *("losses.kernels", "losses.triton", "losses.api", "vocab_parallel.once", "vocab_parallel.merge"),
+    *(
+        "losses.kernels",
+        "losses.triton",
+        "losses.api",
+        "losses.cross_entropy",
+        "vocab_parallel.once",
+        "vocab_parallel.merge",
+    ),
     *("vocab_parallel.agreement", "vocab_parallel.shard", "vocab_parallel.functions", "vocab_parallel.api"),
     *("vocab_parallel", "wrappers", "head_check", "causal_lm", "doctor", ""),
 )
@@ -23,6 +30,7 @@ MOST_PARAMETERS = 8
 DOORS = (
     "statistics/api.py",
     "losses/api.py",
+    "losses/cross_entropy.py",
     "vocab_parallel/api.py",
     "causal_lm.py",
 )  # keyword arguments of the public
