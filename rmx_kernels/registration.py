@@ -1,6 +1,7 @@
 """Registration of operators with torch.library. An operator's implementation is an argument, looked up when it runs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def register(
         torch.library.register_autograd(name, refuse(name))
     else:
         torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Inside, products and sums have the dtype of their operands. Costs nothing where autocast is off."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def refuse(name: str) -> Callable[..., Any]:

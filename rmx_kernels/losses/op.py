@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rmx_kernels import dispatch, logits
 from rmx_kernels.logits import Gradients, Logits, asked, gradient_dtype
-from rmx_kernels.registration import register
+from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
 BASE_MASS_TOLERANCE = 0.05  # of sum p_b around 1: bf16 hidden states scored in another batch stay within it
@@ -61,7 +61,7 @@ def _pair(arguments: Sequence[Any]) -> tuple[Pair, Sequence[Any]]:
 
 
 def _run(function: str, impl: str, pair: Pair, *arguments: Any) -> Any:
-    with torch.autocast(pair.base_x.device.type, enabled=False):
+    with without_autocast(pair.base_x):
         return getattr(dispatch.kernels("losses", impl), function)(pair, *arguments)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rmx_kernels import dispatch, logits
 from rmx_kernels.logits import Gradients, Logits, asked
-from rmx_kernels.registration import register
+from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import VocabStats, named
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,7 +49,7 @@ class Upstream(NamedTuple):
 
 def _forward(*arguments: Any) -> Forward:
     z, (target, k, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:]
-    with torch.autocast(z.x.device.type, enabled=False):
+    with without_autocast(z.x):
         result: Forward = dispatch.kernels("statistics", impl).forward(z, target, k)
     return result
 
@@ -66,7 +66,7 @@ def _fake(*arguments: Any) -> Forward:
 def _backward(*arguments: Any) -> Gradients:
     z, others, (needs, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:-2], arguments[-2:]
     saved, upstream = Saved(*others[:5]), Upstream(*others[5:])
-    with torch.autocast(z.x.device.type, enabled=False):
+    with without_autocast(z.x):
         result: Gradients = dispatch.kernels("statistics", impl).backward(z, saved, upstream, needs)
     return result
 
