@@ -68,6 +68,13 @@ def _one_a_row(name: str, what: str, value: Tensor, rows: Sequence[int], device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
+def candidates(target: object, rows: Sequence[int], vocab: int, device: torch.device) -> None:
+    """Token ids in [0, vocab), one a row, or of shape [*rows, K]."""
+    several = isinstance(target, Tensor) and target.dim() == len(rows) + 1
+    shape = (*rows, *target.shape[-1:]) if several and isinstance(target, Tensor) else rows
+    targets(target, shape, vocab, device)
+
+
 def targets(target: object, rows: Sequence[int], vocab: int, device: torch.device, used: Tensor | None = None) -> None:
     """Token ids of shape ``rows`` in [0, vocab); where ``used`` is given, only its True rows are looked at."""
     is_tensor("target", target)

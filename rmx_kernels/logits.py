@@ -89,6 +89,12 @@ class Logits(NamedTuple):
         """The base's logits: of the same head and scaling, without the LoRA pair."""
         return self._replace(x=base_x, lora_hidden=None, lora_weight=None)
 
+    def scaled(self, raw: Tensor) -> Tensor:
+        """z of logits that are not scaled yet, or of some of them."""
+        if self.softcap is not None:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw / self.temperature
+
     def empty_gradients(self, needs: Needs) -> Gradients:
         """Room for the gradients of :data:`TENSORS`, of the shape of each; without elements where not needed."""
         shapes = [x.shape if x is not None and need else (0,) for x, need in zip(self.tensors, needs, strict=True)]

@@ -11,7 +11,7 @@ class VocabStats(NamedTuple):
 
     lse: Tensor  # [B...]     log-sum-exp of the scaled logits, nats
     entropy: Tensor  # [B...]     nats
-    logprob: Tensor | None  # [B...]     log p(target), nats; None without a target
+    logprob: Tensor | None  # [B...]     log p(target), nats; of the shape of the target; None without one
     topk_logprobs: Tensor | None  # [B..., K]  descending, nats; None where k = 0
     topk_ids: Tensor | None  # [B..., K]  int64, ties to the lower id; None where k = 0
 

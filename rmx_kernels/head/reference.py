@@ -191,11 +191,12 @@ class RowSums:
 
 
 def pick(values: Tensor, z: Tensor, target: Tensor, rows: slice, cols: slice) -> None:
-    """values[row] = z[row, target] for the rows whose target lies in this tile."""
+    """values[row] = z[row, target] for the targets that lie in this tile. values and target: [N] or [N, K]."""
     ids = target[rows] - cols.start
     inside = (ids >= 0) & (ids < z.shape[1])
-    got = z.gather(1, ids.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-    values[rows] = torch.where(inside, got, values[rows])
+    local = ids.clamp(0, z.shape[1] - 1)
+    got = z.gather(1, local) if local.dim() == 2 else z.gather(1, local.unsqueeze(1)).squeeze(1)
+    values[rows] = torch.where(inside, got.to(values.dtype), values[rows])
 
 
 def add_at(dz: Tensor, amount: Tensor, ids: Tensor, cols: slice) -> None:

@@ -28,7 +28,7 @@ def entropy_topk(
 
     Args:
         logits: [..., V], bfloat16, float16, float32 or float64. Differentiable.
-        target: token ids [...] in [0, V), int64 or int32; None for no ``logprob``.
+        target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
         k: how many of the most probable tokens to return, 0 <= k <= V. Ties go to the lower id.
         temperature: divides the logits, > 0.
         softcap: bound of the logits in the manner of Gemma 2, > 0, or None.
@@ -51,7 +51,7 @@ def entropy_topk(
     checks.scaling(temperature, softcap)
     checks.top_k(k, logits.shape[-1])
     if target is not None:
-        checks.targets(target, logits.shape[:-1], logits.shape[-1], logits.device)
+        checks.candidates(target, logits.shape[:-1], logits.shape[-1], logits.device)
     chosen = dispatch.chosen("entropy_topk", impl, logits)
     z = Logits(logits, temperature=temperature, softcap=softcap)
     return statistics(z, target, k, chosen)
@@ -76,7 +76,7 @@ def linear_entropy_topk(
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
         weight: output head [V, H] of the same dtype and device. Differentiable; a frozen head costs no gradient.
-        target: token ids [...] in [0, V), int64 or int32; None for no ``logprob``.
+        target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
         bias: [V] of the same dtype, or None. Differentiable.
         lora: (A [r, H], B [V, r], scale), the tensors of the same dtype and device, or None for a head without
             adapter. A and B are differentiable; scale is a finite number. W + scale B A is never made.
@@ -100,6 +100,6 @@ def linear_entropy_topk(
     checks.scaling(temperature, softcap)
     checks.top_k(k, weight.shape[0])
     if target is not None:
-        checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
+        checks.candidates(target, hidden.shape[:-1], weight.shape[0], hidden.device)
     chosen = dispatch.chosen("linear_entropy_topk", impl, hidden)
     return statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen)

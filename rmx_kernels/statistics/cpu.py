@@ -12,7 +12,7 @@ from rmx_kernels import checks, native
 from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.reference import chunks
+from rmx_kernels.head.reference import chunks, pick
 from rmx_kernels.logits import Gradients, Logits, Needs
 from rmx_kernels.statistics.op import Forward, Saved, Upstream
 
@@ -47,13 +47,17 @@ class RunningStats:
 
 def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
     lead, scale = z.lead, native.scale(z.temperature, z.softcap)
-    ids = None
+    ids = several = None
     if target is not None:
         checks.target_range(target, z.V)
-        ids = target.reshape(-1).long().contiguous()
+        ids = target.reshape(lead.numel(), *target.shape[len(lead) :]).long().contiguous()
+        ids, several = (ids, None) if ids.dim() == 1 else (None, ids)
     stats = RunningStats(lead.numel(), k, z.real, ids)
+    chosen = torch.empty(0 if several is None else several.shape, dtype=z.real)  # their logits
     if z.weight is None:
         stats.fold(native.rows(z.x), scale, slice(0, stats.N), 0, z.V)
+        if target is not None and several is not None:
+            chosen.copy_(z.x.gather(-1, target.long()).view(several.shape))
     else:
         head, rows_of = Head(z), z.rows()
         buffer = head.buffer(tiles.TILE_COLUMNS, min(stats.N, tiles.TILE_ROWS))
@@ -62,9 +66,13 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
             for cols in head.columns():
                 tile = head.logits(x, buffer, cols, u)
                 stats.fold(native.rows(tile), scale, rows, cols.start, tile.shape[1])
+                if several is not None:
+                    pick(chosen, tile[: rows.stop - rows.start], several, rows, cols)
     lse, entropy, logprob, values, topk_ids, m, log_d = stats.finish()
+    if several is not None:
+        logprob = (z.scaled(chosen) - m[:, None]) - log_d[:, None]
     lse, entropy, m, log_d = (x.view(lead) for x in (lse, entropy, m, log_d))
-    logprob = logprob if target is None else logprob.view(lead)
+    logprob = logprob if target is None else logprob.view(target.shape)
     return lse, entropy, logprob, values.view(*lead, k), topk_ids.view(*lead, k), m, log_d
 
 

@@ -3,6 +3,9 @@
     rmx_kernels::vocab_stats           logits, target, k -> lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d
     rmx_kernels::vocab_stats_backward  -> the gradients of logits.TENSORS; without elements where not needed
 
+logprob has the shape of the target, [B...] or [B..., K]. Several targets a row join the ids of the top-k for the
+backward: the gradients of both are added to the logits at their ids.
+
 m = max z and log_d = log sum exp(z - m), kept apart for the backward: log p = (z - m) - log_d. What was not asked for
 has no elements. An implementation is a module of this folder with two functions:
 
@@ -32,7 +35,7 @@ class Saved(NamedTuple):
     """What the backward takes besides the logits."""
 
     target: Tensor | None  # [B...]
-    topk_ids: Tensor  # [B..., K]
+    topk_ids: Tensor  # [B..., K], and those of several targets a row
     m: Tensor  # [B...]
     log_d: Tensor  # [B...]
     entropy: Tensor  # [B...]
@@ -57,7 +60,7 @@ def _forward(*arguments: Any) -> Forward:
 def _fake(*arguments: Any) -> Forward:
     z, (target, k, _) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:]
     real = z.x.new_empty(z.lead, dtype=z.real)
-    logprob = real.new_empty(z.lead if target is not None else (0,))
+    logprob = real.new_empty(target.shape if target is not None else (0,))
     topk_ids = real.new_empty((*z.lead, k), dtype=torch.int64)
     entropy, m, log_d = (torch.empty_like(real) for _ in range(3))
     return real, entropy, logprob, real.new_empty((*z.lead, k)), topk_ids, m, log_d
@@ -87,12 +90,25 @@ def _formula(ctx: Any, *upstream: Tensor | None) -> Any:
     saved = ctx.saved_tensors  # read once, for non-reentrant checkpointing
     count = len(logits.TENSORS)
     needs = list(ctx.needs_input_grad[:count])
-    g_lse, g_entropy, g_logprob, g_topk = upstream[:4]
-    given = g_lse, g_entropy, None if saved[count] is None else g_logprob, g_topk
+    of_rows, given = Saved(*saved[count:]), Upstream(*upstream[:4])
+    if of_rows.target is None:
+        given = given._replace(logprob=None)
+    elif of_rows.target.dim() > of_rows.m.dim():
+        of_rows, given = _joined(of_rows, given)
     gradients = torch.ops.rmx_kernels.vocab_stats_backward(
-        *saved[:count], ctx.temperature, ctx.softcap, *saved[count:], *given, needs, ctx.impl
+        *saved[:count], ctx.temperature, ctx.softcap, *of_rows, *given, needs, ctx.impl
     )
     return *asked(gradients, needs), None, None, None, None, None
+
+
+def _joined(saved: Saved, upstream: Upstream) -> tuple[Saved, Upstream]:
+    """Several targets a row, [B..., K], as further ids of the top-k."""
+    target, topk_ids, m, _, _ = saved
+    assert target is not None
+    parts = (upstream.topk, topk_ids), (upstream.logprob, target)
+    given = [m.new_zeros(ids.shape) if g is None else g for g, ids in parts]
+    ids = torch.cat([topk_ids, target.long()], -1)
+    return saved._replace(target=None, topk_ids=ids), upstream._replace(logprob=None, topk=torch.cat(given, -1))
 
 
 register(

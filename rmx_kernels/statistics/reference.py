@@ -30,9 +30,9 @@ def merge_topk(best: tuple[Tensor, Tensor], values: Tensor, ids: Tensor, k: int)
 def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
     """The statistics of all rows, folded tile by tile."""
     tiles, lead = VocabTiles(z.rows()), z.lead
-    ids = None if target is None else target.reshape(-1).long()
+    ids = None if target is None else target.reshape(tiles.N, *target.shape[len(lead) :]).long()
     sums = RowSums(tiles.N, tiles.dtype, z.x.device)
-    chosen = sums.m.new_full((tiles.N if ids is not None else 0,), float("nan"))
+    chosen = sums.m.new_full((0,) if ids is None else ids.shape, float("nan"))
     best = sums.m.new_full((tiles.N, k), float("-inf")), sums.m.new_zeros(tiles.N, k, dtype=torch.int64)
     for cols in tiles.columns():
         head = tiles.head(cols)
@@ -48,7 +48,10 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
                 best[0][rows, : values.shape[1]], best[1][rows, : places.shape[1]] = values, places
             sums.fold(rows, tile)
     m, log_d = sums.finish()
-    logprob = ((chosen - m) - log_d).view(lead) if ids is not None else chosen
+    logprob = chosen
+    if target is not None:
+        several = [1] * (chosen.dim() - 1)
+        logprob = ((chosen - m.view(-1, *several)) - log_d.view(-1, *several)).view(target.shape)
     topk = ((best[0] - m[:, None]) - log_d[:, None]).view(*lead, k), best[1].view(*lead, k)
     lse, entropy, m, log_d = (x.view(lead) for x in (m + log_d, sums.entropy(), m, log_d))
     return lse, entropy, logprob, *topk, m, log_d

@@ -33,10 +33,15 @@ class Statistics:
     def __init__(self, z: Logits, target: Tensor | None, k: int) -> None:
         self.lead, self.N, self.k = z.lead, z.lead.numel(), k
         self.temperature, self.scaling = z.temperature, scaling(z.temperature, z.softcap)
-        self.target = None if target is None else target.reshape(-1).contiguous()
+        self.z, self.target, self.several = z, None, None
+        if target is not None:
+            ids = target.reshape(self.N, *target.shape[len(self.lead) :]).contiguous()
+            self.target, self.several = (ids, None) if ids.dim() == 1 else (None, ids.long())
         self.m = torch.empty(self.N, dtype=torch.float32, device=z.x.device)  # before the temperature
         self.log_d, self.lse, self.entropy = (torch.empty_like(self.m) for _ in range(3))
-        self.logprob = self.m.new_empty(0 if target is None else self.N)
+        self.logprob = self.m.new_empty(0 if self.target is None else self.N)
+        self.of_several = self.m.new_empty(0 if self.several is None else self.several.shape)
+        self.shape = None if target is None else target.shape
         self.values = self.m.new_empty(self.N, k)
         self.ids = torch.empty(self.N, k, dtype=torch.int64, device=z.x.device)
 
@@ -78,16 +83,26 @@ class Statistics:
         )
         if self.k > MAX_K:
             self._sort(x.x.reshape(-1, V)[:n], rows)
+        if self.several is not None:
+            self._pick(x.x.reshape(-1, V)[:n], self.several[rows], rows)
 
     def results(self) -> Forward:
         lse, entropy, m, log_d = (x.view(self.lead) for x in (self.lse, self.entropy, self.m, self.log_d))
-        logprob = self.logprob if self.target is None else self.logprob.view(self.lead)
+        logprob = self.logprob if self.several is None else self.of_several
+        logprob = logprob if self.shape is None else logprob.view(self.shape)
         values, ids = (x.view(*self.lead, self.k) for x in (self.values, self.ids))
         return lse, entropy, logprob, values, ids, m, log_d
 
     def _own(self, of_rows: Any, rows: slice) -> Any:
         """The part of ``rows``, without a view where that is all."""
         return of_rows if of_rows is None or rows.stop - rows.start == self.N else of_rows[rows]
+
+    def _pick(self, x: Tensor, ids: Tensor, rows: slice) -> None:
+        """The log-probs of several ids [n, K] a row from logits x [n, V]; NaN for ids outside of the vocabulary."""
+        valid = (ids >= 0) & (ids < x.shape[1])
+        chosen = self.z.scaled(x.gather(1, torch.where(valid, ids, 0)).to(torch.float32))
+        logprob = (chosen - self.m[rows, None] * self.scaling[1]) - self.log_d[rows, None]
+        self.of_several[rows] = torch.where(valid, logprob, float("nan"))
 
     def _sort(self, x: Tensor, rows: slice) -> None:
         """The top-k of ``rows`` from their logits x [n, V], by sorting, for a k that is too large for registers."""

@@ -156,6 +156,7 @@ TABLE = [
     for op in OPERATORS
     for name in inspect.signature(getattr(rmx_kernels, op)).parameters
     for what, change, error in WRONG[name]
+    if not (name == "target" and what == "a column" and op.endswith("topk"))  # several targets a row
 ]
 
 
