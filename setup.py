@@ -71,7 +71,6 @@ setup(
                 "csrc/entropy_topk.cpp",
                 "csrc/gated_contrastive_loss.cpp",
                 "csrc/library.cpp",
-                "csrc/product.cpp",
             ],
             depends=["csrc/rmx_cpu.h", "csrc/rows.h", "csrc/parallel.h", "csrc/vec_math.h"],
             extra_compile_args=FLAGS,

@@ -17,7 +17,7 @@ extern "C" {
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
 
-enum { RMX_OK = 0, RMX_BAD_DTYPE = 1, RMX_BAD_POOL = 2, RMX_BAD_SHAPE = 3, RMX_NO_KERNEL = 4 };  // returned by the kernels
+enum { RMX_OK = 0, RMX_BAD_DTYPE = 1, RMX_BAD_POOL = 2, RMX_BAD_SHAPE = 3 };  // returned by the kernels
 
 // func(begin, end, context) over disjoint ranges that cover [begin, end). libtorch's torch_parallel_for; NULL: serial.
 typedef void (*rmx_range_func)(int64_t begin, int64_t end, void* context);
@@ -144,17 +144,6 @@ typedef struct {
     int32_t dtype, inverse;
 } rmx_rotation;
 RMX_API int rmx_rotate(const rmx_rotation* rotation, rmx_parallel_for pool);
-
-// out [M, N] = a [M, K] w [K, N], or added to it, in float; w[k, n] at w[k * w_row + n * w_column], N a multiple of 16, else
-// RMX_BAD_SHAPE. RMX_NO_KERNEL where rmx_has_product() is 0.
-typedef struct {
-    const void *a, *w;
-    void *packed, *out;  // packed: scratch [K, N]
-    int64_t a_row, w_row, w_column, out_row, M, N, K;
-    int32_t add;
-} rmx_product;
-RMX_API int rmx_product_f32(const rmx_product* product, rmx_parallel_for pool);
-RMX_API int rmx_has_product(void);  // 0: not on this CPU; 1: it works; 2: vendors' libraries are known to be slower
 
 // Ask for 2 MiB pages under a large scratch buffer that was not touched yet (Linux): 48 MiB of small ones cost 14 ms.
 RMX_API void rmx_use_huge_pages(void* data, int64_t bytes);

@@ -3,8 +3,7 @@
 Eager PyTorch reads and writes a tensor some twenty times for one RMSNorm with its backward. Here it is read once
 forward and twice backward. A module is replaced only where it then gives what it gave before, which is tried on random
 input: the error against float32 may be at most twice the module's own. Weights of norms are frozen in this training,
-so they get no gradient. The kernels are Triton's on a GPU and native ones on a CPU, where the frozen linear layers run
-native products as well if those are the faster ones.
+so they get no gradient. The kernels are Triton's on a GPU and native ones on a CPU.
 """
 
 import copy
@@ -120,21 +119,7 @@ def _gated_forms(module: nn.Module) -> list[Form]:
     return [form(False), form(True)]
 
 
-def _product_forms(module: nn.Module) -> list[Form]:
-    """The same of a frozen linear layer."""
-    if type(module) is not nn.Linear or not fused_cpu.pays(module.weight):
-        return []
-    weight, bias = module.weight, module.bias
-
-    def form(x: Tensor) -> Tensor:
-        y: Tensor = fused_cpu.Product.apply(x, weight)
-        return y if bias is None else y.add_(bias)
-
-    return [form]
-
-
 KINDS: dict[str, Callable[[nn.Module], list[Form]]] = {"norms": _norm_forms, "feed-forward": _gated_forms}
-KINDS["products"] = _product_forms
 
 
 def _close(plain: list[Tensor], other: list[Tensor], exact: list[Tensor]) -> bool:

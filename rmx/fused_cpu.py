@@ -1,15 +1,10 @@
-"""Element-wise work of a decoder layer, and its products with frozen weights, by the native kernels of a CPU."""
-
-from typing import Any
+"""Element-wise work of a decoder layer by the native kernels of a CPU: RMSNorm, the gated activation, the rotation."""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rmx_kernels import native
 from rmx_kernels.tiles import compute_dtype
-
-PANEL = 16  # of csrc/product.cpp: columns in steps of
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, offset: float, rounded: bool) -> tuple[Tensor, Tensor]:
@@ -54,46 +49,3 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, inverse: bool) ->
     strides = [*x.stride()[:3], *y.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0)]
     dtype = native.DTYPES[x.dtype]
     native.call("rmx_rotate", native.Rotation(*pointers, *strides, B, T, heads, width // 2, dtype, inverse))
-
-
-def pays(weight: Tensor) -> bool:
-    """Whether the native product takes a weight [out, in], forward and backward, and is known to be the faster one.
-
-    The kind of CPU alone decides, never a measurement: a training that goes on must find the same bits.
-    """
-    kind = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
-    return kind and native.product() == 2 and fits(weight)
-
-
-def fits(weight: Tensor) -> bool:
-    """Whether the native product takes a weight [out, in]."""
-    wide = all(size > 0 and size % PANEL == 0 for size in weight.shape)
-    return native.product() > 0 and weight.dtype == torch.float32 and wide and weight.stride(-1) == 1
-
-
-def product(a: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [M, K] w [K, N] in float32, or added to ``out``; w is a weight or its transposed view."""
-    M, (K, N) = a.shape[0], w.shape
-    a = a if a.stride(-1) == 1 else a.contiguous()
-    add = out is not None
-    out = a.new_empty(M, N) if out is None else out
-    packed = torch.empty(K * N)
-    pointers = [a.data_ptr(), w.data_ptr(), packed.data_ptr(), out.data_ptr()]
-    sizes = [a.stride(0), *w.stride(), out.stride(0), M, N, K]
-    native.call("rmx_product_f32", native.Product(*pointers, *sizes, add))
-    return out
-
-
-class Product(torch.autograd.Function):
-    """x [..., in] W^T of a frozen weight W [out, in]; d x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return product(x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        return product(g.flatten(0, -2), weight).view(*g.shape[:-1], -1), None

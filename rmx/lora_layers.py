@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rmx import fused_cpu
 from rmx.config import LoraConfig
 
 
@@ -110,7 +109,7 @@ class _Adapted(torch.autograd.Function):
             else:
                 sums[1].addmm_(g.T, own)
             if ctx.needs_input_grad[0]:
-                dx = _times(g, layer.base.weight, dx)
+                dx = g @ layer.base.weight if dx is None else dx.addmm_(g, layer.base.weight)
         dA = dz.T @ source
         added = ctx.sums[0] is not None
         if added:
@@ -121,13 +120,6 @@ class _Adapted(torch.autograd.Function):
         elif dx is not None:
             dx.addmm_(dz, A)
         return None if dx is None else dx.view(ctx.shape), d_dropped, None, None, None if added else dA, *dBs
-
-
-def _times(g: Tensor, weight: Tensor, added_to: Tensor | None) -> Tensor:
-    """g W of a frozen W."""
-    if fused_cpu.pays(weight):
-        return fused_cpu.product(g, weight, added_to)
-    return g @ weight if added_to is None else added_to.addmm_(g, weight)
 
 
 def _stacked_A(layers: list[LoraLinear], dtype: torch.dtype) -> Tensor:

@@ -89,14 +89,6 @@ class Rotation(Structure):
     ]
 
 
-class Product(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("a", "w", "packed", "out")),
-        *((name, c_int64) for name in ("a_row", "w_row", "w_column", "out_row", "M", "N", "K")),
-        ("add", c_int32),
-    ]
-
-
 SIGNATURES: dict[str, list[Any]] = {
     "rmx_entropy_topk": [POINTER(Rows), POINTER(Scale), c_int64, c_int64, c_int64, POINTER(Sums), c_void_p],
     "rmx_entropy_topk_finish": [c_int32, c_int64, POINTER(Sums), POINTER(Stats), c_void_p],
@@ -115,10 +107,9 @@ SIGNATURES: dict[str, list[Any]] = {
 }
 SIGNATURES["rmx_decode_attention"] = [POINTER(Attention), c_void_p]
 SIGNATURES |= {"rmx_rms_norm": [POINTER(Norm), c_void_p], "rmx_gated_activation": [POINTER(Gated), c_void_p]}
-SIGNATURES |= {"rmx_rotate": [POINTER(Rotation), c_void_p], "rmx_product_f32": [POINTER(Product), c_void_p]}
+SIGNATURES["rmx_rotate"] = [POINTER(Rotation), c_void_p]
 HUGE = 4 << 20  # bytes from which huge pages pay
-ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work", 3: "a width that it does not know"}
-ERRORS[4] = "this CPU has no such kernel"
+ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work", 3: "heads of a width that it does not know"}
 
 
 @functools.cache
@@ -142,12 +133,6 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     library.rmx_isa.restype = c_char_p
     library.rmx_use_huge_pages.argtypes, library.rmx_use_huge_pages.restype = [c_void_p, c_int64], None
     return library, ""
-
-
-def product() -> int:
-    """0: rmx_product_f32 is not for this CPU; 1: it works; 2: torch's product is known to be slower."""
-    library, _ = _open()
-    return 0 if library is None else int(library.rmx_has_product())
 
 
 def missing() -> str:

@@ -120,7 +120,6 @@ MIRRORS = {
     "rmx_norm": native.Norm,
     "rmx_gated": native.Gated,
     "rmx_rotation": native.Rotation,
-    "rmx_product": native.Product,
 }
 C_TYPES = {"double": ctypes.c_double, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
 
@@ -145,7 +144,7 @@ def test_structures_mirror_the_header() -> None:
 
 
 def test_functions_mirror_the_header() -> None:
-    assert set(native.SIGNATURES) | {"rmx_abi", "rmx_isa", "rmx_has_product", "rmx_use_huge_pages"} == set(FUNCTIONS)
+    assert set(native.SIGNATURES) | {"rmx_abi", "rmx_isa", "rmx_use_huge_pages"} == set(FUNCTIONS)
     mirrors = {ctypes.POINTER(mirror): name for name, mirror in MIRRORS.items()}
     for name, arguments in native.SIGNATURES.items():
         declared = [re.sub(r"const |\*", "", a).split()[0] for a in FUNCTIONS[name].split(",")]
