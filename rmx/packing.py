@@ -29,7 +29,6 @@ UNSAID = -1  # no window was handed over, not even None
 HARMLESS = ["position_ids", "position_embeddings", "cache_position", "past_key_values", "use_cache", "is_causal"]
 HARMLESS += ["output_attentions", "output_hidden_states", "output_router_logits", "return_dict"]
 PADDING = 1.25  # at most this many padded tokens per token inside one group of sequences
-CPU_PADDING = 1.1  # the same on a CPU, where a group more costs no launches
 
 
 class PackingError(RmxError):
@@ -102,11 +101,10 @@ class Packing:
     @cached_property
     def _members(self) -> list[list[int]]:
         members: list[list[int]] = []
-        allowed = CPU_PADDING if self.device.type == "cpu" else PADDING
         for i in sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i)):
             group = [*(members[-1] if members else []), i]
             tokens = sum(self.lengths[j] for j in group)
-            if members and self.lengths[group[0]] * len(group) <= allowed * tokens:
+            if members and self.lengths[group[0]] * len(group) <= PADDING * tokens:
                 members[-1].append(i)
             else:
                 members.append([i])
