@@ -67,6 +67,7 @@ setup(
             "rmx_kernels.librmx_cpu",
             sources=[
                 "csrc/decode_attention.cpp",
+                "csrc/decoder_layer.cpp",
                 "csrc/entropy_topk.cpp",
                 "csrc/gated_contrastive_loss.cpp",
                 "csrc/library.cpp",

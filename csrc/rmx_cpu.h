@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 #define RMX_API __attribute__((visibility("default")))
-#define RMX_ABI 2  // raised with every change of this file; the Python side refuses a library of another number
+#define RMX_ABI 3  // raised with every change of this file; the Python side refuses a library of another number
 
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
@@ -113,6 +113,37 @@ typedef struct {
     double scale;
 } rmx_attention;
 RMX_API int rmx_decode_attention(const rmx_attention* attention, rmx_parallel_for pool);
+
+// N rows of width H, contiguous: y = x rstd (weight + offset), rstd = 1 / sqrt(mean x^2 + eps), x rstd being rounded to the
+// dtype before the weight where `rounded` is not 0. With g, y is the gradient with respect to x instead, and rstd is read.
+typedef struct {
+    const void *x, *weight, *g;
+    void *y, *rstd;  // rstd: real [N]
+    int64_t N, H;
+    double eps, offset;
+    int32_t dtype, rounded;
+} rmx_norm;
+RMX_API int rmx_rms_norm(const rmx_norm* norm, rmx_parallel_for pool);
+
+// y = act(gate) up of `size` elements, act being SiLU, or GELU with tanh. With g, y and d_up are the gradients with
+// respect to gate and up.
+typedef struct {
+    const void *gate, *up, *g;
+    void *y, *d_up;
+    int64_t size;
+    int32_t dtype, gelu;
+} rmx_gated;
+RMX_API int rmx_gated_activation(const rmx_gated* gated, rmx_parallel_for pool);
+
+// (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2) of the halves of heads of width 2 half, or that map transposed (`inverse`). x and y
+// [B, heads, T, 2 half], strided but for the last dimension; cos and sin [T, 2 half] of batch b at b * table_batch.
+typedef struct {
+    const void *x, *cos, *sin;
+    void* y;
+    int64_t x_batch, x_head, x_token, y_batch, y_head, y_token, table_batch, B, T, heads, half;
+    int32_t dtype, inverse;
+} rmx_rotation;
+RMX_API int rmx_rotate(const rmx_rotation* rotation, rmx_parallel_for pool);
 
 // Ask for 2 MiB pages under a large scratch buffer that was not touched yet (Linux): 48 MiB of small ones cost 14 ms.
 RMX_API void rmx_use_huge_pages(void* data, int64_t bytes);

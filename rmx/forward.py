@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.config import TrainConfig
+from rmx.fused import fused
 from rmx.model import CausalLM, batches, embedded_leaves, pad, text_decoder
 from rmx.packing import PackingError, pack, packed, packing_of, sent
+from rmx_kernels import native
+from rmx_kernels.registration import INTERPRETED
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -227,8 +230,8 @@ def _starting_at(lm: CausalLM, first: int, states: Tensor) -> Iterator[None]:
 def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
     """Inside, the decoder layers run as ``activation_checkpointing`` and ``compile`` say; dropout stays off.
 
-    On a GPU, layers that are not compiled run their element-wise work fused. Backward passes belong inside too: layers
-    that run again there need the attention of packed sequences.
+    On a GPU, and on a CPU in float32, layers that are not compiled run their element-wise work fused. Backward passes
+    belong inside too: layers that run again there need the attention of packed sequences.
     """
     if not (config.activation_checkpointing or config.compile):
         with _fused(lm.model):
@@ -260,11 +263,8 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
 
 
 def _fused(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    if model.device.type != "cuda":
-        return nullcontext()
-    from rmx.fused import fused  # with Triton, which not every system has
-
-    return fused(model)
+    on_cpu = model.device.type == "cpu" and model.dtype == torch.float32 and not (native.missing() or INTERPRETED)
+    return fused(model) if on_cpu or model.device.type == "cuda" else nullcontext()
 
 
 def _compiled(layer: nn.Module) -> Callable[..., Any]:

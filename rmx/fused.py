@@ -1,9 +1,9 @@
-"""Element-wise work of a decoder layer in one kernel each, on a GPU: RMSNorm, the gated activation, the rotation.
+"""Element-wise work of a decoder layer in one kernel each: RMSNorm, the gated activation, the rotation.
 
 Eager PyTorch reads and writes a tensor some twenty times for one RMSNorm with its backward. Here it is read once
 forward and twice backward. A module is replaced only where it then gives what it gave before, which is tried on random
 input: the error against float32 may be at most twice the module's own. Weights of norms are frozen in this training,
-so they get no gradient. Sizes are specialised, since a mask whose end is no multiple of 16 forbids loads of 16 bytes.
+so they get no gradient. The kernels are Triton's on a GPU and native ones on a CPU.
 """
 
 import copy
@@ -13,120 +13,25 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from rmx_kernels.head.kernels import tanh
-from rmx_kernels.head.launch import launch, power_of_2
+from rmx import fused_cpu
+from rmx_kernels.dispatch import INTERPRETED
 
 Form = Callable[[Tensor], Tensor]
 WIDTH = 16  # of trials
 SLACK = 8 * torch.finfo(torch.float32).eps  # of the largest entry: modules compute in float32 too
-BLOCK = 1024  # of the gated activation
-GELU_SCALE = tl.constexpr((2 / torch.pi) ** 0.5)
-GELU_CUBE = tl.constexpr(0.044715)
 
 
-@triton.jit
-def norm_forward(x, weight, y, rstd, H, eps, offset, ROUND: tl.constexpr, WIDTH: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    inside = column < H
-    value = tl.load(x + row * H + column, mask=inside, other=0.0)
-    wide = value.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / H + eps)
-    unit = wide * scale
-    if ROUND:
-        unit = unit.to(value.dtype).to(tl.float32)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
-    tl.store(y + row * H + column, (unit * w).to(value.dtype), mask=inside)
-    tl.store(rstd + row, scale)
+def _kernels(x: Tensor) -> Any:
+    """The module of the kernels for a tensor."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        return fused_cpu
+    from rmx import fused_triton  # with Triton, which not every system has
 
-
-@triton.jit
-def norm_backward(g, x, weight, rstd, dx, H, offset, WIDTH: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    inside = column < H
-    value = tl.load(x + row * H + column, mask=inside, other=0.0)
-    scale = tl.load(rstd + row)
-    unit = value.to(tl.float32) * scale
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
-    along = tl.load(g + row * H + column, mask=inside, other=0.0).to(tl.float32) * w
-    d = scale * (along - unit * (tl.sum(along * unit) / H))
-    tl.store(dx + row * H + column, d.to(value.dtype), mask=inside)
-
-
-@triton.jit
-def activated(z, GELU: tl.constexpr):
-    """(act(z), act'(z)) in float32: silu(z) = z sigmoid(z), or GELU with tanh."""
-    if GELU:
-        inner = GELU_SCALE * (z + GELU_CUBE * z * z * z)
-        t = tanh(inner)
-        a = 0.5 * z * (1 + t)
-        d = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * z * z)
-    else:
-        s = 1.0 / (1.0 + tl.exp(-z))
-        a = z * s
-        d = s * (1 + z * (1 - s))
-    return a, d
-
-
-@triton.jit
-def gated_forward(gate, up, y, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    z = tl.load(gate + at, mask=inside, other=0.0)
-    a, _ = activated(z.to(tl.float32), GELU)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (a.to(z.dtype).to(tl.float32) * u).to(z.dtype), mask=inside)
-
-
-@triton.jit
-def gated_backward(g, gate, up, d_gate, d_up, size, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    z = tl.load(gate + at, mask=inside, other=0.0)
-    a, slope = activated(z.to(tl.float32), GELU)
-    upstream = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(d_gate + at, (upstream * u * slope).to(z.dtype), mask=inside)
-    tl.store(d_up + at, (upstream * a).to(z.dtype), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T", "heads"])
-def rotate(
-    x, x_batch, x_head, x_token,  # [B, heads, T, 2 D], the last dimension without a stride
-    cos, sin, table_batch,  # [B or 1, T, 2 D]
-    y, y_batch, y_head, y_token,
-    T, heads,
-    INVERSE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2) of the two halves of a head, or that map transposed."""
-    token, batch = tl.program_id(0).to(tl.int64) % T, tl.program_id(0).to(tl.int64) // T
-    half, head = tl.arange(0, HALF)[None, :], tl.arange(0, HEADS)[:, None]
-    known = half < D
-    inside = (head < heads) & known
-    table = batch * table_batch + token * (2 * D) + half
-    cos1 = tl.load(cos + table, mask=known, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + table + D, mask=known, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin + table, mask=known, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + table + D, mask=known, other=0.0).to(tl.float32)
-    at = batch * x_batch + head * x_head + token * x_token + half
-    x1 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(x + at + D, mask=inside, other=0.0).to(tl.float32)
-    if INVERSE:
-        y1, y2 = x1 * cos1 + x2 * sin2, x2 * cos2 - x1 * sin1
-    else:
-        y1, y2 = x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
-    to = y + batch * y_batch + head * y_head + token * y_token + half
-    tl.store(to, y1.to(y.dtype.element_ty), mask=inside)
-    tl.store(to + D, y2.to(y.dtype.element_ty), mask=inside)
-
-
-def _warps(width: int) -> int:
-    return min(16, max(1, width // 512))
+    return fused_triton
 
 
 class RMSNorm(torch.autograd.Function):
@@ -135,25 +40,16 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounded: bool) -> Tensor:
         x = x.contiguous()
-        H = x.shape[-1]
-        rows, y = x.numel() // H, torch.empty_like(x)
-        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-        width = power_of_2(H)
-        constants = {"ROUND": rounded, "WIDTH": width}
-        launch(norm_forward, rows, x.device, x, weight, y, rstd, H, eps, offset, warps=_warps(width), **constants)
+        y, rstd = _kernels(x).norm(x, weight, eps, offset, rounded)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
-        return y
+        return cast(Tensor, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
-        H, dx = x.shape[-1], torch.empty_like(x)
-        width = power_of_2(H)
-        arguments = (g.contiguous(), x, weight, rstd, dx, H, ctx.offset)
-        launch(norm_backward, rstd.numel(), x.device, *arguments, warps=_warps(width), WIDTH=width)
-        return dx, None, None, None, None
+        return _kernels(x).norm_gradient(g.contiguous(), x, weight, rstd, ctx.offset), None, None, None, None
 
 
 class GatedActivation(torch.autograd.Function):
@@ -162,20 +58,15 @@ class GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        y, size = torch.empty_like(gate), gate.numel()
-        launch(gated_forward, -(-size // BLOCK), y.device, gate, up, y, size, warps=4, GELU=gelu, BLOCK=BLOCK)
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
-        return y
+        return cast(Tensor, _kernels(gate).gated(gate, up, gelu))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        d_gate, d_up, size = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        arguments = (g.contiguous(), gate, up, d_gate, d_up, size)
-        launch(gated_backward, -(-size // BLOCK), g.device, *arguments, warps=4, GELU=ctx.gelu, BLOCK=BLOCK)
-        return d_gate, d_up, None
+        return *_kernels(gate).gated_gradients(g.contiguous(), gate, up, ctx.gelu), None
 
 
 class Rotation(torch.autograd.Function):
@@ -194,18 +85,10 @@ class Rotation(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    cos, sin = cos.contiguous(), sin.contiguous()
     B, heads, T, width = x.shape
     # as the projection wrote it, [B, T, heads, width], which is also how attention of packed sequences reads it
     y = torch.empty(B, T, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
-    table_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
-    constants: dict[str, Any] = {"INVERSE": inverse, "HEADS": power_of_2(heads), "D": width // 2}
-    constants["HALF"] = power_of_2(width // 2)
-    launch(
-        *(rotate, B * T, x.device, x, *x.stride()[:3], cos, sin, table_batch, y, *y.stride()[:3], T, heads),
-        warps=4,
-        **constants,
-    )
+    _kernels(x).rotated(x, cos.contiguous(), sin.contiguous(), y, inverse=inverse)
     return y
 
 

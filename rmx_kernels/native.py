@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2  # RMX_ABI of csrc/rmx_cpu.h
+ABI = 3  # RMX_ABI of csrc/rmx_cpu.h
 LIBRARY = Path(__file__).with_name("librmx_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -63,6 +63,32 @@ class Attention(Structure):
     ]
 
 
+class Norm(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "weight", "g", "y", "rstd")),
+        *((name, c_int64) for name in ("N", "H")),
+        *((name, c_double) for name in ("eps", "offset")),
+        *((name, c_int32) for name in ("dtype", "rounded")),
+    ]
+
+
+class Gated(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("gate", "up", "g", "y", "d_up")),
+        ("size", c_int64),
+        *((name, c_int32) for name in ("dtype", "gelu")),
+    ]
+
+
+class Rotation(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "cos", "sin", "y")),
+        *((name, c_int64) for name in ("x_batch", "x_head", "x_token", "y_batch", "y_head", "y_token")),
+        *((name, c_int64) for name in ("table_batch", "B", "T", "heads", "half")),
+        *((name, c_int32) for name in ("dtype", "inverse")),
+    ]
+
+
 SIGNATURES: dict[str, list[Any]] = {
     "rmx_entropy_topk": [POINTER(Rows), POINTER(Scale), c_int64, c_int64, c_int64, POINTER(Sums), c_void_p],
     "rmx_entropy_topk_finish": [c_int32, c_int64, POINTER(Sums), POINTER(Stats), c_void_p],
@@ -80,6 +106,8 @@ SIGNATURES: dict[str, list[Any]] = {
     ],
 }
 SIGNATURES["rmx_decode_attention"] = [POINTER(Attention), c_void_p]
+SIGNATURES |= {"rmx_rms_norm": [POINTER(Norm), c_void_p], "rmx_gated_activation": [POINTER(Gated), c_void_p]}
+SIGNATURES["rmx_rotate"] = [POINTER(Rotation), c_void_p]
 HUGE = 4 << 20  # bytes from which huge pages pay
 ERRORS = {1: "unknown dtype", 2: "torch's thread pool refused the work", 3: "heads of a width that it does not know"}
 

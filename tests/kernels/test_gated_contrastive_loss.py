@@ -161,6 +161,27 @@ def test_parts_of_a_row_that_differ(device: str, impl: str, apart: float) -> Non
     torch.testing.assert_close(gradient.double(), p_s - p_b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_blocks_on_both_sides_of_the_bound_of_the_short_sum(device: str, impl: str, temperature: float) -> None:
+    """The CPU's forward pass sums a block from one exponential where all its deltas are within 2 of that of its top."""
+    V = 5 * 1024
+    base = 3 * randn(9, V, device=device)
+    base[:, ::1024] = 12  # the top of each block, and of both models
+    logits = base.clone()
+    for row, largest in enumerate((1e-2, 0.5, 1.9, 1.999999, 2.0, 2.000001, 2.1, 5.0)):
+        logits[row, 1::2] += largest * torch.linspace(-1, 1, V // 2, device=device)
+    logits[8] += 0.1 * randn(V, seed=1, device=device)
+    base[8, 2048:2060] = logits[8, 2048:2060] = -INF
+    target = torch.full((9,), 7, device=device)
+    result = gated_contrastive_loss(
+        logits * temperature, base * temperature, target, torch.zeros(9, device=device),
+        torch.ones(9, device=device), temperature=temperature, impl=impl,
+    )  # fmt: skip
+    log_s, log_b = ((z * temperature).double().div(temperature).log_softmax(-1) for z in (logits, base))
+    torch.testing.assert_close(result.kl.double(), oracles.kl_divergence(log_b, log_s), rtol=2e-5, atol=2e-9)
+    torch.testing.assert_close(result.logprob.double(), log_s[:, 7], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("distance", [100.0, 1e4, 1e30, 3e38])
 def test_far_apart_distributions(device: str, impl: str, distance: float) -> None:
     """KL is linear in the distance there: no overflow of e^delta, no NaN."""

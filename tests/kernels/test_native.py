@@ -144,6 +144,41 @@ def test_attention_has_the_same_bits_on_every_instruction_set(builds: dict[str, 
             assert torch.equal(attention(*shape), expected), shape
 
 
+def decoder_layer(H: int, dtype: torch.dtype) -> list[Tensor]:
+    """What the element-wise kernels of a decoder layer write, forward and backward, into memory full of NaN."""
+    real, kind = (torch.float64 if dtype == torch.float64 else torch.float32), native.DTYPES[dtype]
+    x, g, w = (4 * randn(3, 2 * H, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+    rstd = torch.full((3,), math.nan, dtype=real)
+    results = [torch.full_like(x, math.nan) for _ in range(9)]
+    for rounded, offset, upstream, y in (
+        (1, 0.0, None, results[0]),
+        (0, 1.0, None, results[1]),
+        (0, 1.0, g, results[2]),
+    ):
+        pointers = [native.address(t) for t in (x, w, upstream, y, rstd)]
+        native.call("rmx_rms_norm", native.Norm(*pointers, 3, 2 * H, 1e-6, offset, kind, rounded))
+    for gelu, (y, d_gate, d_up) in enumerate((results[3:6], results[6:9])):
+        for upstream, to, other in ((None, y, None), (g, d_gate, d_up)):
+            pointers = [native.address(t) for t in (x, w, upstream, to, other)]
+            native.call("rmx_gated_activation", native.Gated(*pointers, x.numel(), kind, gelu))
+    for inverse in (0, 1):
+        results.append(torch.full_like(x, math.nan))
+        pointers = [t.data_ptr() for t in (x, w, g, results[-1])]
+        native.call("rmx_rotate", native.Rotation(*pointers, *[0, 0, 2 * H] * 2, 0, 1, 3, 1, H, kind, inverse))
+    return [cases.integers(t) for t in [rstd, *results]]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_decoder_layer_has_the_same_bits_on_every_instruction_set(builds: dict[str, Path], level: str) -> None:
+    if level not in builds:
+        pytest.skip(f"this CPU does not run {level}")
+    for H, dtype in ((1, torch.float32), (37, torch.float64), (600, torch.float32), (96, torch.bfloat16)):
+        expected = decoder_layer(H, dtype)
+        with another_library(builds[level]):
+            got = decoder_layer(H, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), (H, dtype)
+
+
 def test_attention_refuses_widths_that_it_does_not_know() -> None:
     with pytest.raises(RuntimeError, match="width"):
         attention(1, 1, 1, 4, 24)

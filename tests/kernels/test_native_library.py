@@ -117,6 +117,9 @@ MIRRORS = {
     "rmx_stats_gradient": native.StatsGradient,
     "rmx_loss": native.Loss,
     "rmx_attention": native.Attention,
+    "rmx_norm": native.Norm,
+    "rmx_gated": native.Gated,
+    "rmx_rotation": native.Rotation,
 }
 C_TYPES = {"double": ctypes.c_double, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
 
