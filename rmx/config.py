@@ -88,10 +88,24 @@ class Sampling(Section):
     top_p: Probability = 0.95
     top_k: PositiveInt | None = None
     max_new_tokens: PositiveInt = 8192
-    batch_size: PositiveInt = 128  # sequences decoded at a time
+    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at a time; auto: by the memory, rmx.batching
     engine: Literal["auto", "loop", "generate_batch", "openai"] = "auto"
     base_url: str | None = None  # of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # the model's name there; default: model.name
+
+    @pydantic.field_validator("batch_size", mode="plain")
+    @classmethod
+    def _some_or_auto(cls, batch_size: Any) -> Literal["auto"] | int:
+        if batch_size != "auto" and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+            raise ValueError("expected auto or a number from 1 on")
+        return batch_size
+
+    @property
+    def batch(self) -> int:
+        """``batch_size``, where it is a number already."""
+        if isinstance(self.batch_size, str):
+            raise ValueError("batch_size is auto: rmx.batching.settled makes it a number")
+        return self.batch_size
 
     @pydantic.field_validator("temperature")
     @classmethod

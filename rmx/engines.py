@@ -82,7 +82,12 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
         def pick(step: int, rows: list[int], decoder: Decoder = decoder, uniforms: Tensor = uniforms) -> Picked:
             return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
 
-        yield unit, decode([decoder], pick, len(unit.keys), sampling.max_new_tokens, lm.eos_ids)
+        try:
+            found = decode([decoder], pick, len(unit.keys), sampling.max_new_tokens, lm.eos_ids)
+        except torch.OutOfMemoryError as fault:
+            said = f"loop: no memory for {len(unit.keys)} sequences at a time: set batch_size to fewer"
+            raise EngineError(f"{said} ({str(fault).splitlines()[0]})") from fault
+        yield unit, found
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from rmx.artefacts import (
     write_json,
     write_records,
 )
+from rmx.batching import settled
 from rmx.checkpoint import Checkpoint
 from rmx.choose import Choice, candidate_path, candidate_steps, choose, saved_steps
 from rmx.config import Config, Sampling
@@ -59,6 +60,7 @@ class Run(RunDirectory):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.meter = Meter()  # of the stage under way
+        self.batch = 0  # sequences that were decoded at a time last; 0: none were
         self.judged: dict[tuple[str, str, str, str], Judgement] = {}
 
     def execute(self, stage: str, again: bool = False, group: Group = ALONE) -> None:
@@ -134,13 +136,22 @@ class Run(RunDirectory):
         meta |= {"dtype": self.dtype[0]} if sampling.engine != "openai" else {}  # a server has its own
         meta = {"rmx": rmx_kernels.__version__, **meta}
         found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
-        return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
+        truncated = sum(r.finish_reason == "length" for r in found)
+        return {"rollouts": len(found), "truncated": truncated, **self._chosen_batch("rollouts")}
+
+    def _chosen_batch(self, section: str) -> dict[str, Any]:
+        """What batch_size=auto was on this GPU, for the record; a CPU's is always the same."""
+        sampling: Sampling = getattr(self.config, section)
+        return {} if sampling.batch_size != "auto" or self.lm.device.type != "cuda" else {"batch_size": self.batch}
 
     def generate(
         self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
     ) -> list[Rollout]:
         """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
         lm, renderer = self.lm, self.renderer  # loads the model before the bar appears
+        section = "rollouts." if name == "rollouts" else "evaluate."
+        sampling = settled(lm, sampling, [renderer(problem.question) for problem in problems], section)
+        self.batch = sampling.batch
         origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.weights}
         origin["model"] = self.model_settings.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
@@ -353,6 +364,7 @@ class Run(RunDirectory):
             "base": str(result.base.pass_at_1),
             "tuned": str(result.tuned.pass_at_1),
             "gain": str(result.gain),
+            **self._chosen_batch("evaluate"),
         }
 
     def sampled(

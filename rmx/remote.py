@@ -243,7 +243,7 @@ def openai(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Sa
     yield units[0], _completions(server, server.settle(units[0]))
     assert server.dialect is not None
     together = sampling.samples if server.dialect.many else 1
-    pool = ThreadPoolExecutor(max(1, sampling.batch_size // together))
+    pool = ThreadPoolExecutor(max(1, sampling.batch // together))
     try:
         asked = {pool.submit(server.ask, unit): unit for unit in units[1:]}
         for future in as_completed(asked):

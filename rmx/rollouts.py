@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from rmx.batching import settled
 from rmx.config import Sampling
 from rmx.engines import Completion, EngineError, Unit, generate_batch, loop
 from rmx.forward import changing_rotation
@@ -50,6 +51,7 @@ def generate_rollouts(
     check_length(lm, longest, sampling.max_new_tokens)
     if engine != "openai":
         check_rotation(lm, longest, sampling.max_new_tokens)
+    sampling = settled(lm, sampling, prompts)
     done = {(rollout.problem_id, rollout.sample): rollout for rollout in known}
     units = cut_units(problems, prompts, sampling, batched=engine != "openai")
     left = [unit for unit in units if not done.keys() >= set(unit.keys)]
@@ -71,8 +73,8 @@ def _engine(lm: CausalLM, sampling: Sampling) -> str:
 def cut_units(problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling, batched: bool) -> list[Unit]:
     """Batches of ``batch_size`` sequences, of prompts of like length; a problem each where it is not ``batched``."""
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i])) if batched else range(len(problems))
-    together = max(1, sampling.batch_size // sampling.samples) if batched else 1  # prompts in one unit
-    repeats = min(sampling.samples, sampling.batch_size) if batched else sampling.samples  # of a prompt in one unit
+    together = max(1, sampling.batch // sampling.samples) if batched else 1  # prompts in one unit
+    repeats = min(sampling.samples, sampling.batch) if batched else sampling.samples  # of a prompt in one unit
     units = []
     for start in range(0, len(order), together):
         group = order[start : start + together]

@@ -183,6 +183,9 @@ class RunDirectory:
         old, now = meant(record["settings"]), self.settings(stage)
         if self.config.evaluates_as_long and old.get("evaluate", {}).get("max_new_tokens") == FIRST_LENGTH:
             now["evaluate"] = {**now["evaluate"], "max_new_tokens": FIRST_LENGTH}
+        for section, values in now.items():
+            if isinstance(values, dict) and values.get("batch_size") == "auto" and section in old:
+                now[section] = {**values, "batch_size": old[section].get("batch_size")}  # whatever it was made with
         changed = list(_differences(old, now))
         if changed:
             raise RunError(
