@@ -1,5 +1,6 @@
 """The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -151,6 +152,27 @@ def _run(run: "Run") -> None:
 def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
     """Run all stages; started again, go on where the last start ended."""
     _run(_open(config, _with_engine(set_, engine, base_url)))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="that each of four measurements may take")] = 2.0,
+) -> None:
+    """What each stage of `rmx run` will take here, and what to change if it does not fit; nothing is run."""
+    run = _open(config, set_)
+    from rmx import plan
+    from rmx.tables import show
+
+    made = plan.make(run, seconds)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(made), indent=2))
+        return
+    show(plan.table(made))
+    for line in plan.say(made):
+        print(visible(line))
 
 
 @app.command()
