@@ -69,8 +69,9 @@ def sequence_bytes(config: Any, dtype: torch.dtype, length: int) -> int:
 def batch_size(lm: CausalLM, sampling: Sampling, longest: int, count: int, models: int = 1) -> BatchSize:
     """The size that ``sampling`` gives, or for ``auto`` one that fits the device.
 
-    On a CPU 128. On a GPU the largest power of two whose sequences of ``longest`` + ``max_new_tokens`` tokens fit
-    into 80 % of the free memory, at most 2048, and no more than the ``count`` completions need.
+    On a CPU 128, and for a server. For vLLM, which counts its memory itself, 2048. On a GPU the largest power of two
+    whose sequences of ``longest`` + ``max_new_tokens`` tokens fit into 80 % of the free memory, at most 2048. Never
+    more than the ``count`` completions need.
 
     Args:
         longest: tokens of the longest prompt. count: completions to sample.
@@ -78,12 +79,15 @@ def batch_size(lm: CausalLM, sampling: Sampling, longest: int, count: int, model
     """
     if isinstance(sampling.batch_size, int):
         return BatchSize(sampling.batch_size, "batch_size")
+    enough = 1 << (max(1, count) - 1).bit_length()
+    if sampling.engine == "vllm":
+        return BatchSize(min(MOST, enough), "vLLM decodes as many at a time as fit")
     if sampling.engine == "openai" or lm.device.type != "cuda":
         return BatchSize(CPU, "a server's queue" if sampling.engine == "openai" else "a CPU")
     own = models * sequence_bytes(lm.model.config, lm.weight.dtype, longest + sampling.max_new_tokens)
     free = free_memory(lm.device)
     fits = max(1, int(USABLE * free) // own)
-    size = min(MOST, 1 << (fits.bit_length() - 1), 1 << (max(1, count) - 1).bit_length())
+    size = min(MOST, 1 << (fits.bit_length() - 1), enough)
     said = (
         f"{free / 2**30:.1f} GiB free, {own / 2**20:.1f} MiB a sequence of {longest + sampling.max_new_tokens} tokens"
     )
@@ -101,7 +105,7 @@ def settled(
     if isinstance(sampling.batch_size, int):
         return sampling
     found = batch_size(lm, sampling, max(map(len, prompts), default=0), len(prompts) * sampling.samples, models)
-    if lm.device.type == "cuda" and sampling.engine != "openai":
+    if lm.device.type == "cuda" and sampling.engine not in ("openai", "vllm"):
         said = f"{section}batch_size=auto: {found.size} ({found.reason})"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     return sampling.model_copy(update={"batch_size": found.size})

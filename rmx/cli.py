@@ -52,7 +52,7 @@ Overrides = Annotated[
         "--set", help="setting to change, as in --set train.epochs=2; its paths start at the current directory"
     ),
 ]
-Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
+Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch, openai or vllm")]
 TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run code that comes with the model OTHER")]
 BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]

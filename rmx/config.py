@@ -89,7 +89,7 @@ class Sampling(Section):
     top_k: PositiveInt | None = None
     max_new_tokens: PositiveInt = 8192
     batch_size: Literal["auto"] | int = "auto"  # sequences decoded at a time; auto: by the memory, rmx.batching
-    engine: Literal["auto", "loop", "generate_batch", "openai"] = "auto"
+    engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"
     base_url: str | None = None  # of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # the model's name there; default: model.name
 
@@ -214,10 +214,17 @@ class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless 
     samples: PositiveInt = 4
     bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer have no quantile of 2.5 %
 
+    tuned_model: str | None = None  # the adapter's name on the server, as of vLLM's --lora-modules NAME=PATH
+
     @pydantic.model_validator(mode="after")
     def _two_models(self) -> "EvaluateConfig":
-        if self.engine == "openai":
-            raise ValueError("evaluate samples the base and the tuned model, a server has one: use another engine")
+        if (self.engine == "openai") != (self.tuned_model is not None):
+            raise ValueError(
+                "expected tuned_model, the adapter's name on the server beside the base's, for engine openai, and for "
+                "no other"
+            )
+        if self.tuned_model is not None and self.tuned_model == self.server_model:
+            raise ValueError("expected two names, got the same one for server_model and tuned_model")
         return self
 
 
@@ -301,6 +308,11 @@ class Config(Section):
     def _chosen_on_something(self) -> "Config":
         if self.train.candidates > 1 and self.problems.choose_count == 0:
             raise ValueError("train.candidates needs problems.choose_count > 0: problems to choose the best one on")
+        if self.train.candidates > 1 and self.evaluate.engine == "openai":
+            raise ValueError(
+                "train.candidates > 1 samples every candidate, and a server has one tuned model: use another "
+                "evaluate.engine, or train.candidates=1"
+            )
         return self
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class CausalLM:
     scale: float
     eos_ids: frozenset[int]
     packing: bool = True  # whether sequences run end to end, or padded
+    settings: ModelConfig | None = None  # by which it was loaded; None: it was made here
+    gguf: bool = False  # whether from a GGUF file
 
     @property
     def vocabulary(self) -> str:
@@ -110,7 +112,8 @@ def load(config: ModelConfig, vocabulary: Vocabulary | None = None) -> CausalLM:
         model, tokenizer = _converted(files) if files.gguf is not None else (files.model(), files.tokenizer())
         model = model.to(files.device)
     model.eval().requires_grad_(False)
-    return wrap(model, tokenizer, config.packing)
+    found = wrap(model, tokenizer, config.packing)
+    return replace(found, settings=config, gguf=files.gguf is not None)
 
 
 def load_vocabulary(config: ModelConfig) -> Vocabulary:

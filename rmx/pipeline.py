@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import rmx_kernels
-from rmx import evaluate, forward, html, lora, model, report, rollouts, score, select, train
+from rmx import evaluate, forward, html, lora, model, report, rollouts, score, select, train, vllm_engine
 from rmx.artefacts import (
     ArtefactError,
     Journal,
@@ -34,6 +34,7 @@ from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
 from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
+from rmx.remote import check_served
 from rmx.rundir import STAGES, RunDirectory, RunError, meant
 from rmx.targets import matching, spelled_for_peft
 from rmx.verify import Judgement, verify
@@ -126,6 +127,8 @@ class Run(RunDirectory):
             longest = max((len(self.renderer(question)) for question in questions), default=0)
             sampling: Sampling = getattr(self.config, section)
             rollouts.check_length(self.lm, longest, sampling.max_new_tokens, f"{section}.")
+            if sampling.engine == "vllm":
+                vllm_engine.check(self.lm)
             if sampling.engine != "openai":
                 rollouts.check_rotation(self.lm, longest, sampling.max_new_tokens, f"{section}.")
 
@@ -145,9 +148,18 @@ class Run(RunDirectory):
         return {} if sampling.batch_size != "auto" or self.lm.device.type != "cuda" else {"batch_size": self.batch}
 
     def generate(
-        self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
+        self,
+        name: str,
+        problems: list[Problem],
+        sampling: Sampling,
+        seed: int,
+        meta: dict[str, Any],
+        adapter: Path | None = None,
     ) -> list[Rollout]:
-        """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
+        """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again.
+
+        ``adapter``: that the model wears, for engines with a model of their own.
+        """
         lm, renderer = self.lm, self.renderer  # loads the model before the bar appears
         section = "rollouts." if name == "rollouts" else "evaluate."
         sampling = settled(lm, sampling, [renderer(problem.question) for problem in problems], section)
@@ -174,7 +186,9 @@ class Run(RunDirectory):
                 self.meter.generated += sum(len(r.completion_ids) for r in unit)
                 count(len(unit))
 
-            found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
+            found = rollouts.generate_rollouts(
+                lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit, adapter=adapter
+            )
         write_records(self.path(f"{name}.jsonl"), found, meta)
         return found
 
@@ -353,6 +367,8 @@ class Run(RunDirectory):
     def _evaluate(self) -> dict[str, Any]:
         problems = self.problems("evaluate")
         self._check_prompt()
+        if self.config.evaluate.engine == "openai":
+            check_served(self.lm, self.config.evaluate, self.path("adapter"))
         with lora.worn(self.lm.model, self.path("adapter")) as adapter:
             # The same seed for both sides: common random numbers make the paired difference sharper.
             with adapter.off():
@@ -384,11 +400,17 @@ class Run(RunDirectory):
         }
         meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed + seed, **origin)
         title = name.rpartition("/")[2].removeprefix("evaluation.")
-        found = self.generated(name, problems, sampling, self.config.seed + seed, meta)
+        found = self.generated(name, problems, sampling, self.config.seed + seed, meta, adapter)
         return found, self.judge(title, problems, found)
 
     def generated(
-        self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
+        self,
+        name: str,
+        problems: list[Problem],
+        sampling: Sampling,
+        seed: int,
+        meta: dict[str, Any],
+        adapter: Path | None = None,
     ) -> list[Rollout]:
         """Those of ``name``.jsonl if it was made with this ``meta``, else :meth:`generate` makes them."""
         path = self.path(f"{name}.jsonl")
@@ -396,7 +418,7 @@ class Run(RunDirectory):
             old, found = read_records(path, Rollout)
             if meant(old) == meta:
                 return found
-        return self.generate(name, problems, sampling, seed, meta)
+        return self.generate(name, problems, sampling, seed, meta, adapter)
 
     def _notes(self) -> dict[str, str]:
         """What the configuration does not tell."""

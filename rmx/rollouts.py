@@ -1,19 +1,23 @@
 """Sampled completions of a model, token ids in and token ids out."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from rmx.batching import settled
 from rmx.config import Sampling
-from rmx.engines import Completion, EngineError, Unit, generate_batch, loop
+from rmx.engines import Completion, EngineError, Finished, Unit, generate_batch, loop
 from rmx.forward import changing_rotation
 from rmx.model import CausalLM
 from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
-from rmx.remote import openai
+from rmx.remote import openai, tuned_server
+from rmx.vllm_engine import vllm
 
-ENGINES = {"loop": loop, "generate_batch": generate_batch, "openai": openai}
+Engine = Callable[[CausalLM, Renderer, Sequence[Unit], Sampling, int], Finished]
+ENGINES: dict[str, Engine] = {"loop": loop, "generate_batch": generate_batch, "openai": openai, "vllm": vllm}
 
 
 @torch.no_grad()
@@ -26,6 +30,7 @@ def generate_rollouts(
     *,
     known: Iterable[Rollout] = (),
     on_unit: Callable[[list[Rollout]], None] = lambda _: None,
+    adapter: Path | None = None,
 ) -> list[Rollout]:
     """``sampling.samples`` completions of every problem, in the order of the problems, samples ascending.
 
@@ -37,6 +42,8 @@ def generate_rollouts(
         known: rollouts that an earlier call with the same arguments handed to ``on_unit``, in any order; units that
             they cover are not sampled again.
         on_unit: called with the new rollouts of each unit, as it is finished.
+        adapter: where what the model wears lies, for engines with a model of their own; a server has it under the name
+            ``tuned_model``.
 
     Returns:
         len(problems) * samples rollouts; ``completion_ids`` keeps the EOS by which a model stopped.
@@ -54,8 +61,13 @@ def generate_rollouts(
     sampling = settled(lm, sampling, prompts)
     done = {(rollout.problem_id, rollout.sample): rollout for rollout in known}
     units = cut_units(problems, prompts, sampling, batched=engine != "openai")
+    sample = ENGINES[engine]
+    if engine == "vllm":
+        sample = partial(vllm, adapter=adapter)
+    elif engine == "openai" and adapter is not None:
+        sampling = tuned_server(sampling)
     left = [unit for unit in units if not done.keys() >= set(unit.keys)]
-    for unit, completions in ENGINES[engine](lm, renderer, left, sampling, seed):
+    for unit, completions in sample(lm, renderer, left, sampling, seed):
         rollouts = unit_rollouts(lm, unit, completions, lm.eos_ids)
         done |= zip(unit.keys, rollouts, strict=True)
         on_unit(rollouts)

@@ -102,6 +102,8 @@ def ablate(
         raise AnalysisError(f"ablate: expected budget and quantile between 0 and 1, got {budget} and {quantile}")
     if seeds < 1:
         raise AnalysisError(f"ablate: expected at least one seed, got {seeds}")
+    if run.config.evaluate.engine == "openai":
+        raise AnalysisError("ablate: a server has one tuned model, not every variant: set another evaluate.engine")
     run.need("evaluate")
     if "imported" in run.stages()["select"]:
         raise AnalysisError(
