@@ -38,6 +38,7 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; models without sdpa: eager
+    quantization: Literal["nf4"] | None = None  # linear layers in 4 bits, by bitsandbytes; not the head
     packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
 
 
@@ -303,6 +304,20 @@ class Config(Section):
     @property
     def train_seed(self) -> int:
         return self.seed if self.training_seed is None else self.training_seed
+
+    @pydantic.model_validator(mode="after")
+    def _quantized_where_it_can_be(self) -> "Config":
+        if self.model.quantization is None:
+            return self
+        if self.train.compile:
+            raise ValueError("model.quantization and train.compile do not go together: 4-bit layers are not compiled")
+        for section, sampling in (("rollouts", self.rollouts), ("evaluate", self.evaluate)):
+            if sampling.engine == "vllm":
+                raise ValueError(
+                    f"model.quantization and {section}.engine=vllm do not go together: vLLM would sample from the "
+                    "whole weights, another model than the one that is trained"
+                )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _chosen_on_something(self) -> "Config":

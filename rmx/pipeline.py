@@ -33,6 +33,7 @@ from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
+from rmx.quantization import parameter_count
 from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
 from rmx.remote import check_served
 from rmx.rundir import STAGES, RunDirectory, RunError, meant
@@ -262,7 +263,7 @@ class Run(RunDirectory):
             group.wait()
         adapter = lora.attach(self.lm.model, self.config.lora, self.config.train_seed)
         try:
-            share = adapter.size / sum(p.numel() for p in self.lm.model.parameters())
+            share = adapter.size / parameter_count(self.lm.model)
             origin = {
                 "training_set": fingerprint(self.path("training_set.jsonl").read_bytes()),
                 "settings": {**self.settings("train"), "checkpoint_seconds": None},
@@ -335,9 +336,8 @@ class Run(RunDirectory):
             raise RunError(f"{out}: is not empty")
         if adapter is None:
             self.check_adapter()
-        found = lora.load_adapter(self.lm.model, adapter or self.path("adapter"))
-        lora.merge(found)
-        lora.detach(self.lm.model, found)
+        with lora.worn(self.lm.model, adapter or self.path("adapter")) as found:
+            lora.merge(found)
         model.save(self.lm, out)
 
     def check_adapter(self) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rmx import rates, select
 from rmx.batching import CPU, batch_size, cache_bytes, sequence_bytes
-from rmx.config import Sampling
+from rmx.config import ModelConfig, Sampling
 from rmx.cost import GIB
 from rmx.model import _Files
 from rmx.pipeline import Run
@@ -36,6 +36,7 @@ RECORD_BYTES, TOKEN_BYTES = 200, 22  # of a rollout's line: beside its tokens, a
 PROMPT_TOKEN_BYTES = 7
 SCORE_BYTES = 12  # entropy, log-prob and log-sum-exp of a completion token; each of the top k has 8 more
 STATES = 4  # numbers of the adapter's size in float32: weights, gradient and AdamW's two moments
+NF4_BYTES = 0.516  # of a weight, with the scales of its block
 SAFE = 0.9  # of the free memory or disk
 
 
@@ -102,7 +103,7 @@ class _Planner:
         files = _Files(self.config.located_model.model_copy(update={"dtype": run.dtype[0]}))
         self.device, self.dtype = torch.device(files.device), files.dtype
         self.shape = run.vocabulary.config
-        self.weights = _weight_bytes(self.shape, self.dtype, self.config.model.trust_remote_code)
+        self.weights = _weight_bytes(self.shape, self.dtype, self.config.model)
         self.lengths = {section: self._completions(section) for section in ("rollouts", "evaluate")}
         self.scored = self._scored()
         self.trained = self._trained()
@@ -336,7 +337,7 @@ class _Planner:
             return None
         return (
             f"model: weights of {self.weights / GIB:.1f} GiB in {self.run.dtype[0]} where {free / GIB:.1f} GiB are "
-            "free, so nothing was measured: set model.dtype, a smaller model, or another model.device"
+            "free, so nothing was measured: set model.dtype, model.quantization=nf4, a smaller model, or model.device"
         )
 
 
@@ -387,11 +388,15 @@ def make(run: Run, seconds: float = SECONDS) -> Plan:
     )
 
 
-def _weight_bytes(config: Any, dtype: torch.dtype, trust: bool) -> int:
+def _weight_bytes(config: Any, dtype: torch.dtype, settings: ModelConfig) -> int:
     """Of all parameters, counted without making them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if settings.quantization is None:
+        return whole
+    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings())
+    return whole - int(sum(m.weight.numel() for m in linear) * (dtype.itemsize - NF4_BYTES))
 
 
 def _adapter_numbers(run: Run) -> int:

@@ -180,7 +180,8 @@ class RunDirectory:
     @property
     def model_mark(self) -> str:
         """Tells the model from another one: by its local weights, else by its name and revision."""
-        return self.weights or f"{self.config.model.name}@{self.config.model.revision}"
+        mark = self.weights or f"{self.config.model.name}@{self.config.model.revision}"
+        return mark if self.config.model.quantization is None else f"{mark} in {self.config.model.quantization}"
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is finished, with these settings, and its artefact is there.
