@@ -199,10 +199,19 @@ class TrainConfig(Section):
     early_stop_steps: PositiveInt | None = None  # end when positive decisions are on average down over so many steps
     anchor_fraction: Probability = 1.0  # share of the anchor positions that a step looks at, drawn anew each step
     token_budget: PositiveInt = 16384  # tokens a forward pass
-    activation_checkpointing: bool = False  # layers are run again in the backward pass: less memory, a third more time
+    # Layers are run again in the backward pass: less memory, a third more time. offload: what enters them waits in the
+    # host's memory until then.
+    activation_checkpointing: bool | Literal["offload"] = False
     compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
     candidates: PositiveInt = 1  # adapters kept, of equally distant steps; the last one is the training's end
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
+
+    @pydantic.field_validator("activation_checkpointing", mode="plain")
+    @classmethod
+    def _whether_or_offload(cls, how: Any) -> bool | Literal["offload"]:
+        if not isinstance(how, bool) and how != "offload":
+            raise ValueError("expected true, false or offload")
+        return how
 
     @pydantic.model_validator(mode="after")
     def _one_option(self) -> "TrainConfig":

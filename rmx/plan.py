@@ -303,7 +303,9 @@ class _Planner:
         kept = self.training.bytes_per_token
         if config.activation_checkpointing:
             visited = layers - self.config.lora.first_layer
-            kept = kept / visited + visited * self.shape.get_text_config().hidden_size * self.dtype.itemsize
+            inputs = visited * self.shape.get_text_config().hidden_size * self.dtype.itemsize
+            offloaded = config.activation_checkpointing == "offload" and self.device.type == "cuda"
+            kept = kept / visited + (0 if offloaded else inputs)
         found["memory"] = Figure(in_pass * kept + 4 * STATES * adapter, "assumed")
         found["disk_bytes"] = Figure(4 * adapter * (config.candidates + 1 + 3), "counted")
         return found
@@ -347,8 +349,8 @@ KEYS = {  # of the configuration, by which a stage takes less memory
     "choose": SAMPLING_KEYS.format("evaluate"),
     "evaluate": SAMPLING_KEYS.format("evaluate"),
     "score": "lower score.token_budget",
-    "train": "lower train.token_budget, set train.activation_checkpointing=true, raise lora.first_layer, or set "
-    "select.max_completion_tokens",
+    "train": "lower train.token_budget, set train.activation_checkpointing=true (or offload), raise lora.first_layer, "
+    "or set select.max_completion_tokens",
 }
 
 

@@ -113,7 +113,10 @@ def test_what_does_not_fit_is_named_with_its_keys(finished: Run, monkeypatch: py
     made = make(Run(run), QUICK)
     named = {line.split(":")[0]: line for line in made.advice}
     assert set(named) == {"score", "train", "evaluate", "disk"}
-    assert "train.activation_checkpointing=true" in named["train"] and "evaluate.batch_size" in named["evaluate"]
+    assert (
+        "train.activation_checkpointing=true (or offload)" in named["train"]
+        and "evaluate.batch_size" in named["evaluate"]
+    )
     kept = [line for line in made.advice if "score.cache_gib=0" in line]
     assert len(kept) == 1 and "are not kept" in kept[0]
     assert [line for line in say(made) if line.startswith("to change: ")] == [f"to change: {a}" for a in made.advice]
