@@ -163,15 +163,16 @@ def plan(
 ) -> None:
     """What each stage of `rmx run` will take here, and what to change if it does not fit; nothing is run."""
     run = _open(config, set_)
-    from rmx import plan
+    from rmx import plan_table
+    from rmx.plan import make
     from rmx.tables import show
 
-    made = plan.make(run, seconds)
+    made = make(run, seconds)
     if as_json:
         print(json.dumps(dataclasses.asdict(made), indent=2))
         return
-    show(plan.table(made))
-    for line in plan.say(made):
+    show(plan_table.table(made))
+    for line in plan_table.say(made):
         print(visible(line))
 
 

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from rmx import rates, select
@@ -20,16 +19,15 @@ from rmx.config import ModelConfig, Sampling
 from rmx.cost import GIB
 from rmx.model import _Files
 from rmx.pipeline import Run
+from rmx.plan_table import Figure, Kind, Plan, StagePlan, weaker
 from rmx.problems import build_problems
-from rmx.progress import duration
 from rmx.records import Problem, Rollout
-from rmx.rollouts import cut_units
+from rmx.rollouts import check_length, cut_units
 from rmx.rundir import STAGES
 from rmx.score import Keep
-from rmx.tables import new_table
+from rmx.train import check_warmup
 from rmx_kernels import doctor
 
-Kind = Literal["counted", "measured", "assumed"]
 SECONDS = 2.0  # of each measurement
 ANSWER_S = 0.002  # that a verifier process takes for an answer
 RECORD_BYTES, TOKEN_BYTES = 200, 22  # of a rollout's line: beside its tokens, and for each token of a completion
@@ -38,49 +36,6 @@ SCORE_BYTES = 12  # entropy, log-prob and log-sum-exp of a completion token; eac
 STATES = 4  # numbers of the adapter's size in float32: weights, gradient and AdamW's two moments
 NF4_BYTES = 0.516  # of a weight, with the scales of its block
 SAFE = 0.9  # of the free memory or disk
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number and how it came about; what follows from an assumption is assumed, whatever else was measured."""
-
-    value: float
-    kind: Kind
-
-    def __add__(self, other: "Figure") -> "Figure":
-        return Figure(self.value + other.value, _weaker(self.kind, other.kind))
-
-
-def _weaker(*kinds: Kind) -> Kind:
-    order: tuple[Kind, ...] = ("counted", "measured", "assumed")
-    return max(kinds, key=order.index)
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """None: nothing worth a figure, or not known here."""
-
-    stage: str
-    done: bool
-    tokens_read: Figure | None = None
-    tokens_generated: Figure | None = None
-    seconds: Figure | None = None
-    host_bytes: Figure | None = None
-    device_bytes: Figure | None = None  # None without a GPU
-    disk_bytes: Figure | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    stages: list[StagePlan]
-    device: str
-    dtype: str
-    host_free: int | None  # bytes
-    device_free: int | None
-    disk_free: int
-    assumptions: list[str]
-    advice: list[str]  # what does not fit, and the settings that change it
-    measured: dict[str, Any]  # rates
 
 
 @dataclass(frozen=True)
@@ -96,6 +51,8 @@ class _Planner:
         run.__dict__["dtype"] = run.dtype_now()  # keeps no record: this run has not begun
         self.run, self.config, self.budget = run, run.config, seconds
         self.done = {stage for stage in STAGES if run.is_done(stage)}
+        if "train" not in self.done:
+            check_warmup(self.config.train, self.config.most_steps, "at most ")
         self.advice: list[str] = []
         self.assumptions: list[str] = []
         self.problems = self._problems()
@@ -166,6 +123,9 @@ class _Planner:
     def measure(self) -> None:
         """Rates of what is not done yet; the model is loaded for it."""
         lm, config = self.run.lm, self.config
+        for section, splits in (("rollouts", ("train",)), ("evaluate", ("choose", "evaluate"))):
+            longest = max((len(self.prompts[p.problem_id]) for split in splits for p in self.of(split)), default=0)
+            check_length(lm, longest, getattr(config, section).max_new_tokens, f"{section}.")
         length = max(2, round(sum(self.trained[0]) / max(1, len(self.trained[0]))))
         self.reads = rates.reading(lm, config, length, self.budget)
         for stage, section in (("rollouts", "rollouts"), ("evaluate", "evaluate")):
@@ -221,8 +181,8 @@ class _Planner:
         if more is not None:
             there = self._base() + more
             found["device_bytes" if self.device.type == "cuda" else "host_bytes"] = there
-            if self.device.type == "cuda":
-                found["host_bytes"] = Figure(_resident(), "measured")
+            if self.device.type == "cuda" and (resident := _resident()):
+                found["host_bytes"] = Figure(resident, "measured")
         return StagePlan(name, False, **found)
 
     def _base(self) -> Figure:
@@ -231,7 +191,8 @@ class _Planner:
             return Figure(self.weights, "counted")
         if self.device.type == "cuda":
             return Figure(torch.cuda.memory_allocated(self.device), "measured")
-        return Figure(_resident(), "measured")
+        resident = _resident()
+        return Figure(self.weights, "counted") if resident is None else Figure(resident, "measured")
 
     def _sampled(self, section: str, split: str, sides: int) -> dict[str, Figure]:
         problems, prompts, sampling = self._units(section, split)
@@ -285,7 +246,7 @@ class _Planner:
             "memory": Figure(min(tokens, config.token_budget) * wide * self.dtype.itemsize, "assumed"),
         }
         if self.reads:
-            found["seconds"] = Figure(tokens / self.reads, _weaker("measured", kind))
+            found["seconds"] = Figure(tokens / self.reads, weaker("measured", kind))
         return found
 
     def _train(self) -> dict[str, Figure]:
@@ -293,11 +254,11 @@ class _Planner:
         config, layers = self.config.train, self.shape.get_text_config().num_hidden_layers
         mean = sum(lengths) / max(1, len(lengths))
         tokens = max(1, round(config.epochs * len(lengths))) * mean
-        kind = kind if config.epochs == 1 else _weaker(kind, "assumed")
+        kind = kind if config.epochs == 1 else weaker(kind, "assumed")
         found = {"tokens_read": Figure(tokens, kind)}
         if self.training is None:
             return found
-        found["seconds"] = Figure(tokens / self.training.tokens_per_second, _weaker("measured", kind))
+        found["seconds"] = Figure(tokens / self.training.tokens_per_second, weaker("measured", kind))
         adapter = _adapter_numbers(self.run)
         in_pass = max(max(lengths), min(config.token_budget, config.sequences_per_step * mean))
         kept = self.training.bytes_per_token
@@ -315,7 +276,7 @@ class _Planner:
         limits = {"host_bytes": (doctor.cpu().memory_free, "memory"), "device_bytes": (self.device_free, "GPU memory")}
         loaded = self._base().value if "lm" in self.run.__dict__ else 0  # of what is in use already
         for key, (free, what) in limits.items():
-            mine = loaded if (key == "device_bytes") == (self.device.type == "cuda") else _resident()
+            mine = loaded if (key == "device_bytes") == (self.device.type == "cuda") else _resident() or 0
             for stage in stages:
                 figure: Figure | None = getattr(stage, key)
                 if free is not None and figure is not None and figure.value > SAFE * (free + mine):
@@ -408,55 +369,10 @@ def _adapter_numbers(run: Run) -> int:
     return run.config.lora.r * sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def _resident() -> int:
-    """Bytes of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _resident() -> int | None:
+    """Bytes of this process; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024
-
-
-MARKS: dict[Kind, str] = {"counted": "c", "measured": "m", "assumed": "a"}
-
-
-def table(plan: Plan) -> Table:
-    """Per stage, and in all: times and disk are added up, memory is the highest."""
-    gpu = plan.device_free is not None
-    memory = ["host GiB", *(["device GiB"] if gpu else [])]
-    grid = new_table(["stage", "tokens read", "generated", "time", *memory, "disk GiB"], title="Plan")
-
-    def cell(figure: Figure | None, show: Any) -> str:
-        return "-" if figure is None else f"{show(figure.value)} {MARKS[figure.kind]}"
-
-    def gib(value: float) -> str:
-        return f"{value / GIB:.2f}"
-
-    def row(stage: StagePlan) -> list[str]:
-        cells = [cell(stage.tokens_read, "{:,.0f}".format), cell(stage.tokens_generated, "{:,.0f}".format)]
-        cells += [cell(stage.seconds, duration), cell(stage.host_bytes, gib)]
-        cells += [cell(stage.device_bytes, gib)] if gpu else []
-        return [stage.stage, *cells, cell(stage.disk_bytes, gib)]
-
-    for stage in plan.stages:
-        own = row(stage)
-        grid.add_row(*(own if not stage.done else [own[0], "done", *own[2:]]))
-    grid.add_section()
-    grid.add_row(*row(total(plan.stages)))
-    return grid
-
-
-def total(stages: Sequence[StagePlan]) -> StagePlan:
-    """Of what is left to do."""
-    sums: dict[str, Figure | None] = {}
-    for key in ("tokens_read", "tokens_generated", "seconds", "disk_bytes"):
-        known = [f for stage in stages if (f := getattr(stage, key)) is not None]
-        sums[key] = sum(known[1:], known[0]) if known else None
-    for key in ("host_bytes", "device_bytes"):
-        known = [f for stage in stages if (f := getattr(stage, key)) is not None]
-        sums[key] = max(known, key=lambda figure: figure.value, default=None)
-    return StagePlan("in all", False, **sums)
-
-
-def say(plan: Plan) -> list[str]:
-    """The lines below the table."""
-    lines = ["c counted, m measured here, a assumed, or following from what is assumed"]
-    lines += [f"assumed: {said}" for said in plan.assumptions]
-    return lines + [f"to change: {said}" for said in plan.advice] + ([] if plan.advice else ["fits this machine"])

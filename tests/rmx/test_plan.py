@@ -14,10 +14,13 @@ from rmx.cli import app
 from rmx.config import Config, CostConfig
 from rmx.cost import GIB, stage_costs
 from rmx.pipeline import Run
-from rmx.plan import Figure, Plan, StagePlan, make, say, table, total
+from rmx.plan import make
+from rmx.plan_table import Figure, Plan, StagePlan, say, table, total
+from rmx.prompts import PromptError
 from rmx.rates import Training
 from rmx.rundir import STAGES, RunError
 from rmx.tables import show
+from rmx.train import TrainingError
 
 QUICK = 0.1  # seconds of a measurement
 
@@ -94,9 +97,14 @@ def test_a_finished_run_needs_no_model(finished: Run, monkeypatch: pytest.Monkey
     assert total(made.stages) == StagePlan("in all", False)
 
 
-def test_other_settings_are_the_error_that_the_run_would_be(finished: Run) -> None:
+def test_mistakes_are_the_errors_that_the_run_would_be(finished: Run) -> None:
     with pytest.raises(RunError, match=r"train.epochs was 1.0, is now 3.0"):
         make(Run(changed(finished.config, train={"epochs": 3})))
+    config = undone(finished, 1).config
+    with pytest.raises(PromptError, match=r"only 2048 positions: lower evaluate\.max_new_tokens"):
+        make(Run(changed(config, evaluate={"max_new_tokens": 3000})))
+    with pytest.raises(TrainingError, match="warm-up takes 13 steps, the training at most 12: lower"):
+        make(Run(changed(config, train={"warmup_steps": 13})))
 
 
 def test_what_does_not_fit_is_named_with_its_keys(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
