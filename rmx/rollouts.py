@@ -8,9 +8,10 @@ import torch
 
 from rmx.batching import settled
 from rmx.config import Sampling
-from rmx.engines import Completion, EngineError, Finished, Unit, generate_batch, loop
+from rmx.engines import Completion, EngineError, Finished, NoMemory, Unit, generate_batch, loop
 from rmx.forward import changing_rotation
 from rmx.model import CausalLM
+from rmx.progress import console
 from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
 from rmx.remote import openai, tuned_server
@@ -36,7 +37,8 @@ def generate_rollouts(
 
     The work is cut into units by the problems and settings alone, and a unit's bits depend on nothing outside it, so
     that a start with the ``known`` units of one that was interrupted ends with what that one would have. (Not with
-    ``engine="openai"``: what a server answers may depend on what else it serves.)
+    ``engine="openai"``: what a server answers may depend on what else it serves. Where a batch does not fit the memory,
+    the rest goes on in batches of half its size, which the loop's samples do not depend on beyond rounding.)
 
     Args:
         known: rollouts that an earlier call with the same arguments handed to ``on_unit``, in any order; units that
@@ -60,18 +62,36 @@ def generate_rollouts(
         check_rotation(lm, longest, sampling.max_new_tokens)
     sampling = settled(lm, sampling, prompts)
     done = {(rollout.problem_id, rollout.sample): rollout for rollout in known}
-    units = cut_units(problems, prompts, sampling, batched=engine != "openai")
     sample = ENGINES[engine]
     if engine == "vllm":
         sample = partial(vllm, adapter=adapter)
     elif engine == "openai" and adapter is not None:
         sampling = tuned_server(sampling)
-    left = [unit for unit in units if not done.keys() >= set(unit.keys)]
-    for unit, completions in sample(lm, renderer, left, sampling, seed):
-        rollouts = unit_rollouts(lm, unit, completions, lm.eos_ids)
-        done |= zip(unit.keys, rollouts, strict=True)
-        on_unit(rollouts)
+    while left := _missing(cut_units(problems, prompts, sampling, batched=engine != "openai"), done):
+        try:
+            for unit, completions in sample(lm, renderer, left, sampling, seed):
+                rollouts = unit_rollouts(lm, unit, completions, lm.eos_ids)
+                done |= zip(unit.keys, rollouts, strict=True)
+                on_unit(rollouts)
+        except NoMemory as fault:
+            sampling = _halved(sampling, fault)
     return [done[problem.problem_id, sample] for problem in problems for sample in range(sampling.samples)]
+
+
+def _missing(units: list[Unit], done: dict[tuple[str, int], Rollout]) -> list[Unit]:
+    return [unit for unit in units if not done.keys() >= set(unit.keys)]
+
+
+def _halved(sampling: Sampling, fault: NoMemory) -> Sampling:
+    """The same with half of the sequences that did not fit, or the fault itself where it was one."""
+    if fault.sequences == 1:
+        raise fault
+    half = fault.sequences // 2
+    said = f"{fault.sequences} sequences at a time do not fit the memory; goes on with batch_size={half}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return sampling.model_copy(update={"batch_size": half})
 
 
 def _engine(lm: CausalLM, sampling: Sampling) -> str:

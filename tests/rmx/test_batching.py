@@ -12,10 +12,13 @@ from test_pipeline import changed
 
 from rmx import batching, engines
 from rmx.batching import batch_size, cache_bytes, sequence_bytes, settled
-from rmx.config import Config, ConfigError, RolloutsConfig, load_config
+from rmx.config import Config, ConfigError, PromptConfig, RolloutsConfig, load_config
 from rmx.engines import Decoder, EngineError
 from rmx.model import CausalLM
 from rmx.pipeline import Run
+from rmx.prompts import Renderer
+from rmx.records import Problem, Rollout
+from rmx.rollouts import generate_rollouts
 from rmx.rundir import RunError
 
 
@@ -126,12 +129,35 @@ def test_an_earlier_run_with_a_number_is_done_under_auto_and_not_under_another(f
         Run(changed(finished.config, rollouts={"batch_size": 64})).is_done("rollouts")
 
 
-def test_no_memory_for_a_batch_names_the_setting(tiny: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+def test_a_batch_that_does_not_fit_is_halved(
+    tiny: CausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The samples are those of a memory without end; what was sampled before is not sampled again."""
+    problems = [Problem(f"p{i}", f"sum of {i} and 1", "1") for i in range(4)]
+    sampling = RolloutsConfig(samples=6, temperature=1.3, max_new_tokens=5, batch_size=12, engine="loop")
+    renderer = Renderer(tiny.tokenizer, PromptConfig())
+    whole = generate_rollouts(tiny, renderer, problems, sampling, 3)
+    decode, fits, decoded = engines.decode, 12, list[int]()
 
-    monkeypatch.setattr(engines, "decode", full)
-    unit = engines.Unit([SimpleNamespace(problem_id="p")], [[5, 6]], range(3))  # type: ignore[list-item]
-    sampling = RolloutsConfig(max_new_tokens=3, batch_size=3)
-    with pytest.raises(EngineError, match=r"no memory for 3 sequences at a time: set batch_size to fewer .*2 GiB"):
-        next(iter(engines.loop(tiny, None, [unit], sampling, 0)))  # type: ignore[arg-type]
+    def bounded(*args: Any) -> Any:
+        decoded.append(args[2])
+        if args[2] > (fits if len(decoded) == 1 else 3):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return decode(*args)
+
+    monkeypatch.setattr(engines, "decode", bounded)
+    units: list[list[Rollout]] = []
+    found = generate_rollouts(tiny, renderer, problems, sampling, 3, on_unit=units.append)
+    assert [(r.problem_id, r.sample, r.completion_ids) for r in found] == [
+        (r.problem_id, r.sample, r.completion_ids) for r in whole
+    ]
+    assert decoded == [12, 12, 6, 3, 3, 3, 3]
+    assert sorted((r.problem_id, r.sample) for unit in units for r in unit) == [
+        (p.problem_id, n) for p in problems for n in range(6)
+    ]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "12 sequences at a time do not fit the memory; goes on with batch_size=6" in said
+    fits = 0
+    monkeypatch.setattr(engines, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+    with pytest.raises(EngineError, match=r"no memory for 1 sequences at a time: set batch_size to fewer \(none left"):
+        generate_rollouts(tiny, renderer, problems, sampling, 3)
