@@ -4,6 +4,7 @@ Tokens of prompts are counted, since problems and prompts can be made without th
 assumed until there are rollouts. Rates are measured in some seconds with the model itself.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ PROMPT_TOKEN_BYTES = 7
 SCORE_BYTES = 12  # entropy, log-prob and log-sum-exp of a completion token; each of the top k has 8 more
 STATES = 4  # numbers of the adapter's size in float32: weights, gradient and AdamW's two moments
 NF4_BYTES = 0.516  # of a weight, with the scales of its block
+BUSY = 1.5  # processes that want a core, for each core
 SAFE = 0.9  # of the free memory or disk
 
 
@@ -267,7 +269,7 @@ class _Planner:
             inputs = visited * self.shape.get_text_config().hidden_size * self.dtype.itemsize
             offloaded = config.activation_checkpointing == "offload" and self.device.type == "cuda"
             kept = kept / visited + (0 if offloaded else inputs)
-        found["memory"] = Figure(in_pass * kept + 4 * STATES * adapter, "assumed")
+        found["memory"] = Figure(in_pass * kept + self.training.bytes_fixed + 4 * STATES * adapter, "assumed")
         found["disk_bytes"] = Figure(4 * adapter * (config.candidates + 1 + 3), "counted")
         return found
 
@@ -330,6 +332,11 @@ def make(run: Run, seconds: float = SECONDS) -> Plan:
         planner.advice.append(too_large)
     elif not {"rollouts", "score", "train", "choose", "evaluate"} <= planner.done:
         planner.measure()
+    load, cores = os.getloadavg()[0], doctor.cpu().cores
+    if load > BUSY * cores:
+        planner.assumptions.append(
+            f"the machine stays as busy with other work as it is (load {load:.0f} on {cores} cores): times are long"
+        )
     stages = [planner.stage(name) for name in STAGES]
     planner.advice += planner.check_fit(stages)
     measured = {

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmx import lora
+from rmx import forward, lora
 from rmx.config import Config, Sampling
 from rmx.engines import Decoder
 from rmx.model import CausalLM
@@ -41,6 +41,7 @@ class Training:
 
     tokens_per_second: float
     bytes_per_token: float  # of activations kept for the backward pass, without activation checkpointing
+    bytes_fixed: float  # kept for it whatever the tokens
     tokens: int
 
 
@@ -127,16 +128,22 @@ def training(lm: CausalLM, config: Config, keep: Keep | None, length: int, secon
         return BaseStates(torch.randn(rows, width).to(dtype), entry)
 
     source = None if keep is None else base
+    weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
+    forward.check(lm, config.lora.first_layer)  # which training would do, and its passes are not to be counted
     adapter = lora.attach(lm.model, config.lora, 0)
-    kept = _Kept({p.untyped_storage().data_ptr() for p in lm.model.parameters()})
+    sizes: list[tuple[int, int]] = []  # tokens, bytes kept; the rest is what does not grow with the tokens
     try:
-        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-            train_adapter(lm, adapter, sequences, settings.model_copy(update=plain), 0, base=source)
+        for some in (sequences[: len(sequences) // 2] or [_sequence(lm, 0, max(2, own // 2))], sequences):
+            kept = _Kept(weights)
+            with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+                train_adapter(lm, adapter, some, settings.model_copy(update=plain), 0, base=source)
+            sizes.append((sum(len(s.ids) for s in some), sum(kept.sizes.values())))
         history = train_adapter(lm, adapter, sequences, settings, 0, base=source)
     finally:
         lora.detach(lm.model, adapter)
-    read = history[0].tokens
-    return Training(read / history[0].seconds, sum(kept.sizes.values()) / read, read)
+    (few, small), (read, large) = sizes
+    each = max(0.0, (large - small) / max(1, read - few))
+    return Training(read / history[0].seconds, each, max(0.0, large - each * read), read)
 
 
 def _sequence(lm: CausalLM, number: int, length: int) -> TrainingSequence:

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 from test_pipeline import changed, write_yaml
+from torch import nn
 from typer.testing import CliRunner
 
 from rmx import model, plan
 from rmx.cli import app
 from rmx.config import Config, CostConfig
 from rmx.cost import GIB, stage_costs
+from rmx.model import CausalLM
 from rmx.pipeline import Run
 from rmx.plan import make
 from rmx.plan_table import Figure, Plan, StagePlan, say, table, total
 from rmx.prompts import PromptError
-from rmx.rates import Training
+from rmx.rates import Training, training
 from rmx.rundir import STAGES, RunError
 from rmx.tables import show
 from rmx.train import TrainingError
@@ -60,7 +62,8 @@ def test_prompts_are_counted_before_anything_runs(tiny_config: Config, finished:
         assert figures.disk_bytes is not None and figures.disk_bytes.value > 0
         assert (figures.done, figures.device_bytes) == (False, None)
     assert not Path(fresh.run_dir).exists()  # nothing was written
-    assert len(made.assumptions) == 3 and "half of rollouts.max_new_tokens" in made.assumptions[0]
+    assumed = [line for line in made.assumptions if "busy" not in line]
+    assert len(assumed) == 3 and "half of rollouts.max_new_tokens" in assumed[0]
     assert made.advice == [] and say(made)[-1] == "fits this machine"
 
 
@@ -135,14 +138,36 @@ def test_checkpointing_keeps_a_layer_and_the_inputs_of_all(finished: Run) -> Non
     for checkpointing in (False, True):
         config = changed(undone(finished, 3).config, train={"activation_checkpointing": checkpointing})
         planner = plan._Planner(Run(config), QUICK)
-        planner.training = Training(tokens_per_second=1000.0, bytes_per_token=5e5, tokens=16)
+        planner.training = Training(tokens_per_second=1000.0, bytes_per_token=5e5, bytes_fixed=3e6, tokens=16)
         found = planner._train()
         need[checkpointing] = found["memory"].value
         assert found["seconds"] == Figure(found["tokens_read"].value / 1000, "measured")
     lengths, adapter = planner.trained[0], 2 * 2 * (4 * 32 + 32 + 16 + 16 + 32)  # r, layers, widths of q, k, v and o
     in_pass = max(max(lengths), 8 * sum(lengths) / len(lengths))
-    assert need[False] == pytest.approx(in_pass * 5e5 + 16 * adapter)
-    assert need[True] == pytest.approx(in_pass * (5e5 / 2 + 2 * 32 * 4) + 16 * adapter)
+    assert need[False] == pytest.approx(in_pass * 5e5 + 3e6 + 16 * adapter)
+    assert need[True] == pytest.approx(in_pass * (5e5 / 2 + 2 * 32 * 4) + 3e6 + 16 * adapter)
+
+
+def test_activations_are_counted_apart_from_what_does_not_grow(tiny: CausalLM, tiny_config: Config) -> None:
+    """The same from few tokens and from many; no weight is among them."""
+    found = []
+    for count in (4, 16):
+        config = changed(tiny_config, train={"sequences_per_step": count})
+        found.append(training(tiny, config, None, 16, 10.0, 1e9))
+    assert [one.tokens for one in found] == [4 * 16, 16 * 16]
+    assert found[0].bytes_per_token == pytest.approx(found[1].bytes_per_token, rel=0.05)
+    assert found[0].bytes_fixed == pytest.approx(found[1].bytes_fixed, abs=20_000)
+    least = 2 * (4 * 32 + 2 * 48) * 4  # states around attention and MLP of two layers
+    assert least < found[1].bytes_per_token < 30 * least
+    assert all(one.bytes_fixed < 1e6 for one in found)
+    assert isinstance(tiny.model.model.layers[0].self_attn.q_proj, nn.Linear)  # the adapter is taken off
+
+
+def test_a_busy_machine_is_told(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for load, told in ((0.5, False), (1000.0, True)):
+        monkeypatch.setattr(plan.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        said = make(Run(finished.config), QUICK).assumptions
+        assert any("stays as busy with other work as it is (load 1000 on" in line for line in said) == told
 
 
 def test_a_server_s_time_is_not_known(tiny_config: Config) -> None:
