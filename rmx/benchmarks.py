@@ -26,6 +26,7 @@ from rmx.pipeline import Run
 from rmx.problems import folded, generate, read_jsonl
 from rmx.progress import console
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
+from rmx.remote import check_served
 from rmx.report import new_figure, plot_bars, save_png
 from rmx.rundir import meant
 from rmx.tables import new_table
@@ -233,7 +234,9 @@ def run_benchmarks(
         worn = None
         if path is not None:
             wearing = stack.enter_context(lora.worn(run.lm.model, path, run.renderer.fingerprint))
-            worn = wearing, lora.adapter_mark(path)
+            worn = wearing, lora.adapter_mark(path), path
+            if run.config.evaluate.engine == "openai":
+                check_served(run.lm, run.config.evaluate, path)
         results = [_evaluate(run, benchmark, samples, worn, trained) for benchmark in found]
     plot(results, run.path("benchmarks.png"))
     console.print(f"benchmark: written to {run.dir}", markup=False, soft_wrap=True)
@@ -244,10 +247,10 @@ def _evaluate(
     run: Run,
     benchmark: Benchmark,
     samples: int | None,
-    worn: tuple[lora.Adapter, str] | None,
+    worn: tuple[lora.Adapter, str, Path] | None,
     trained: Sequence[Problem] | None,
 ) -> Result:
-    """``worn``: the adapter on the model and its mark; ``trained``: the problems that it learned from, where known."""
+    """``worn``: the adapter on the model, its mark and its directory; ``trained``: what it learned from, if known."""
     name, problems, config = benchmark.name, benchmark.problems, run.config
     sampling = config.evaluate.model_copy(update={"samples": samples or benchmark.samples or config.evaluate.samples})
     origin = {
@@ -278,7 +281,7 @@ def _evaluate(
     else:
         with worn[0].off():
             base = _sampled(run, f"{name}.base", problems, sampling, origin)
-        own = _sampled(run, f"{name}.tuned", problems, sampling, {**origin, "adapter": mark})
+        own = _sampled(run, f"{name}.tuned", problems, sampling, {**origin, "adapter": mark}, worn[2])
         both = evaluate.compare(problems, base, own, draws=sampling.bootstrap, seed=config.seed)
         seen = None if known is None else sum(folded(p) in known for p in problems)
         if seen:
@@ -289,9 +292,16 @@ def _evaluate(
     return result
 
 
-def _sampled(run: Run, name: str, problems: list[Problem], sampling: EvaluateConfig, origin: dict[str, Any]) -> Samples:
+def _sampled(
+    run: Run,
+    name: str,
+    problems: list[Problem],
+    sampling: EvaluateConfig,
+    origin: dict[str, Any],
+    adapter: Path | None = None,
+) -> Samples:
     """Rollouts and verdicts of the model as it is; the rollouts of an earlier start are taken up."""
-    found = run.generated(name, problems, sampling, run.config.seed, origin)
+    found = run.generated(name, problems, sampling, run.config.seed, origin, adapter)
     remove(run.path(f"{name}.journal.jsonl"))
     return found, run.judge(name, problems, found)
 

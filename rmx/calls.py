@@ -76,12 +76,13 @@ class Calls:
             for sock in self._open:
                 _shut(sock)
 
-    def post(
-        self, url: str, body: dict[str, Any], *, seconds: float, most_bytes: int, waits: Sequence[float]
+    def ask(
+        self, url: str, body: dict[str, Any] | None, *, seconds: float, most_bytes: int, waits: Sequence[float]
     ) -> dict[str, Any]:
         """The JSON object that the server answers; tried again where it is busy, down or cannot be reached.
 
         Args:
+            body: to POST; None: a GET.
             seconds: until the whole answer must be there. most_bytes: that it may have. waits: before further tries, s.
 
         Raises:
@@ -91,7 +92,7 @@ class Calls:
         headers = {"Content-Type": "application/json"}
         if key := api_key():
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
         left = iter(waits)
         while True:
             if self.ended.is_set():

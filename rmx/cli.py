@@ -1,5 +1,6 @@
 """The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -51,7 +52,7 @@ Overrides = Annotated[
         "--set", help="setting to change, as in --set train.epochs=2; its paths start at the current directory"
     ),
 ]
-Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch or openai")]
+Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch, openai or vllm")]
 TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run code that comes with the model OTHER")]
 BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
@@ -151,6 +152,28 @@ def _run(run: "Run") -> None:
 def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
     """Run all stages; started again, go on where the last start ended."""
     _run(_open(config, _with_engine(set_, engine, base_url)))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="that each of four measurements may take")] = 2.0,
+) -> None:
+    """What each stage of `rmx run` will take here, and what to change if it does not fit; nothing is run."""
+    run = _open(config, set_)
+    from rmx import plan_table
+    from rmx.plan import make
+    from rmx.tables import show
+
+    made = make(run, seconds)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(made), indent=2))
+        return
+    show(plan_table.table(made))
+    for line in plan_table.say(made):
+        print(visible(line))
 
 
 @app.command()

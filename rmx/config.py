@@ -38,6 +38,7 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     trust_remote_code: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; models without sdpa: eager
+    quantization: Literal["nf4"] | None = None  # linear layers in 4 bits, by bitsandbytes; not the head
     packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
 
 
@@ -88,10 +89,24 @@ class Sampling(Section):
     top_p: Probability = 0.95
     top_k: PositiveInt | None = None
     max_new_tokens: PositiveInt = 8192
-    batch_size: PositiveInt = 128  # sequences decoded at a time
-    engine: Literal["auto", "loop", "generate_batch", "openai"] = "auto"
+    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at a time; auto: by the memory, rmx.batching
+    engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"
     base_url: str | None = None  # of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # the model's name there; default: model.name
+
+    @pydantic.field_validator("batch_size", mode="plain")
+    @classmethod
+    def _some_or_auto(cls, batch_size: Any) -> Literal["auto"] | int:
+        if batch_size != "auto" and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+            raise ValueError("expected auto or a number from 1 on")
+        return batch_size
+
+    @property
+    def batch(self) -> int:
+        """``batch_size``, where it is a number already."""
+        if isinstance(self.batch_size, str):
+            raise ValueError("batch_size is auto: rmx.batching.settled makes it a number")
+        return self.batch_size
 
     @pydantic.field_validator("temperature")
     @classmethod
@@ -184,10 +199,19 @@ class TrainConfig(Section):
     early_stop_steps: PositiveInt | None = None  # end when positive decisions are on average down over so many steps
     anchor_fraction: Probability = 1.0  # share of the anchor positions that a step looks at, drawn anew each step
     token_budget: PositiveInt = 16384  # tokens a forward pass
-    activation_checkpointing: bool = False  # layers are run again in the backward pass: less memory, a third more time
+    # Layers are run again in the backward pass: less memory, a third more time. offload: what enters them waits in the
+    # host's memory until then.
+    activation_checkpointing: bool | Literal["offload"] = False
     compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
     candidates: PositiveInt = 1  # adapters kept, of equally distant steps; the last one is the training's end
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
+
+    @pydantic.field_validator("activation_checkpointing", mode="plain")
+    @classmethod
+    def _whether_or_offload(cls, how: Any) -> bool | Literal["offload"]:
+        if not isinstance(how, bool) and how != "offload":
+            raise ValueError("expected true, false or offload")
+        return how
 
     @pydantic.model_validator(mode="after")
     def _one_option(self) -> "TrainConfig":
@@ -200,10 +224,17 @@ class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless 
     samples: PositiveInt = 4
     bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer have no quantile of 2.5 %
 
+    tuned_model: str | None = None  # the adapter's name on the server, as of vLLM's --lora-modules NAME=PATH
+
     @pydantic.model_validator(mode="after")
     def _two_models(self) -> "EvaluateConfig":
-        if self.engine == "openai":
-            raise ValueError("evaluate samples the base and the tuned model, a server has one: use another engine")
+        if (self.engine == "openai") != (self.tuned_model is not None):
+            raise ValueError(
+                "expected tuned_model, the adapter's name on the server beside the base's, for engine openai, and for "
+                "no other"
+            )
+        if self.tuned_model is not None and self.tuned_model == self.server_model:
+            raise ValueError("expected two names, got the same one for server_model and tuned_model")
         return self
 
 
@@ -284,9 +315,28 @@ class Config(Section):
         return self.seed if self.training_seed is None else self.training_seed
 
     @pydantic.model_validator(mode="after")
+    def _quantized_where_it_can_be(self) -> "Config":
+        if self.model.quantization is None:
+            return self
+        if self.train.compile:
+            raise ValueError("model.quantization and train.compile do not go together: 4-bit layers are not compiled")
+        for section, sampling in (("rollouts", self.rollouts), ("evaluate", self.evaluate)):
+            if sampling.engine == "vllm":
+                raise ValueError(
+                    f"model.quantization and {section}.engine=vllm do not go together: vLLM would sample from the "
+                    "whole weights, another model than the one that is trained"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _chosen_on_something(self) -> "Config":
         if self.train.candidates > 1 and self.problems.choose_count == 0:
             raise ValueError("train.candidates needs problems.choose_count > 0: problems to choose the best one on")
+        if self.train.candidates > 1 and self.evaluate.engine == "openai":
+            raise ValueError(
+                "train.candidates > 1 samples every candidate, and a server has one tuned model: use another "
+                "evaluate.engine, or train.candidates=1"
+            )
         return self
 
 

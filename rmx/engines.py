@@ -37,6 +37,15 @@ class EngineError(RmxError):
     """The engine failed, or cannot do what the sampling settings ask for."""
 
 
+class NoMemory(EngineError):
+    """A batch of so many sequences does not fit the memory."""
+
+    def __init__(self, sequences: int, fault: RuntimeError) -> None:
+        first = str(fault).splitlines()[0]
+        super().__init__(f"loop: no memory for {sequences} sequences at a time: set batch_size to fewer ({first})")
+        self.sequences = sequences
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """The same samples of some problems: sampled together, and lost together."""
@@ -72,17 +81,28 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
 
     A problem's prompt is read once for all its samples. Every sample draws from a random stream of its own, keyed by
     (seed, problem_id, sample), so it does not depend on what else is in the batch, beyond rounding of the logits.
+
+    Raises:
+        NoMemory: a batch does not fit.
     """
     params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
     for unit in units:
         check_decoding(lm, padded=len(set(map(len, unit.prompts))) > 1)
-        uniforms = unit_uniforms(unit, sampling, seed).to(lm.device)
-        decoder = Decoder(lm, unit.prompts, len(unit.samples))
+        try:
+            found = _decoded(lm, unit, unit_uniforms(unit, sampling, seed).to(lm.device), params)
+        except torch.OutOfMemoryError as fault:
+            raise NoMemory(len(unit.keys), fault) from fault
+        yield unit, found
 
-        def pick(step: int, rows: list[int], decoder: Decoder = decoder, uniforms: Tensor = uniforms) -> Picked:
-            return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
 
-        yield unit, decode([decoder], pick, len(unit.keys), sampling.max_new_tokens, lm.eos_ids)
+def _decoded(lm: CausalLM, unit: Unit, uniforms: Tensor, params: SamplingParams) -> list[Completion]:
+    """Of one batch; a function of its own, so that nothing of it outlives a fault."""
+    decoder = Decoder(lm, unit.prompts, len(unit.samples))
+
+    def pick(step: int, rows: list[int]) -> Picked:
+        return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
+
+    return decode([decoder], pick, len(unit.keys), uniforms.shape[1], lm.eos_ids)
 
 
 @torch.no_grad()

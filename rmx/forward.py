@@ -247,6 +247,8 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in layers:  # what transformers asks of a layer; its parts stay in evaluation mode
                 layer.training = True
+                if config.activation_checkpointing == "offload":
+                    vars(layer)["_gradient_checkpointing_func"] = _offloaded(layer)
         if config.compile:
             for layer in layers:
                 layer._compiled_call_impl = _compiled(layer)
@@ -260,6 +262,22 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
             layer._compiled_call_impl = None
         for place, value in zip(dropouts, before, strict=True):
             setattr(*place, value)
+
+
+def _offloaded(layer: nn.Module) -> Callable[..., Any]:
+    """The checkpoint of ``layer`` with its inputs in the host's memory, pinned for a GPU, until the backward pass."""
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if not callable(checkpoint):
+        raise PackingError(
+            f"{type(layer).__name__} is no layer that checkpoints by itself: set train.activation_checkpointing=true"
+        )
+
+    def run(function: Callable[..., Any], *inputs: Any) -> Any:
+        # of all that the layer computes the checkpoint keeps nothing, so that its inputs alone are saved here
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpoint(function, *inputs)
+
+    return run
 
 
 def _fused(model: PreTrainedModel) -> AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from rmx.artefacts import fingerprint, replacing
 from rmx.config import LoraConfig
 from rmx.lora_layers import Adapter as Adapter
 from rmx.lora_layers import LoraLinear, SharedInput
+from rmx.quantization import is_quantized
 from rmx.targets import AdapterError, matching, spelled_for_peft
 
 CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
@@ -69,7 +70,15 @@ def merge(adapter: Adapter, sign: float = 1.0) -> None:
 
     In low precision the sum is rounded where the adapter itself is not: an update far below the weights' rounding is
     lost. :func:`unmerge` brings the weights back to rounding.
+
+    Raises:
+        AdapterError: the weights are in 4 bits.
     """
+    if any(is_quantized(layer.base) for layer in adapter.layers.values()):
+        raise AdapterError(
+            "merge: the weights are in 4 bits (model.quantization), whose rounding would take most of the adapter; "
+            "--adapter DIR --set model.quantization=null merges it into the whole weights, which it did not learn on"
+        )
     for layer in adapter.layers.values():
         weight = layer.base.weight
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rmx.config import LoraConfig
+from rmx.quantization import dense
 
 
 class LoraLinear(nn.Module):
@@ -109,7 +110,8 @@ class _Adapted(torch.autograd.Function):
             else:
                 sums[1].addmm_(g.T, own)
             if ctx.needs_input_grad[0]:
-                dx = g @ layer.base.weight if dx is None else dx.addmm_(g, layer.base.weight)
+                W = dense(layer.base)
+                dx = g @ W if dx is None else dx.addmm_(g, W)
         dA = dz.T @ source
         added = ctx.sums[0] is not None
         if added:

@@ -1,9 +1,10 @@
 """One causal language model: loading it, its final hidden states, its output head."""
 
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file, find_adapter_config_file
 
-from rmx import converted, gguf_header
+from rmx import converted, gguf_header, quantization
 from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
@@ -40,6 +47,8 @@ class CausalLM:
     scale: float
     eos_ids: frozenset[int]
     packing: bool = True  # whether sequences run end to end, or padded
+    settings: ModelConfig | None = None  # by which it was loaded; None: it was made here
+    gguf: bool = False  # whether from a GGUF file
 
     @property
     def vocabulary(self) -> str:
@@ -108,9 +117,14 @@ def load(config: ModelConfig, vocabulary: Vocabulary | None = None) -> CausalLM:
         if vocabulary is not None:
             files.known = vocabulary.tokenizer
         model, tokenizer = _converted(files) if files.gguf is not None else (files.model(), files.tokenizer())
-        model = model.to(files.device)
+        if config.quantization is None:
+            model = model.to(files.device)
     model.eval().requires_grad_(False)
-    return wrap(model, tokenizer, config.packing)
+    for layer in quantization.quantized(model):
+        # on some CPUs an evaluated layer would pack its weights into a form that no gradient can be made from
+        layer.training = True
+    found = wrap(model, tokenizer, config.packing)
+    return replace(found, settings=config, gguf=files.gguf is not None)
 
 
 def load_vocabulary(config: ModelConfig) -> Vocabulary:
@@ -148,6 +162,13 @@ class _Files:
             self.gguf = Path(str(cached_file(self.source, gguf_file, **revision)))
             self.common["gguf_file"] = gguf_file
             gguf_header.check(self.gguf)
+            if config.quantization is not None:
+                raise ValueError(
+                    "model.quantization: a GGUF file's weights are quantised already, and would be rounded a second "
+                    "time: name the model's safetensors"
+                )
+        if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("model.quantization: bitsandbytes is not installed: pip install 'rmx[bitsandbytes]'")
 
     @property
     def device(self) -> str:
@@ -190,6 +211,8 @@ class _Files:
         weights: dict[str, Any] = {"use_safetensors": True}
         if self.gguf is not None:
             weights = {"quantization_config": GgufConfig(dequantize=True)}
+        elif self.settings.quantization is not None:
+            weights |= {"quantization_config": quantization.nf4(self.dtype), "device_map": {"": self.device}}
         weights |= {"dtype": self.dtype, "output_loading_info": True, **self.common}
         try:
             model, found = self._loaded(self.settings.attention, weights)

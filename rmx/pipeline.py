@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import rmx_kernels
-from rmx import evaluate, forward, html, lora, model, report, rollouts, score, select, train
+from rmx import evaluate, forward, html, lora, model, report, rollouts, score, select, train, vllm_engine
 from rmx.artefacts import (
     ArtefactError,
     Journal,
@@ -25,6 +25,7 @@ from rmx.artefacts import (
     write_json,
     write_records,
 )
+from rmx.batching import settled
 from rmx.checkpoint import Checkpoint
 from rmx.choose import Choice, candidate_path, candidate_steps, choose, saved_steps
 from rmx.config import Config, Sampling
@@ -32,7 +33,9 @@ from rmx.cost import Meter, metered, stage_costs
 from rmx.distributed import ALONE, Group
 from rmx.problems import build_problems
 from rmx.progress import console, progress
+from rmx.quantization import parameter_count
 from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
+from rmx.remote import check_served
 from rmx.rundir import STAGES, RunDirectory, RunError, meant
 from rmx.targets import matching, spelled_for_peft
 from rmx.verify import Judgement, verify
@@ -59,6 +62,7 @@ class Run(RunDirectory):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.meter = Meter()  # of the stage under way
+        self.batch = 0  # sequences that were decoded at a time last; 0: none were
         self.judged: dict[tuple[str, str, str, str], Judgement] = {}
 
     def execute(self, stage: str, again: bool = False, group: Group = ALONE) -> None:
@@ -124,6 +128,8 @@ class Run(RunDirectory):
             longest = max((len(self.renderer(question)) for question in questions), default=0)
             sampling: Sampling = getattr(self.config, section)
             rollouts.check_length(self.lm, longest, sampling.max_new_tokens, f"{section}.")
+            if sampling.engine == "vllm":
+                vllm_engine.check(self.lm)
             if sampling.engine != "openai":
                 rollouts.check_rotation(self.lm, longest, sampling.max_new_tokens, f"{section}.")
 
@@ -134,13 +140,31 @@ class Run(RunDirectory):
         meta |= {"dtype": self.dtype[0]} if sampling.engine != "openai" else {}  # a server has its own
         meta = {"rmx": rmx_kernels.__version__, **meta}
         found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
-        return {"rollouts": len(found), "truncated": sum(r.finish_reason == "length" for r in found)}
+        truncated = sum(r.finish_reason == "length" for r in found)
+        return {"rollouts": len(found), "truncated": truncated, **self._chosen_batch("rollouts")}
+
+    def _chosen_batch(self, section: str) -> dict[str, Any]:
+        """What batch_size=auto was on this GPU, for the record; a CPU's is always the same."""
+        sampling: Sampling = getattr(self.config, section)
+        return {} if sampling.batch_size != "auto" or self.lm.device.type != "cuda" else {"batch_size": self.batch}
 
     def generate(
-        self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
+        self,
+        name: str,
+        problems: list[Problem],
+        sampling: Sampling,
+        seed: int,
+        meta: dict[str, Any],
+        adapter: Path | None = None,
     ) -> list[Rollout]:
-        """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again."""
+        """Rollouts into ``name``.jsonl by way of a journal, which a killed stage takes up again.
+
+        ``adapter``: that the model wears, for engines with a model of their own.
+        """
         lm, renderer = self.lm, self.renderer  # loads the model before the bar appears
+        section = "rollouts." if name == "rollouts" else "evaluate."
+        sampling = settled(lm, sampling, [renderer(problem.question) for problem in problems], section)
+        self.batch = sampling.batch
         origin = {**meta, "seed": seed, "problems": _mark(problems), "weights": self.weights}
         origin["model"] = self.model_settings.model_dump()
         journal, known = Journal.open(self.path(f"{name}.journal.jsonl"), Rollout, origin)
@@ -163,7 +187,9 @@ class Run(RunDirectory):
                 self.meter.generated += sum(len(r.completion_ids) for r in unit)
                 count(len(unit))
 
-            found = rollouts.generate_rollouts(lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit)
+            found = rollouts.generate_rollouts(
+                lm, renderer, problems, sampling, seed, known=known, on_unit=on_unit, adapter=adapter
+            )
         write_records(self.path(f"{name}.jsonl"), found, meta)
         return found
 
@@ -237,7 +263,7 @@ class Run(RunDirectory):
             group.wait()
         adapter = lora.attach(self.lm.model, self.config.lora, self.config.train_seed)
         try:
-            share = adapter.size / sum(p.numel() for p in self.lm.model.parameters())
+            share = adapter.size / parameter_count(self.lm.model)
             origin = {
                 "training_set": fingerprint(self.path("training_set.jsonl").read_bytes()),
                 "settings": {**self.settings("train"), "checkpoint_seconds": None},
@@ -310,9 +336,8 @@ class Run(RunDirectory):
             raise RunError(f"{out}: is not empty")
         if adapter is None:
             self.check_adapter()
-        found = lora.load_adapter(self.lm.model, adapter or self.path("adapter"))
-        lora.merge(found)
-        lora.detach(self.lm.model, found)
+        with lora.worn(self.lm.model, adapter or self.path("adapter")) as found:
+            lora.merge(found)
         model.save(self.lm, out)
 
     def check_adapter(self) -> None:
@@ -342,6 +367,8 @@ class Run(RunDirectory):
     def _evaluate(self) -> dict[str, Any]:
         problems = self.problems("evaluate")
         self._check_prompt()
+        if self.config.evaluate.engine == "openai":
+            check_served(self.lm, self.config.evaluate, self.path("adapter"))
         with lora.worn(self.lm.model, self.path("adapter")) as adapter:
             # The same seed for both sides: common random numbers make the paired difference sharper.
             with adapter.off():
@@ -353,6 +380,7 @@ class Run(RunDirectory):
             "base": str(result.base.pass_at_1),
             "tuned": str(result.tuned.pass_at_1),
             "gain": str(result.gain),
+            **self._chosen_batch("evaluate"),
         }
 
     def sampled(
@@ -372,11 +400,17 @@ class Run(RunDirectory):
         }
         meta = self.meta(**sampling.model_dump(exclude={"bootstrap"}), seed=self.config.seed + seed, **origin)
         title = name.rpartition("/")[2].removeprefix("evaluation.")
-        found = self.generated(name, problems, sampling, self.config.seed + seed, meta)
+        found = self.generated(name, problems, sampling, self.config.seed + seed, meta, adapter)
         return found, self.judge(title, problems, found)
 
     def generated(
-        self, name: str, problems: list[Problem], sampling: Sampling, seed: int, meta: dict[str, Any]
+        self,
+        name: str,
+        problems: list[Problem],
+        sampling: Sampling,
+        seed: int,
+        meta: dict[str, Any],
+        adapter: Path | None = None,
     ) -> list[Rollout]:
         """Those of ``name``.jsonl if it was made with this ``meta``, else :meth:`generate` makes them."""
         path = self.path(f"{name}.jsonl")
@@ -384,7 +418,7 @@ class Run(RunDirectory):
             old, found = read_records(path, Rollout)
             if meant(old) == meta:
                 return found
-        return self.generate(name, problems, sampling, seed, meta)
+        return self.generate(name, problems, sampling, seed, meta, adapter)
 
     def _notes(self) -> dict[str, str]:
         """What the configuration does not tell."""

@@ -8,13 +8,14 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from rmx.artefacts import describe
 from rmx.calls import Calls, ServerError, check_address
-from rmx.config import Sampling
+from rmx.config import EvaluateConfig, Sampling
 from rmx.engines import Completion, EngineError, Finished, Unit, stream_key
 from rmx.model import CausalLM
 from rmx.progress import console
@@ -25,6 +26,8 @@ RETRIES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # waited before each further try
 TIMEOUT_S = 3600.0  # that a server has for an answer at most
 ANSWER_S, TOKEN_S = 60.0, 0.5  # that a server has for an answer: so long, and for each of its max_tokens
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 256  # that an answer may have: so many, and for each token that it may hold
+
+NAMES = "set server_model (and tuned_model of evaluate) to the names there"
 
 
 class CannotSay(EngineError):
@@ -60,6 +63,14 @@ class Answer(Said):
     usage: Usage | None = None
 
 
+class Model(Said):
+    id: str
+
+
+class Models(Said):
+    data: Annotated[list[Model], pydantic.Field(min_length=1)]
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How requests are put."""
@@ -81,7 +92,7 @@ class Dialect:
 @dataclass
 class Server:
     lm: CausalLM
-    renderer: Renderer
+    renderer: Renderer | None  # of the prompts; None: nothing is sampled
     sampling: Sampling
     seed: int
     dialect: Dialect | None = None
@@ -108,7 +119,24 @@ class Server:
                     transformers |= "Unexpected fields" in str(fault)  # it alone checks the names of fields so
                 except CannotSay as fault:
                     refusals[str(fault)] = None
+        named = self.named
+        if (names := self.served()) is not None and named not in names:
+            raise EngineError(f"{self.sampling.base_url}: serves no model {named!r}, but {_listed(names)}: {NAMES}")
         raise EngineError("the server takes no way of asking: " + "; ".join(refusals))
+
+    @property
+    def named(self) -> str:
+        """The model's name on the server."""
+        return self.sampling.server_model or str(self.lm.model.name_or_path)
+
+    def served(self) -> list[str] | None:
+        """The names of the models that the server lists; None where it lists none."""
+        url = f"{(self.sampling.base_url or '').rstrip('/')}/models"
+        try:
+            said = self.calls.ask(url, None, seconds=ANSWER_S, most_bytes=ANSWER_BYTES, waits=())
+            return [model.id for model in Models.model_validate(said).data]
+        except (ServerError, pydantic.ValidationError):
+            return None
 
     def ask(self, unit: Unit, dialect: Dialect | None = None) -> list[Choice]:
         """The choices for a unit of one problem, samples ascending, from as many requests as the server needs.
@@ -122,7 +150,7 @@ class Server:
         while len(choices) < len(unit.samples):
             asked = len(unit.samples) - len(choices) if dialect.many else 1
             most = self.sampling.max_new_tokens
-            said = self.calls.post(
+            said = self.calls.ask(
                 url,
                 self.body(unit, dialect, unit.samples[len(choices)], asked),
                 seconds=min(TIMEOUT_S, ANSWER_S + TOKEN_S * most),
@@ -146,7 +174,7 @@ class Server:
     def body(self, unit: Unit, dialect: Dialect, sample: int, n: int) -> dict[str, Any]:
         sampling = self.sampling
         body: dict[str, Any] = {
-            "model": sampling.server_model or self.lm.model.name_or_path,
+            "model": self.named,
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -161,7 +189,7 @@ class Server:
             body["prompt"] = self.text(unit.prompts[0])
         else:
             body["messages"] = self.turns(unit.problems[0].question)
-            if self.renderer.config.template:
+            if self.renderer and self.renderer.config.template:
                 body["chat_template_kwargs"] = self.renderer.config.template
         if dialect.transformers:
             settings = {"do_sample": sampling.temperature > 0, "top_k": sampling.top_k or 0}
@@ -177,6 +205,7 @@ class Server:
         raise CannotSay("a text prompt: no text gives the token ids of the rendered prompt")
 
     def turns(self, question: str) -> list[dict[str, str]]:
+        assert self.renderer is not None
         if self.renderer.style not in CHAT:
             raise CannotSay(f"a chat: prompt.style={self.renderer.style} is no chat")
         if found := self.renderer.controls(question):
@@ -243,7 +272,7 @@ def openai(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Sa
     yield units[0], _completions(server, server.settle(units[0]))
     assert server.dialect is not None
     together = sampling.samples if server.dialect.many else 1
-    pool = ThreadPoolExecutor(max(1, sampling.batch_size // together))
+    pool = ThreadPoolExecutor(max(1, sampling.batch // together))
     try:
         asked = {pool.submit(server.ask, unit): unit for unit in units[1:]}
         for future in as_completed(asked):
@@ -251,6 +280,43 @@ def openai(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Sa
     finally:
         server.calls.hang_up()  # an error or Ctrl-C waits for no answer
         pool.shutdown(cancel_futures=True)
+
+
+def tuned_server(sampling: Sampling) -> Sampling:
+    """The same, asked of the model that is the tuned one on the server."""
+    if not isinstance(sampling, EvaluateConfig) or sampling.tuned_model is None:
+        raise EngineError("engine=openai: an adapter has no name on the server: set evaluate.tuned_model")
+    return sampling.model_copy(update={"server_model": sampling.tuned_model})
+
+
+def check_served(lm: CausalLM, sampling: Sampling, adapter: Path) -> None:
+    """Whether a server has the base and the tuned model: one that looks at no name would give both sides the same.
+
+    Args:
+        adapter: where the tuned model's adapter lies, for the message.
+
+    Raises:
+        EngineError: it has not, or does not list what it has.
+    """
+    check_address(sampling.base_url or "")
+    tuned = tuned_server(sampling).server_model
+    server = Server(lm, None, sampling, 0)
+    names, found, url = [server.named, str(tuned)], server.served(), sampling.base_url
+    if found is None:
+        raise EngineError(
+            f"{url}: cannot be asked which models it has (GET /models), so that base and tuned may be one model there: "
+            "use a server that lists its models, as vLLM, or another evaluate.engine"
+        )
+    if missing := [name for name in names if name not in found]:
+        said = f"{url}: serves no model {missing[0]!r}, but {_listed(found)}: {NAMES}"
+        if missing[0] == names[-1]:
+            said += f", or serve the adapter, as by vllm serve --enable-lora --lora-modules {names[-1]}={adapter}"
+        raise EngineError(said)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(repr, names[:20])) + more
 
 
 def _completions(server: Server, choices: list[Choice]) -> list[Completion]:

@@ -1,18 +1,24 @@
 """Sampled completions of a model, token ids in and token ids out."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from rmx.batching import settled
 from rmx.config import Sampling
-from rmx.engines import Completion, EngineError, Unit, generate_batch, loop
+from rmx.engines import Completion, EngineError, Finished, NoMemory, Unit, generate_batch, loop
 from rmx.forward import changing_rotation
 from rmx.model import CausalLM
+from rmx.progress import console
 from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
-from rmx.remote import openai
+from rmx.remote import openai, tuned_server
+from rmx.vllm_engine import vllm
 
-ENGINES = {"loop": loop, "generate_batch": generate_batch, "openai": openai}
+Engine = Callable[[CausalLM, Renderer, Sequence[Unit], Sampling, int], Finished]
+ENGINES: dict[str, Engine] = {"loop": loop, "generate_batch": generate_batch, "openai": openai, "vllm": vllm}
 
 
 @torch.no_grad()
@@ -25,17 +31,21 @@ def generate_rollouts(
     *,
     known: Iterable[Rollout] = (),
     on_unit: Callable[[list[Rollout]], None] = lambda _: None,
+    adapter: Path | None = None,
 ) -> list[Rollout]:
     """``sampling.samples`` completions of every problem, in the order of the problems, samples ascending.
 
     The work is cut into units by the problems and settings alone, and a unit's bits depend on nothing outside it, so
     that a start with the ``known`` units of one that was interrupted ends with what that one would have. (Not with
-    ``engine="openai"``: what a server answers may depend on what else it serves.)
+    ``engine="openai"``: what a server answers may depend on what else it serves. Where a batch does not fit the memory,
+    the rest goes on in batches of half its size, which the loop's samples do not depend on beyond rounding.)
 
     Args:
         known: rollouts that an earlier call with the same arguments handed to ``on_unit``, in any order; units that
             they cover are not sampled again.
         on_unit: called with the new rollouts of each unit, as it is finished.
+        adapter: where what the model wears lies, for engines with a model of their own; a server has it under the name
+            ``tuned_model``.
 
     Returns:
         len(problems) * samples rollouts; ``completion_ids`` keeps the EOS by which a model stopped.
@@ -50,14 +60,38 @@ def generate_rollouts(
     check_length(lm, longest, sampling.max_new_tokens)
     if engine != "openai":
         check_rotation(lm, longest, sampling.max_new_tokens)
+    sampling = settled(lm, sampling, prompts)
     done = {(rollout.problem_id, rollout.sample): rollout for rollout in known}
-    units = cut_units(problems, prompts, sampling, batched=engine != "openai")
-    left = [unit for unit in units if not done.keys() >= set(unit.keys)]
-    for unit, completions in ENGINES[engine](lm, renderer, left, sampling, seed):
-        rollouts = unit_rollouts(lm, unit, completions, lm.eos_ids)
-        done |= zip(unit.keys, rollouts, strict=True)
-        on_unit(rollouts)
+    sample = ENGINES[engine]
+    if engine == "vllm":
+        sample = partial(vllm, adapter=adapter)
+    elif engine == "openai" and adapter is not None:
+        sampling = tuned_server(sampling)
+    while left := _missing(cut_units(problems, prompts, sampling, batched=engine != "openai"), done):
+        try:
+            for unit, completions in sample(lm, renderer, left, sampling, seed):
+                rollouts = unit_rollouts(lm, unit, completions, lm.eos_ids)
+                done |= zip(unit.keys, rollouts, strict=True)
+                on_unit(rollouts)
+        except NoMemory as fault:
+            sampling = _halved(sampling, fault)
     return [done[problem.problem_id, sample] for problem in problems for sample in range(sampling.samples)]
+
+
+def _missing(units: list[Unit], done: dict[tuple[str, int], Rollout]) -> list[Unit]:
+    return [unit for unit in units if not done.keys() >= set(unit.keys)]
+
+
+def _halved(sampling: Sampling, fault: NoMemory) -> Sampling:
+    """The same with half of the sequences that did not fit, or the fault itself where it was one."""
+    if fault.sequences == 1:
+        raise fault
+    half = fault.sequences // 2
+    said = f"{fault.sequences} sequences at a time do not fit the memory; goes on with batch_size={half}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return sampling.model_copy(update={"batch_size": half})
 
 
 def _engine(lm: CausalLM, sampling: Sampling) -> str:
@@ -71,8 +105,8 @@ def _engine(lm: CausalLM, sampling: Sampling) -> str:
 def cut_units(problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling, batched: bool) -> list[Unit]:
     """Batches of ``batch_size`` sequences, of prompts of like length; a problem each where it is not ``batched``."""
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i])) if batched else range(len(problems))
-    together = max(1, sampling.batch_size // sampling.samples) if batched else 1  # prompts in one unit
-    repeats = min(sampling.samples, sampling.batch_size) if batched else sampling.samples  # of a prompt in one unit
+    together = max(1, sampling.batch // sampling.samples) if batched else 1  # prompts in one unit
+    repeats = min(sampling.samples, sampling.batch) if batched else sampling.samples  # of a prompt in one unit
     units = []
     for start in range(0, len(order), together):
         group = order[start : start + together]

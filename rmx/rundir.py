@@ -85,22 +85,33 @@ class RunDirectory:
     @cached_property
     def dtype(self) -> tuple[str, str]:
         """(what the configuration says or ``auto`` was when this run began, why); precision.json keeps the latter."""
+        found = self.dtype_now()
+        if self.begun_dtype is None:
+            from rmx_kernels import __version__
+
+            write_json(self.path("precision.json"), {"rmx": __version__, "dtype": found[0], "reason": found[1]})
+        return found
+
+    def dtype_now(self) -> tuple[str, str]:
+        """The same, and nothing is written where the run has not begun."""
+        if self.begun_dtype is not None:
+            return self.begun_dtype, "this run began with it" if self.config.model.dtype == "auto" else "model.dtype"
+        from rmx_kernels import precision  # asks torch, which the other cases need not import
+
+        found = precision.choose(self.config.model.device)
+        return found.dtype, found.reason
+
+    @cached_property
+    def begun_dtype(self) -> str | None:
+        """That of the configuration or, for ``auto``, of the run; None: it has not begun."""
         if self.config.model.dtype != "auto":
-            return self.config.model.dtype, "model.dtype"
+            return self.config.model.dtype
         path = self.path("precision.json")
         if record := self.stages().get("rollouts"):
-            began = meant(record["settings"])["model"]["dtype"]
-        elif path.exists():
-            began = self._kept_precision(path)
-        elif self.path("rollouts.journal.jsonl").exists():
-            began = FIRST_AUTO
-        else:
-            from rmx_kernels import __version__, precision  # ask torch, which the other cases need not import
-
-            found = precision.choose(self.config.model.device)
-            write_json(path, {"rmx": __version__, **dataclasses.asdict(found)})
-            return found.dtype, found.reason
-        return began, "this run began with it"
+            return str(meant(record["settings"])["model"]["dtype"])
+        if path.exists():
+            return self._kept_precision(path)
+        return FIRST_AUTO if self.path("rollouts.journal.jsonl").exists() else None
 
     def _kept_precision(self, path: Path) -> str:
         try:
@@ -169,7 +180,8 @@ class RunDirectory:
     @property
     def model_mark(self) -> str:
         """Tells the model from another one: by its local weights, else by its name and revision."""
-        return self.weights or f"{self.config.model.name}@{self.config.model.revision}"
+        mark = self.weights or f"{self.config.model.name}@{self.config.model.revision}"
+        return mark if self.config.model.quantization is None else f"{mark} in {self.config.model.quantization}"
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is finished, with these settings, and its artefact is there.
@@ -183,6 +195,9 @@ class RunDirectory:
         old, now = meant(record["settings"]), self.settings(stage)
         if self.config.evaluates_as_long and old.get("evaluate", {}).get("max_new_tokens") == FIRST_LENGTH:
             now["evaluate"] = {**now["evaluate"], "max_new_tokens": FIRST_LENGTH}
+        for section, values in now.items():
+            if isinstance(values, dict) and values.get("batch_size") == "auto" and section in old:
+                now[section] = {**values, "batch_size": old[section].get("batch_size")}  # whatever it was made with
         changed = list(_differences(old, now))
         if changed:
             raise RunError(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,11 +13,13 @@ from rmx.config import LoraConfig
 from rmx.errors import RmxError
 from rmx.forward import decoder_layers
 from rmx.model import text_decoder
+from rmx.quantization import is_quantized
 
 # Of PEFT's Mamba rule, tuners_utils.py of 0.21: it adapts none of these layers in models of these types.
 STATE_SPACE, NOT_THERE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
 # Names that PEFT 0.21 takes for the experts of models whose experts are one tensor.
 OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+WHOLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of weights that are not quantised
 
 
 class AdapterError(RmxError):
@@ -54,6 +57,11 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
             continue
         if not isinstance(module, nn.Linear):
             raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
+        if not (module.weight.dtype in WHOLE or is_quantized(module)):
+            raise AdapterError(
+                f"lora.targets: {name} is a {type(module).__name__} with weights in {module.weight.dtype}, of which no "
+                "gradient is made here: use the model without that quantisation, or model.quantization=nf4"
+            )
         if module is model.get_output_embeddings():
             raise AdapterError(f"lora.targets: {name} is the output head, which stays frozen here")
         if why := _unfit(model, name):

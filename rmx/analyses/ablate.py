@@ -21,6 +21,7 @@ from rmx.config import Config
 from rmx.metrics import bootstrap, pass_rates
 from rmx.pipeline import Run
 from rmx.progress import console
+from rmx.quantization import parameter_count
 from rmx.records import Interval
 from rmx.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.rundir import OUTPUTS, STAGES
@@ -102,6 +103,8 @@ def ablate(
         raise AnalysisError(f"ablate: expected budget and quantile between 0 and 1, got {budget} and {quantile}")
     if seeds < 1:
         raise AnalysisError(f"ablate: expected at least one seed, got {seeds}")
+    if run.config.evaluate.engine == "openai":
+        raise AnalysisError("ablate: a server has one tuned model, not every variant: set another evaluate.engine")
     run.need("evaluate")
     if "imported" in run.stages()["select"]:
         raise AnalysisError(
@@ -124,7 +127,7 @@ def ablate(
     base = np.array([base_rates[p] for p in judged])
     means = {name: np.array([[own[p] for p in judged] for own in runs]) for name, runs in rates.items()}
     draws, seed = run.config.evaluate.bootstrap, run.config.seed
-    total = sum(p.numel() for p in run.lm.model.parameters())
+    total = parameter_count(run.lm.model)
     outcomes = {}
     for name, variant in chosen.items():
         mean, runs = means[name].mean(0), trainings[name]

@@ -26,6 +26,7 @@ from rich.table import Table
 import rmx_kernels
 from rmx.analyses.pair import TOP, AnalysisError, Pair
 from rmx.artefacts import Journal, fingerprint, write_json
+from rmx.batching import settled
 from rmx.engines import Decoder, Picked, Unit, check_decoding, decode, stream_key, unit_uniforms
 from rmx.metrics import bootstrap, pass_rates, share_of_gap
 from rmx.pipeline import Run
@@ -159,7 +160,8 @@ class _Experiment:
             check_length(lm, max(map(len, prompts)), self.sampling.max_new_tokens)
             check_rotation(lm, max(map(len, prompts)), self.sampling.max_new_tokens)
             check_decoding(lm, padded=len(set(map(len, prompts))) > 1)
-        self.units = cut_units(self.problems, prompts, self.sampling, batched=True)
+        both = settled(pair.base, self.sampling, prompts, "evaluate.", models=2)
+        self.units = cut_units(self.problems, prompts, both, batched=True)
         self.params = SamplingParams(self.sampling.temperature, self.sampling.top_p, self.sampling.top_k)
         self.origin: dict[str, Any] = {
             "rmx": rmx_kernels.__version__,

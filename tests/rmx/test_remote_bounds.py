@@ -243,7 +243,7 @@ def test_hanging_up_ends_all_requests(serve: Callable[[Serve], str]) -> None:
 
     def ask() -> None:
         try:
-            line.post(url, {}, seconds=600, most_bytes=100, waits=(600.0,))
+            line.ask(url, {}, seconds=600, most_bytes=100, waits=(600.0,))
         except ServerError as fault:
             faults.append(str(fault))
 
