@@ -14,7 +14,7 @@ from rmx.fused import fused
 from rmx.model import CausalLM, batches, embedded_leaves, pad, text_decoder
 from rmx.packing import PackingError, pack, packed, packing_of, sent
 from rmx_kernels import native
-from rmx_kernels.registration import INTERPRETED
+from rmx_kernels.dispatch import INTERPRETED
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

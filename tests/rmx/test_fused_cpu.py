@@ -20,7 +20,7 @@ from rmx.fused import GatedActivation, RMSNorm, Rotation
 from rmx.lora import attach
 from rmx.model import load
 from rmx_kernels import native
-from rmx_kernels.registration import INTERPRETED
+from rmx_kernels.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(bool(native.missing()) or INTERPRETED, reason="the native kernels were not built")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
