@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_tiny_model
 from PIL import Image
 from rich.console import Console
 from test_pipeline import changed, command, write_yaml
+from tiny import save_tiny_model
 
 from rmx import lora, model, report, rollouts
 from rmx.artefacts import ArtefactError

@@ -90,7 +90,7 @@ def test_a_model_compared_with_itself_is_unshifted(tiny: CausalLM, tiny_path: Pa
 
 
 def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, tmp_path: Path) -> None:
-    from conftest import save_tiny_model
+    from tiny import save_tiny_model
 
     with pytest.raises(AnalysisError, match="no completion tokens"):
         compare_models(tiny, adapter_path, [], tmp_path)

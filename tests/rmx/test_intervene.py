@@ -143,7 +143,7 @@ def test_a_killed_start_goes_on_at_its_unit(run: Run, adapter_path: Path, monkey
 
 
 def test_another_model_may_choose_too_and_its_eos_ends_a_completion(run: Run, tmp_path: Path) -> None:
-    from conftest import save_tiny_model
+    from tiny import save_tiny_model
 
     other = save_tiny_model(tmp_path / "other", initializer_range=0.6)
     generation = other / "generation_config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model
+from tiny import save_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
