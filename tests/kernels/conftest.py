@@ -72,3 +72,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     marks = [pytest.mark.gpu] if device == "cuda" else []
                     cases.append(pytest.param(*(values[name] for name in names), id=label, marks=marks))
     metafunc.parametrize(names, cases)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Cases of the implementation "triton" are worth a run under the interpreter."""
+    given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    names = [part for value in given for part in (value if isinstance(value, tuple) else (value,))]
+    if any(isinstance(name, str) and name == "triton" for name in names):
+        item.add_marker(pytest.mark.interpreted)

@@ -168,6 +168,7 @@ SAMPLES: list[Callable[[torch.dtype], dict[str, list[Call]]]] = [
 ]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("samples", SAMPLES, ids=lambda samples: samples.__name__)
 def test_opcheck(samples: Callable[[torch.dtype], dict[str, list[Call]]], dtype: torch.dtype) -> None:
@@ -211,7 +212,7 @@ def forward_backward(op: str, function: Callable[[cases.Arguments], Any], argume
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("chosen", [None, "cpu", "reference"])
+@pytest.mark.parametrize("chosen", [pytest.param(None, marks=pytest.mark.interpreted), "cpu", "reference"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiled_without_a_graph_break(op: str, chosen: str | None) -> None:
     """The bits of eager, forward and backward, and one compilation for any number of rows."""
@@ -237,6 +238,7 @@ def test_compiled_with_lora(op: str) -> None:
     assert backend.frame_count == 1
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", ["stats", "logprob_kl", "contrastive_loss"])
 def test_opcheck_of_the_references(name: str) -> None:
     """Loaded with the references; they run in their place inside of compiled functions."""
