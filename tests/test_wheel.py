@@ -20,7 +20,8 @@ import torch
 from rmx_kernels import version
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"]
+SOURCES = ["CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "SECURITY.md"]
+SOURCES += ["pyproject.toml", "setup.py"]
 FOLDERS = ["bench", "csrc", "docs", "rmx", "rmx_kernels", "tests"]
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 OPERATOR = """
@@ -107,7 +108,8 @@ def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     names = files_in(wheel)
     assert modules(names) == shipped()
     others = {file for file in names if file not in shipped() and not file.startswith(f"{name}.dist-info/")}
-    assert others == {"rmx/demo.yaml", "rmx/report.html.j2", "rmx_kernels/librmx_cpu.so"}
+    data = {"rmx/demo.yaml", "rmx/py.typed", "rmx/report.html.j2", "rmx_kernels/py.typed"}
+    assert others == data | {"rmx_kernels/librmx_cpu.so"}
     assert f"{name}.dist-info/licenses/LICENSE" in names
     with tarfile.open(sdist) as archive:
         inside = {file.removeprefix(f"{name}/") for file in archive.getnames()}
