@@ -100,6 +100,7 @@ def shipped() -> set[str]:
     return {str(path.relative_to(ROOT)) for name in ("rmx", "rmx_kernels") for path in (ROOT / name).rglob("*.py")}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++17 compiler")
 def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     sdist, wheel, _ = build(tmp_path)
@@ -121,6 +122,7 @@ def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     assert run_operator(python, "", "cpu") == ""
 
 
+@pytest.mark.thorough
 def test_without_a_compiler_it_installs_says_so_and_runs_on_the_reference(tmp_path: Path) -> None:
     sdist, wheel, said = build(tmp_path, **NO_COMPILER)
     assert wheel.name == f"rmx-{version.__version__}-py3-none-any.whl"

@@ -98,6 +98,7 @@ def measure(
     return ledger, sum(x.nbytes for x in inputs)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("N", "V"), SHAPES)
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight", "bias"), ("hidden", "lora")])
 def test_scratch_is_bounded(op: str, device: str, impl: str, N: int, V: int, trained: tuple[str, ...]) -> None:

@@ -35,6 +35,7 @@ def saved(tiny: model.CausalLM, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj"], ["mlp.down_proj"]])
 @torch.no_grad()
 def test_peft_loads_it_and_gives_the_same_logits(demo_lm: model.CausalLM, tmp_path: Path, targets: list[str]) -> None:
