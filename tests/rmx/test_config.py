@@ -89,7 +89,7 @@ def test_the_demo_configuration_is_valid() -> None:
     [
         ("rollouts.engine=openai", "expected base_url for engine openai"),
         ("rollouts.base_url='http://localhost/v1'", "expected base_url for engine openai"),
-        ("evaluate={engine: openai, base_url: 'http://localhost/v1'}", "evaluate samples the base and the tuned model"),
+        ("evaluate={engine: openai, base_url: 'http://localhost/v1'}", "evaluate samples two models"),
         ("train={compile: true, activation_checkpointing: true}", "do not go together"),
         ("train.anchor_fraction=0", "train.anchor_fraction"),
         ("lora.dropout=1.0", "lora.dropout"),
