@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 # The fast suite. The Triton kernels have a run of their own: a process interprets them, on CPU tensors, or does not.
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not thorough"
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "interpreted and not heavy and not thorough"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_every_operator.py -m "interpreted and not heavy and not thorough"
 
 # All tests but those that take minutes each (pytest -m slow), or that need a GPU (pytest -m gpu).
 test-all: $(INSTALLED)
