@@ -291,7 +291,7 @@ def test_ids_are_made_from_text_where_a_server_has_only_that(
     assert len({body["seed"] for body in asked}) == 20
     settings = json.loads(asked[0]["generation_config"])
     assert settings == {"do_sample": True, "top_k": 3, "eos_token_id": [2]}
-    assert " ".join(capsys.readouterr().err.split()).count("they are made from its text") == 1
+    assert " ".join(capsys.readouterr().err.split()).count("its text is tokenised again") == 1
 
 
 def test_a_server_that_only_chats_gets_turns(
