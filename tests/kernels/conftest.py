@@ -18,6 +18,7 @@ from rmx_kernels.dispatch import OPERATORS
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Of the implementations that take fewer than all of FLOATS.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.bfloat16, torch.float16, torch.float32)}
+FAST = (torch.bfloat16,) if registration.INTERPRETED else (torch.bfloat16, torch.float32)  # of the fast suite
 
 
 def _speed_up_interpreter() -> None:
@@ -70,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     values = {"op": op, "device": device, "impl": impl, "dtype": dtype, "fp64": dtype}
                     label = "-".join(str(values[name]).removeprefix("torch.") for name in names if name != "fp64")
                     marks = [pytest.mark.gpu] if device == "cuda" else []
-                    if registration.INTERPRETED and dtype not in (None, torch.bfloat16):
+                    if "dtype" in names and dtype not in FAST:
                         marks.append(pytest.mark.thorough)
                     cases.append(pytest.param(*(values[name] for name in names), id=label, marks=marks))
     metafunc.parametrize(names, cases)

@@ -109,6 +109,7 @@ def test_scratch_is_bounded(op: str, device: str, impl: str, N: int, V: int, tra
     assert 1 << 20 <= ledger.largest <= max(LARGEST.get(impl, SCRATCH), weight)  # at least a tile, which is seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias"), ("hidden", "lora")])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_native_scratch_is_bounded_in_low_precision(op: str, trained: tuple[str, ...]) -> None:

@@ -246,6 +246,7 @@ def row_results(op: str, arguments: cases.Arguments) -> dict[str, Tensor]:
     return fields | {"gradient": gradient}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("op", "V", "H"),
