@@ -4,18 +4,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=15
 SEED ?= 0
 SIZE ?= auto
 
-.PHONY: demo test lint format bench gpu-check wheel docs clean
+.PHONY: demo test test-all lint format bench gpu-check wheel docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmx demo --seed $(SEED) --size $(SIZE)
 
-# The Triton kernels have a run of their own: a process interprets them, on CPU tensors, or does not.
+# The fast suite. The Triton kernels have a run of their own: a process interprets them, on CPU tensors, or does not.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k "triton or opcheck or (graph_break and None)" -m "not heavy"
+	$(PYTEST) -m "not slow and not thorough"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_every_operator.py -m "interpreted and not heavy and not thorough"
+
+# All tests but those that take minutes each (pytest -m slow), or that need a GPU (pytest -m gpu).
+test-all: $(INSTALLED)
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "interpreted and not heavy"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`make docs` writes site/: the reference from the docstrings, and README, CHANGELOG and this folder as pages.
+"""`make docs` writes site/: the reference from the docstrings, and the Markdown files here and in docs/ as pages.
 
 The pages need no network: equations become MathML, which browsers draw themselves. A warning of pdoc is an error.
 """
@@ -19,7 +19,10 @@ from pdoc.render_helpers import to_markdown_with_context
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "site"
 PACKAGES = ("rmx_kernels", "rmx")
-PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "CHANGELOG.md")
+PAGES = (
+    *sorted(ROOT.glob("docs/*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+)
 
 
 def displayed(equation: re.Match[str]) -> str:
@@ -37,7 +40,7 @@ def to_markdown(context: jinja2.runtime.Context, docstring: str) -> str:
 def page(path: Path) -> pdoc.doc.Module:
     """A Markdown file as the docstring of a module without members."""
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    module = types.ModuleType(name, path.read_text())
+    module = types.ModuleType(name, re.sub(r"(\]\([\w./-]+)\.md\)", r"\1.html)", path.read_text()))
     module.__docformat__ = "markdown"
     described = pdoc.doc.Module(module)
     described.source_file = path  # to which the paths of its pictures are relative
@@ -54,6 +57,7 @@ def main() -> None:
         path = SITE / f"{name.replace('.', '/')}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pdoc.render.html_module(module, described))
+    shutil.copytree(ROOT / "docs" / "notebooks", SITE / "docs" / "notebooks")
     listed = {name: module for name, module in described.items() if name.split(".")[0] not in PACKAGES}
     listed |= {name: described[name] for name in PACKAGES}
     (SITE / "index.html").write_text(pdoc.render.html_index(listed))

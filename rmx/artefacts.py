@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written aside, synced, then renamed; and journals, which grow by whole lines.
+"""Reading and writing the files of a run.
 
-Readers name the file and line of a fault.
+A file is written beside its place, synced and renamed, so it is complete or absent. A journal grows by complete lines.
+An error of a reader names the file and the line.
 """
 
 import codecs
@@ -28,12 +29,12 @@ R = TypeVar("R")
 
 
 class ArtefactError(RmxError):
-    """A file does not hold what its reader was promised."""
+    """A file is missing, damaged, or does not have the expected content."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` (file or directory); rename it into place if the body succeeds."""
+    """Yield a temporary path beside ``path`` (file or directory), and rename it to ``path`` if the body succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     remove(aside)
@@ -43,21 +44,21 @@ def replacing(path: Path) -> Iterator[Path]:
         for file in [aside, *aside.rglob("*")] if aside.is_dir() else [aside]:
             fd = os.open(file, os.O_RDONLY)
             try:
-                if file.is_file():  # safetensors lets nobody else read its files
+                if file.is_file():  # safetensors makes its files readable for their owner only
                     os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | usual)
                 os.fsync(fd)
             finally:
                 os.close(fd)
         old = path.with_name(f".{path.name}.old.partial")
-        if path.is_dir():  # a directory cannot be replaced in one step: the old one is out of the way, then gone
+        if path.is_dir():  # a directory cannot be replaced in one step: rename the old one, then delete it
             remove(old)
             os.replace(path, old)
         os.replace(aside, path)
-        remove(old)  # also one that a kill left between these steps
+        remove(old)  # also if an earlier process was killed between these steps
     except BaseException as fault:
         remove(aside)
         if isinstance(fault, OSError) and fault.filename is None:
-            fault.filename = str(path)  # a full disk does not say what it had no room for
+            fault.filename = str(path)  # the error of a full disk names no file
         if (
             number := re.search(r"\(os error (\d+)\)", str(fault))
             if type(fault).__name__ == "SafetensorError"
@@ -68,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _usual_mode(path: Path) -> int:
-    """Permissions that the umask leaves a file beside ``path``, asked of one: to read the umask is to change it."""
+    """Permissions of a new file beside ``path``. A file is made to find out, since reading the umask changes it."""
     probe = path.with_name(f".{path.name}.mode.partial")
     try:
         fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -81,10 +82,10 @@ def _usual_mode(path: Path) -> int:
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[int]:
-    """A descriptor of a file to lock, made where there is none and never emptied.
+    """Yield the descriptor of a file to lock. The file is created if it is missing, and its content is kept.
 
     Raises:
-        ArtefactError: it is a symbolic link, which another user may have laid to a file of yours.
+        ArtefactError: the path is a symbolic link, which another user may have made to one of your files.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -107,7 +108,7 @@ def remove(path: Path) -> None:
 
 
 def fingerprint(content: bytes) -> str:
-    """A short name of some content, to notice a change of it."""
+    """A short hash of some content, by which a change is noticed."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -117,7 +118,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_records(path: Path, records: Iterable[Any], meta: dict[str, Any]) -> None:
-    """JSON lines: a first line ``{"meta": ...}``, then one dataclass record a line."""
+    """Write JSON lines: a first line ``{"meta": ...}``, then one dataclass record in each line."""
     with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"meta": meta}, ensure_ascii=False) + "\n")
         for record in records:
@@ -128,8 +129,8 @@ def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:
     """(line number, JSON value) of every line that is not blank.
 
     Args:
-        plain: refuse what JSON has not, or no reader keeps: NaN and infinite numbers, those beyond a float, text that
-            is no Unicode, and keys that stand twice.
+        plain: also refuse NaN, infinite numbers, numbers beyond the range of a float, text that is not valid Unicode,
+            and duplicate keys.
     """
     if not path.is_file():
         raise ArtefactError(f"{path}: {'expected a file' if path.exists() else 'no such file'}")
@@ -144,7 +145,7 @@ def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:
                 if plain:
                     json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as fault:
-                said = "text with half of a surrogate pair, which is no character"
+                said = "text with half of a surrogate pair, which is not a character"
                 raise ArtefactError(f"{path}:{number}: not a JSON value: {said}") from fault
             except RecursionError as fault:
                 raise ArtefactError(f"{path}:{number}: not a JSON value: nested too deeply") from fault
@@ -154,13 +155,13 @@ def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:
 
 
 def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text[:40]} is beyond a float's range; write it as text")
+        raise ValueError(f"{text[:40]} is beyond the range of a float; write it as text in quotes")
     return value
 
 
@@ -168,12 +169,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
     return value
 
 
 def parser(cls: type[R]) -> Callable[[Any], R]:
-    """A validating reader of one record type; unknown fields and wrong types are errors."""
+    """Return a function that makes a record of a JSON value; unknown fields and wrong types are errors."""
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     adapter = pydantic.TypeAdapter(cls)
 
@@ -190,12 +191,12 @@ def parser(cls: type[R]) -> Callable[[Any], R]:
     return parse
 
 
-SHORT = reprlib.Repr()  # of a value that is wrong: it may be of any size
+SHORT = reprlib.Repr()  # shortens a wrong value in a message, which may have any size
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, 200, 200, 80
 
 
 def describe(fault: pydantic.ValidationError, model: type[pydantic.BaseModel] | None = None) -> str:
-    """Each error as "key.path: what was wrong, got value"; with the key of ``model`` that an unknown one is like."""
+    """Describe each error as "key.path: what is wrong, got value"; suggest the most similar key of ``model``."""
     lines = []
     for error in fault.errors():
         where = ".".join(str(part) for part in error["loc"]) or "value"
@@ -208,7 +209,7 @@ def describe(fault: pydantic.ValidationError, model: type[pydantic.BaseModel] | 
 
 
 def _keys(model: type[pydantic.BaseModel], where: Iterable[int | str]) -> list[str]:
-    """Of the section that is there."""
+    """The keys of the section at ``where``."""
     for part in where:
         if isinstance(part, str):
             annotation = model.model_fields[part].annotation
@@ -218,17 +219,17 @@ def _keys(model: type[pydantic.BaseModel], where: Iterable[int | str]) -> list[s
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The meta line alone."""
+    """Read the meta line only."""
     for number, value in read_lines(path):
         if isinstance(value, dict) and isinstance(value.get("meta"), dict):
             meta: dict[str, Any] = value["meta"]
             return meta
         raise ArtefactError(f'{path}:{number}: expected a first line {{"meta": ...}}')
-    raise ArtefactError(f"{path}: empty; delete it and run its stage again")
+    raise ArtefactError(f"{path}: the file is empty; delete it and run its stage again")
 
 
 def read_records(path: Path, cls: type[R]) -> tuple[dict[str, Any], list[R]]:
-    """The meta line and the records that :func:`write_records` wrote."""
+    """Read the meta line and the records of a file that :func:`write_records` wrote."""
     meta = read_meta(path)
     records: list[R] = []
     parse = parser(cls)
@@ -241,9 +242,10 @@ def read_records(path: Path, cls: type[R]) -> tuple[dict[str, Any], list[R]]:
 
 
 class Journal(Generic[R]):
-    """Records as they come, so that a kill loses no more than the unit that was being written.
+    """A file to which units of records are appended, so that a kill loses at most the unit that is being written.
 
-    JSON lines: a first line ``{"meta": ...}``, then an array of records a unit, synced before :meth:`append` returns.
+    It has JSON lines: a first line ``{"meta": ...}``, then one array of records for each unit, synced before
+    :meth:`append` returns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -252,12 +254,12 @@ class Journal(Generic[R]):
 
     @classmethod
     def open(cls, path: Path, record: type[R], meta: dict[str, Any]) -> tuple["Journal[R]", list[R]]:
-        """(the journal, the records that it holds); begun anew where there is none, or one with another ``meta``.
+        """Return (the journal, the records in it). It starts empty if there is none, or if its ``meta`` differs.
 
-        A last line without its end is what a kill left of a unit, and is cut off.
+        An incomplete last line, which a kill leaves behind, is cut off.
 
         Raises:
-            ArtefactError: another line is not what was written. OSError: it names the file.
+            ArtefactError: a complete line is damaged. OSError: the file cannot be read or written; the error names it.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"meta": json.loads(json.dumps(meta))}

@@ -1,4 +1,4 @@
-"""The command line: one command a stage, ``run`` for all of them, ``demo`` for a first look."""
+"""The command line: one command for each stage, ``run`` for all stages, ``demo`` for a first look."""
 
 import dataclasses
 import json
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # commands import what they use: `rmx --help` needs no torch
     from rmx.pipeline import Run
 
 app = typer.Typer(
-    help="ReasonMaxxer: rollouts of a base model become a small adapter that reasons better.",
+    help="Train an adapter that makes a language model reason better, from the model's own rollouts (ReasonMaxxer).",
+    epilog="Example: rmx demo. `rmx COMMAND --help` explains a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,22 +40,29 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _all(
     version: Annotated[
-        bool, typer.Option("--version", help="say the version", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="print the version and exit", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration")]
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file with the configuration of the run")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="setting to change, as in --set train.epochs=2; its paths start at the current directory"
+        "--set",
+        help="setting that replaces the configuration's, as in --set train.epochs=2; may be given several times; "
+        "relative paths start at the current directory",
     ),
 ]
-Engine = Annotated[str | None, typer.Option(help="of the rollouts: auto, loop, generate_batch, openai or vllm")]
-TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run code that comes with the model OTHER")]
-BaseUrl = Annotated[str | None, typer.Option(help="of an OpenAI-compatible server, as http://localhost:8000/v1")]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="sampling engine: auto, loop, generate_batch, openai or vllm; default: rollouts.engine"),
+]
+TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run Python code that comes with the model OTHER")]
+BaseUrl = Annotated[
+    str | None, typer.Option(help="address of an OpenAI-compatible server, as http://localhost:8000/v1")
+]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 
 
@@ -81,7 +89,9 @@ def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) 
     directory = RunDirectory(settings)
     with processes() as group:
         if group.size > 1 and name != "train":
-            raise RmxError(f"rmx {name} runs in one process; torchrun is for rmx train")
+            raise RmxError(
+                f"rmx {name} runs in one process, but torchrun started {group.size}; only rmx train runs in several"
+            )
         with directory.locked() if group.leads else nullcontext():
             done = group.leads and not again and name != "report" and directory.is_done(name)
             if group.largest(int(done)):
@@ -104,7 +114,7 @@ def _stage(name: str, help_text: str) -> None:
     def command(config: ConfigPath, set_: Overrides = None, again: Again = False) -> None:
         _execute(name, config, set_, again)
 
-    app.command(name, help=help_text)(command)
+    app.command(name, help=help_text, epilog=f"Example: rmx {name} config.yaml")(command)
 
 
 def _with_engine(overrides: list[str] | None, engine: str | None, base_url: str | None) -> list[str]:
@@ -112,7 +122,7 @@ def _with_engine(overrides: list[str] | None, engine: str | None, base_url: str 
     return [*(overrides or []), *(f"rollouts.{key}={json.dumps(v)}" for key, v in given.items() if v is not None)]
 
 
-@app.command("rollouts")
+@app.command("rollouts", epilog="Example: rmx rollouts config.yaml --engine openai --base-url http://localhost:8000/v1")
 def rollouts_command(
     config: ConfigPath,
     set_: Overrides = None,
@@ -120,18 +130,18 @@ def rollouts_command(
     engine: Engine = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Sample completions of the training problems from the base model."""
+    """Sample completions of the training problems with the base model."""
     _execute("rollouts", config, _with_engine(set_, engine, base_url), again)
 
 
-_stage("problems", "Build the training and the held-out problems.")
-_stage("verify", "Reward each completion 0 or 1.")
-_stage("score", "Base entropy, log-prob and top-k at every completion token.")
-_stage("select", "Choose mixed problems, advantages and decision tokens.")
-_stage("train", "Train the adapter.")
-_stage("choose", "Choose the best of train.candidates on problems of their own.")
-_stage("evaluate", "Held-out accuracy, base against tuned.")
-_stage("report", "Draw report.png and write report.html.")
+_stage("problems", "Collect the training problems and the held-out problems.")
+_stage("verify", "Compare the answer of each completion with the true answer: reward 1 or 0.")
+_stage("score", "Compute the base model's entropy, log-prob and top-k at every completion token.")
+_stage("select", "Select problems with right and wrong completions, and their decision tokens, for training.")
+_stage("train", "Train the adapter on the selected completions.")
+_stage("choose", "Choose the best of the adapters kept by train.candidates, on problems set apart for that.")
+_stage("evaluate", "Measure accuracy on the held-out problems, without and with the adapter.")
+_stage("report", "Write report.html and report.png from the files of the run.")
 
 
 def _run(run: "Run") -> None:
@@ -148,20 +158,22 @@ def _run(run: "Run") -> None:
     out.print(f"adapter: {run.path('adapter')}   report: {run.path('report.html')}", highlight=False, soft_wrap=True)
 
 
-@app.command("run")
+@app.command("run", epilog="Example: rmx run config.yaml --set train.epochs=2")
 def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
-    """Run all stages; started again, go on where the last start ended."""
+    """Run all stages. Started again, it continues where it was stopped."""
     _run(_open(config, _with_engine(set_, engine, base_url)))
 
 
-@app.command()
+@app.command(epilog="Example: rmx plan config.yaml --set rollouts.samples=16")
 def plan(
     config: ConfigPath,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
-    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="that each of four measurements may take")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=600, help="time limit of each of the four measurements, in seconds")
+    ] = 2.0,
 ) -> None:
-    """What each stage of `rmx run` will take here, and what to change if it does not fit; nothing is run."""
+    """Print what each stage of `rmx run` will take here, and what to change if it does not fit. Runs nothing."""
     run = _open(config, set_)
     from rmx import plan_table
     from rmx.plan import make
@@ -176,55 +188,59 @@ def plan(
         print(visible(line))
 
 
-@app.command()
+@app.command(epilog="Example: rmx merge config.yaml merged")
 def merge(
     config: ConfigPath,
     out: Annotated[Path, typer.Argument(help="directory to write")],
-    adapter: Annotated[Path | None, typer.Option(help="default: the run's own")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
     set_: Overrides = None,
 ) -> None:
     """Write the model with the adapter merged into its weights: a plain Hugging Face model."""
     _open(config, set_).merged(out, adapter)
 
 
-@app.command("export")
+@app.command("export", epilog="Example: rmx export config.yaml exported")
 def export_command(
     config: ConfigPath, out: Annotated[Path, typer.Argument(help="directory to write")], set_: Overrides = None
 ) -> None:
-    """Write problems, scored rollouts and training set as JSON of the method's released code."""
+    """Write problems, scored rollouts and training set as the JSON files of the method's released code."""
     run = _open(config, set_)
     from rmx.progress import console
     from rmx.transfer import export_run
 
     for path in export_run(run, out):
-        console.print(f"export: written {path}", markup=False, soft_wrap=True)
+        console.print(f"export: wrote {path}", markup=False, soft_wrap=True)
 
 
-@app.command("import")
+@app.command("import", epilog="Example: rmx import config.yaml released")
 def import_command(
     config: ConfigPath,
     source: Annotated[Path, typer.Argument(help="directory with records.json, rollouts.json, training_set.json")],
     set_: Overrides = None,
     any_prompt: Annotated[
-        bool, typer.Option(help="take prompts that this configuration would write otherwise")
+        bool, typer.Option(help="accept prompts that differ from those that this configuration would render")
     ] = False,
 ) -> None:
-    """Start a run from JSON of the method's released code; `rmx run` goes on from there."""
+    """Start a run from JSON files of the method's released code. `rmx run` continues from there."""
     run = _open(config, set_)
     from rmx.transfer import import_run
 
     import_run(run, source, any_prompt=any_prompt)
 
 
-@app.command()
+@app.command(epilog="Example: rmx compare config.yaml")
 def compare(
-    config: Annotated[Path, typer.Argument(metavar="BASE", help="YAML of a run: its model, its rollouts")],
-    other: Annotated[str, typer.Argument(help="adapter directory or model; default: the run's adapter")] = "",
-    out: Annotated[Path | None, typer.Option(help="default: compare/ in the run directory")] = None,
+    config: Annotated[
+        Path, typer.Argument(metavar="BASE", help="YAML file of a run, whose model and rollouts are used")
+    ],
+    other: Annotated[
+        str, typer.Argument(help="directory of an adapter, or name of a model; default: the run's own adapter")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="directory to write; default: compare/ in the run directory")] = None,
     set_: Overrides = None,
     trust_other: TrustOther = False,
 ) -> None:
-    """Where OTHER's most probable token is not BASE's: how often, at which entropy, from which rank."""
+    """Find where the most probable token of OTHER differs from that of BASE: how often, at which entropy and rank."""
     run = _open(config, set_)
     from rmx.analyses import compare
     from rmx.analyses.pair import paired
@@ -243,15 +259,19 @@ def compare(
     show(compare.table(result))
 
 
-@app.command()
+@app.command(epilog="Example: rmx coverage config.yaml --draws 500")
 def coverage(
     config: ConfigPath,
-    tau: Annotated[float | None, typer.Option(help="nats; default: the run's own")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="random small sets of each size")] = 200,
-    out: Annotated[Path | None, typer.Option(help="default: coverage/ in the run directory")] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="entropy in nats above which a token is a decision; default: the run's tau")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="number of random small sets of each size")] = 200,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: coverage/ in the run directory")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Of the decision points in all rollouts, how many do a few of the rollouts already contain."""
+    """Count how many of the decision points of all rollouts a few of the rollouts already contain."""
     run = _open(config, set_)
     from rmx.analyses import coverage
     from rmx.tables import show
@@ -262,25 +282,37 @@ def coverage(
     show(coverage.table(result))
 
 
-@app.command("benchmark")
+@app.command("benchmark", epilog="Example: rmx benchmark config.yaml gsm8k gym:gcd --tuned --limit 100")
 def benchmark_command(
     config: ConfigPath,
     names: Annotated[
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK of reasoning-gym, or a path to JSONL",
+            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK (reasoning-gym), or a JSONL file",
         ),
     ],
-    tuned: Annotated[bool, typer.Option("--tuned", help="with the run's own adapter too")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="with this adapter too")] = None,
-    limit: Annotated[int | None, typer.Option(help="so many problems of each, by a fixed shuffle")] = None,
-    samples: Annotated[int | None, typer.Option(help="of each problem; default: 8 of aime24 and amc23")] = None,
-    data: Annotated[Path | None, typer.Option(help="directory with NAME.jsonl, to use instead of the hub")] = None,
-    out: Annotated[Path | None, typer.Option(help="default: benchmarks/ in the run directory")] = None,
+    tuned: Annotated[bool, typer.Option("--tuned", help="evaluate with the run's own adapter, too")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="evaluate with the adapter in this directory, too")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="number of problems of each benchmark, by a fixed shuffle; default: all")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="completions of each problem; default: 8 for aime24 and amc23, 1 for the other named ones, else "
+            "evaluate.samples"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="directory with NAME.jsonl, which is read instead of the hub")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: benchmarks/ in the run directory")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Accuracy of the model, and with an adapter, on benchmarks."""
+    """Measure the accuracy of the model on benchmarks, without and with an adapter."""
     run = _open(config, set_)
     from rmx.benchmarks import run_benchmarks, table
     from rmx.tables import show
@@ -292,17 +324,21 @@ def benchmark_command(
     )
 
 
-@app.command()
+@app.command(epilog="Example: rmx ablate config.yaml --only budget --only random --seeds 3")
 def ablate(
     config: ConfigPath,
-    only: Annotated[list[str] | None, typer.Option(help="a variant; may be given again; default: all of them")] = None,
-    budget: Annotated[float, typer.Option(help="share of tokens gated by budget, random and lowest")] = 0.2,
-    quantile: Annotated[float, typer.Option(help="of the scored entropies, for the variant of that name")] = 0.5,
-    seeds: Annotated[int, typer.Option(help="trainings of each variant")] = 1,
-    out: Annotated[Path | None, typer.Option(help="default: ablate/ in the run directory")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="variant to train; may be given several times; default: all variants")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="share of gated tokens in the variants budget, random and lowest")
+    ] = 0.2,
+    quantile: Annotated[float, typer.Option(help="quantile of the scored entropies in the variant quantile")] = 0.5,
+    seeds: Annotated[int, typer.Option(help="number of trainings of each variant")] = 1,
+    out: Annotated[Path | None, typer.Option(help="directory to write; default: ablate/ in the run directory")] = None,
     set_: Overrides = None,
 ) -> None:
-    """The run's training with one thing changed: other gates, shuffled advantages, positives only, other adapters."""
+    """Repeat the training with one change: another gate, shuffled advantages, positives only, another adapter."""
     run = _open(config, set_)
     from rmx.analyses import ablate
     from rmx.tables import show
@@ -314,19 +350,27 @@ def ablate(
     show(ablate.table(result))
 
 
-@app.command()
+@app.command(epilog="Example: rmx intervene config.yaml --gate entropy --tau 2.5")
 def intervene(
-    config: Annotated[Path, typer.Argument(metavar="BASE", help="YAML of a run: its model, its held-out problems")],
-    other: Annotated[str, typer.Argument(help="adapter directory or model; default: the run's adapter")] = "",
-    gate: Annotated[str, typer.Option(help="disagreement (of the two models) or entropy (of the base alone)")] = (
-        "disagreement"
-    ),
-    tau: Annotated[float | None, typer.Option(help="of the entropy gate, nats; default: the run's")] = None,
-    out: Annotated[Path | None, typer.Option(help="default: intervene/ in the run directory")] = None,
+    config: Annotated[
+        Path, typer.Argument(metavar="BASE", help="YAML file of a run, whose model and held-out problems are used")
+    ],
+    other: Annotated[
+        str, typer.Argument(help="directory of an adapter, or name of a model; default: the run's own adapter")
+    ] = "",
+    gate: Annotated[
+        str, typer.Option(help="where tokens are replaced: disagreement (of the two models) or entropy (of the base)")
+    ] = "disagreement",
+    tau: Annotated[
+        float | None, typer.Option(help="threshold of --gate entropy in nats; default: the run's tau")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: intervene/ in the run directory")
+    ] = None,
     set_: Overrides = None,
     trust_other: TrustOther = False,
 ) -> None:
-    """How much of OTHER's accuracy BASE gains by taking its tokens at a few positions, against controls."""
+    """Measure how much accuracy BASE gains if it takes the tokens of OTHER at a few positions, against controls."""
     from rich.console import Console
 
     if gate not in ("disagreement", "entropy"):
@@ -352,16 +396,16 @@ def intervene(
     Console().print(intervene.verdict(result), highlight=False)
 
 
-@app.command()
+@app.command(epilog="Example: rmx demo --seed 1 --size small")
 def demo(
-    seed: Annotated[int, typer.Option(help="of problems, sampling, adapter and order")] = 0,
-    run_dir: Annotated[str, typer.Option(help="default: runs/demo-SEED")] = "",
+    seed: Annotated[int, typer.Option(help="random seed of problems, sampling, adapter and order")] = 0,
+    run_dir: Annotated[str, typer.Option(help="directory to write; default: runs/demo-SEED")] = "",
     size: Annotated[
         str, typer.Option(help="size of the run: full, small, or auto (small where full takes over 10 minutes)")
-    ] = ("auto"),
+    ] = "auto",
     set_: Overrides = None,
 ) -> None:
-    """Train SmolLM2-135M-Instruct on small arithmetic and show what it gained; some minutes on two cores."""
+    """Train SmolLM2-135M-Instruct on small arithmetic problems and show what it gained. Takes minutes on two cores."""
     from rmx.demo import demo_config
 
     if size not in ("auto", "full", "small"):
@@ -373,11 +417,11 @@ def demo(
         _run(Run(config))
 
 
-@app.command("cache")
+@app.command("cache", epilog="Example: rmx cache --clear")
 def cache_command(
-    clear: Annotated[bool, typer.Option("--clear", help="delete all of it")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="delete all kept models")] = False,
 ) -> None:
-    """Models that were converted from GGUF files once and are kept, or with --clear their removal."""
+    """List the models that were converted from GGUF files and are kept in the cache, or delete them."""
     from rmx import converted, digests
 
     cache = digests.place()
@@ -393,20 +437,20 @@ def cache_command(
     print(f"deleted: {total}" if clear else total)
 
 
-@app.command("doctor")
+@app.command("doctor", epilog="Example: rmx doctor --json")
 def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
-    no_rates: Annotated[bool, typer.Option("--no-rates", help="skip the rates")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    no_rates: Annotated[bool, typer.Option("--no-rates", help="do not measure memory and products")] = False,
 ) -> None:
-    """What this machine is, what every operator runs on and how fast, and known traps."""
+    """Describe this machine: devices, what every operator runs on, measured rates, and known traps."""
     from rmx_kernels import doctor
 
     print(doctor.report(as_json=as_json, rates=not no_rates))
 
 
-@app.command("backends")
+@app.command("backends", epilog="Example: rmx backends")
 def backends_command() -> None:
-    """Which kernel implementations run here, and why the others do not."""
+    """List the kernel implementations: which run on this machine, and why the others do not."""
     from rmx_kernels import backends
 
     for backend in backends().values():
@@ -415,7 +459,7 @@ def backends_command() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that the user can mend are one line on standard error, exit code 1."""
+    """Entry point. An error that the user can fix is printed as one line on standard error; the exit code is 1."""
     let_threads_sleep()
     try:
         app()

@@ -23,7 +23,7 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class ConfigError(RmxError):
-    """The configuration does not say what it must, or says it wrongly."""
+    """The configuration is invalid: a setting is missing, unknown, or has a wrong value."""
 
 
 class Section(pydantic.BaseModel):
@@ -58,16 +58,16 @@ class PromptConfig(Section):
         "olmo3_math",
         "olmo3_rlzero_math",
     ] = "auto"
-    system: str | None = None  # of the chat styles
+    system: str | None = None  # system message; chat styles only
     suffix: str = ""  # appended to every question
-    template: dict[str, Any] = {}  # variables of the chat template, as enable_thinking or date_string
+    template: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking or date_string
 
 
 class ProblemSource(Section):
     jsonl: str | None = None  # lines of {"question", "answer", optional "problem_id", "category"}
     task: str | None = None  # a reasoning-gym data set
     params: dict[str, Any] = {}  # its settings
-    split: Literal["train", "choose", "evaluate", "both"] = "both"  # both: divided between all of them
+    split: Literal["train", "choose", "evaluate", "both"] = "both"  # both: divided among all three
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "ProblemSource":
@@ -79,7 +79,7 @@ class ProblemSource(Section):
 class ProblemsConfig(Section):
     sources: Annotated[list[ProblemSource], Field(min_length=1)]
     train_count: PositiveInt = 200
-    choose_count: Annotated[int, Field(ge=0)] = 0  # held out to choose among train.candidates, and reported nowhere
+    choose_count: Annotated[int, Field(ge=0)] = 0  # held out to choose among train.candidates; not reported
     evaluate_count: PositiveInt = 200
 
 
@@ -89,10 +89,10 @@ class Sampling(Section):
     top_p: Probability = 0.95
     top_k: PositiveInt | None = None
     max_new_tokens: PositiveInt = 8192
-    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at a time; auto: by the memory, rmx.batching
+    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at once; auto: by the memory, rmx.batching
     engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"
-    base_url: str | None = None  # of an OpenAI-compatible server, for engine openai
-    server_model: str | None = None  # the model's name there; default: model.name
+    base_url: str | None = None  # address of an OpenAI-compatible server, for engine openai
+    server_model: str | None = None  # name of the model on the server; default: model.name
 
     @pydantic.field_validator("batch_size", mode="plain")
     @classmethod
@@ -132,18 +132,22 @@ class VerifyConfig(Section):
 
 
 class ScoreConfig(Section):
-    problems: Literal["selected", "mixed", "all"] = "mixed"  # selected: those that select will take; mixed: could take
+    problems: Literal["selected", "mixed", "all"] = (
+        "mixed"  # selected: those that select takes; mixed: all that it could take
+    )
     top_k: Annotated[int, Field(ge=0)] = 8
-    token_budget: PositiveInt = 16384  # tokens a forward pass
-    shard_tokens: PositiveInt = 65536  # tokens a file: what a killed stage does again
-    cache_gib: Annotated[float, Field(ge=0)] = 32.0  # of base states kept for training; above it they are recomputed
+    token_budget: PositiveInt = 16384  # tokens in one forward pass
+    shard_tokens: PositiveInt = 65536  # tokens in one file; a killed stage repeats at most one file
+    cache_gib: Annotated[float, Field(ge=0)] = (
+        32.0  # limit of the base states kept for training; above it they are recomputed
+    )
 
 
 class SelectConfig(Section):
     max_problems: PositiveInt = 50
     max_sequences: PositiveInt = 1000
     max_completion_tokens: PositiveInt | None = None
-    min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # exclusive bounds of the pass rates that are used
+    min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # problems are used whose pass rate is strictly between
     max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     advantage_clip: PositiveFloat = 2.5
     # The gate is base entropy > tau, and exactly one of these three says tau; see rmx.select.gate_threshold.
@@ -179,7 +183,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat = 64.0
     targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input in training; never of the anchor's base
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input, in training only
 
 
 class TrainConfig(Section):
@@ -192,15 +196,19 @@ class TrainConfig(Section):
     anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
     anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
     negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative; 0: positives only
-    negatives: Literal["ce", "ratio", "hinge"] = "ce"  # how they are pushed down: see rmx.loss.contrastive
-    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # ratio: until p is 1 - ratio_clip of the base's
-    hinge_margin: PositiveFloat = 1.0  # hinge: until log p is so many nats below the base's
-    negative_floor: Annotated[float, Field(lt=0)] | None = None  # ce: none is pushed below this log p, nats
-    early_stop_steps: PositiveInt | None = None  # end when positive decisions are on average down over so many steps
-    anchor_fraction: Probability = 1.0  # share of the anchor positions that a step looks at, drawn anew each step
+    negatives: Literal["ce", "ratio", "hinge"] = "ce"  # how wrong rollouts are pushed down: see rmx.loss.contrastive
+    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # for ratio: until p is 1 - ratio_clip times the base's p
+    hinge_margin: PositiveFloat = 1.0  # for hinge: until log p is this many nats below the base's
+    negative_floor: Annotated[float, Field(lt=0)] | None = (
+        None  # for ce: tokens below this log p (nats) are not pushed further
+    )
+    early_stop_steps: PositiveInt | None = (
+        None  # stop if decisions of right rollouts fell on average over this many steps
+    )
+    anchor_fraction: Probability = 1.0  # share of the anchor positions in a step, drawn anew in each step
     token_budget: PositiveInt = 16384  # tokens a forward pass
-    # Layers are run again in the backward pass: less memory, a third more time. offload: what enters them waits in the
-    # host's memory until then.
+    # true: run layers again in the backward pass: less memory, a third more time. offload: also keep what enters the
+    # layers in the host's memory until then.
     activation_checkpointing: bool | Literal["offload"] = False
     compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
     candidates: PositiveInt = 1  # adapters kept, of equally distant steps; the last one is the training's end
@@ -222,7 +230,7 @@ class TrainConfig(Section):
 
 class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless it is given
     samples: PositiveInt = 4
-    bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer have no quantile of 2.5 %
+    bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer draws have no 2.5 % quantile
 
     tuned_model: str | None = None  # the adapter's name on the server, as of vLLM's --lora-modules NAME=PATH
 
@@ -246,7 +254,7 @@ class CostConfig(Section):
 class Config(Section):
     run_dir: str
     seed: Seed = 0
-    training_seed: Seed | None = None  # of gate controls, adapter and order; default: seed
+    training_seed: Seed | None = None  # seed of gate controls, adapter and order; default: seed
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
     problems: ProblemsConfig
@@ -262,7 +270,7 @@ class Config(Section):
     _evaluates_as_long: bool = False  # as the rollouts, because nothing else is given
 
     def at(self, folder: Path) -> "Config":
-        """The same, with relative paths that start at ``folder``."""
+        """A copy whose relative paths start at ``folder``."""
         moved = self.model_copy()
         moved._folder = folder
         return moved
@@ -273,14 +281,14 @@ class Config(Section):
 
     @property
     def evaluates_as_long(self) -> bool:
-        """Whether evaluate.max_new_tokens is not given, and so that of the rollouts."""
+        """Whether evaluate.max_new_tokens is not given, so that it equals rollouts.max_new_tokens."""
         return self._evaluates_as_long
 
     def path(self, written: str, mark: str = "") -> Path:
-        """Where a path of the configuration is.
+        """Resolve a path of the configuration.
 
-        Earlier versions let all of them start at the current directory: what is there, and not beside the file, is
-        still found. ``mark``: a file that a directory must hold to be taken for there.
+        In earlier versions all paths started at the current directory, so a path that exists there, and not beside the
+        configuration file, is still found. ``mark``: a file that a directory must contain to count as existing.
         """
         given = Path(written).expanduser()
         here = self._folder / given
@@ -288,7 +296,7 @@ class Config(Section):
 
     @property
     def located_model(self) -> ModelConfig:
-        """``model`` with the path in place of a name that is one."""
+        """``model``, with the resolved path if its name is a path."""
         name = self.model.name
         path = self.path(name)
         if name.startswith("package:") or not (path.exists() or name.startswith((".", "~", "/"))):
@@ -297,7 +305,7 @@ class Config(Section):
 
     @property
     def most_steps(self) -> int:
-        """Of a training on rollouts of its own: fewer where fewer problems have mixed outcomes."""
+        """The largest number of training steps; there are fewer if fewer problems have right and wrong rollouts."""
         problems = min(self.problems.train_count, self.select.max_problems)
         sequences = min(self.select.max_sequences, problems * self.rollouts.samples)
         return math.ceil(max(1, round(self.train.epochs * sequences)) / self.train.sequences_per_step)
@@ -344,13 +352,13 @@ LARGEST = 100_000  # values of a configuration
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-4 is a number, as in YAML 1.2 (in 1.1 it is a string); a key that stands twice is an error."""
+    """Reads 1e-4 as a number, as YAML 1.2 does (YAML 1.1: a string); a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -386,7 +394,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
 
 def _yaml(text: str, fault_is: str) -> Any:
-    """A value of YAML of bounded size, or a ConfigError that begins with ``fault_is``."""
+    """Parse YAML of bounded size. Raises ConfigError; its message begins with ``fault_is``."""
     try:
         value = yaml.load(text, _Loader)
         _check_size(value)
@@ -398,7 +406,7 @@ def _yaml(text: str, fault_is: str) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse what aliases make endless or huge, and text that is no Unicode."""
+    """Refuse values that aliases make endless or huge, and text that is not valid Unicode."""
     sizes: dict[int, int] = {}  # of lists and mappings as they are written out, by identity; 0 while inside
 
     def size(node: Any) -> int:
@@ -411,7 +419,7 @@ def _check_size(value: Any) -> None:
             inner = [*node, *node.values()] if isinstance(node, dict) else node
             sizes[id(node)] = 1 + sum(map(size, inner))
         elif not sizes[id(node)]:
-            raise ValueError("an alias stands within what it stands for")
+            raise ValueError("an alias is inside the value that it stands for")
         if sizes[id(node)] > LARGEST:
             raise ValueError(f"more than {LARGEST:,} values, counting what aliases stand for")
         return sizes[id(node)]
@@ -420,7 +428,7 @@ def _check_size(value: Any) -> None:
 
 
 def _start_here(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
-    """Let relative paths that ``--set`` gave under ``keys`` start at the current directory."""
+    """Make relative paths that ``--set`` gave under ``keys`` start at the current directory."""
     if folder.resolve() == Path.cwd():
         return  # they do, and stay as they are written
     for node, name, slot in _path_slots(tree):
@@ -432,7 +440,7 @@ def _start_here(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
 
 
 def _path_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """(section, its key, the whole key) of each setting that may be a path."""
+    """Yield (section, its key, the full key) for each setting that may be a path."""
     yield tree, "run_dir", "run_dir"
     if isinstance(model := tree.get("model"), dict):
         yield model, "name", "model.name"
@@ -456,5 +464,5 @@ def _override(tree: dict[str, Any], text: str) -> None:
         else:
             raise ConfigError(f"--set {text}: {parent!r} is not a section")
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {text}: {last!r} has no section to be in")
+        raise ConfigError(f"--set {text}: {last!r} is not inside a section")
     node[last] = _yaml(value, f"--set {text}: not a YAML value")

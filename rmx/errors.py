@@ -1,4 +1,4 @@
-"""The base of every error that is the user's to mend; the command line prints it without a traceback."""
+"""The base class of errors that the user can fix; the command line prints their message without a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,22 +9,22 @@ SEEN = {c: sign for c, sign in CONTROL.items() if chr(c) not in "\n\t"}
 
 
 def visible(text: str) -> str:
-    """Text for a terminal: control characters, escape sequences among them, as signs that can be seen."""
+    """Make text safe for a terminal: control characters, also those of escape sequences, become visible signs."""
     return text.translate(SEEN)
 
 
 def close_to(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'epochs'?", or nothing where no known word is like it."""
+    """Return "; did you mean 'epochs'?" for the known word that is most similar; "" if none is similar."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 class RmxError(ValueError):
-    pass
+    """An error that the user can fix. The message says what was expected, what came, and what to do."""
 
 
 class Interrupted(RmxError):
-    """A signal ended the work; the message says what is kept of it."""
+    """A signal stopped the work. The message says what is kept."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Held-out accuracy of the base against the tuned model, with bootstrap intervals over problems."""
+"""Accuracy of the base and the tuned model on held-out problems, with bootstrap intervals over problems."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def compare(
     draws: int,
     seed: int,
 ) -> Evaluation:
-    """Base against tuned, over the problems that both have a judged sample for; the gain is paired over these.
+    """Compare base and tuned on the problems with a judged sample on both sides; the gain is paired by problem.
 
     Raises:
         EvaluationError: there is no such problem.

@@ -105,7 +105,7 @@ def adapter_mark(path: Path) -> str:
 
 @contextmanager
 def worn(model: PreTrainedModel, path: Path, prompt: str | None = None) -> Iterator[Adapter]:
-    """Inside, ``model`` wears the adapter in ``path``; ``prompt``: see :func:`check_prompt`, None: any."""
+    """Temporarily attach the adapter in ``path`` to ``model``; ``prompt``: see :func:`check_prompt`, None: any."""
     adapter = load_adapter(model, path)
     try:
         if prompt is not None:

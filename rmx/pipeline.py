@@ -389,7 +389,7 @@ class Run(RunDirectory):
         """Rollouts and verdicts of the model as it is; taken from their file where an interrupted stage left one.
 
         Args:
-            seed: of the sampling, added to the run's. adapter: what the model now wears, if anything.
+            seed: added to the seed of the run. adapter: the adapter that is attached to the model, if any.
         """
         sampling = self.config.evaluate
         origin = {

@@ -221,7 +221,7 @@ class Server:
             self.say("the server applies its own chat template; its prompts have as many tokens as rmx's")
         ids = choice.token_ids
         if ids is None:
-            self.say("the server tells no token ids: they are made from its text, and may differ from what was sampled")
+            self.say("the server returned no token ids: its text is tokenised again, which may give other ids")
             ids, most = self._read(url, choice), 2 * most  # text may fall into more tokens than were sampled
         ids, eos, V = list(ids), self.lm.tokenizer.eos_token_id, self.lm.weight.shape[0]
         if len(ids) > most:

@@ -1,4 +1,4 @@
-"""Sampled completions of a model, token ids in and token ids out."""
+"""Sampling completions of a model: token ids in, token ids out."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -33,19 +33,19 @@ def generate_rollouts(
     on_unit: Callable[[list[Rollout]], None] = lambda _: None,
     adapter: Path | None = None,
 ) -> list[Rollout]:
-    """``sampling.samples`` completions of every problem, in the order of the problems, samples ascending.
+    """Sample ``sampling.samples`` completions of every problem, in the order of the problems, samples ascending.
 
-    The work is cut into units by the problems and settings alone, and a unit's bits depend on nothing outside it, so
-    that a start with the ``known`` units of one that was interrupted ends with what that one would have. (Not with
-    ``engine="openai"``: what a server answers may depend on what else it serves. Where a batch does not fit the memory,
-    the rest goes on in batches of half its size, which the loop's samples do not depend on beyond rounding.)
+    The work is divided into units. The division depends only on the problems and the settings, and the result of a unit
+    only on the unit. So a call with the ``known`` units of an interrupted call returns what that call would have
+    returned. (Not with ``engine="openai"``: the answer of a server may depend on its other work. Where a batch does not
+    fit the memory, the rest is sampled in batches of half its size: the loop's samples change by rounding only.)
 
     Args:
         known: rollouts that an earlier call with the same arguments handed to ``on_unit``, in any order; units that
             they cover are not sampled again.
-        on_unit: called with the new rollouts of each unit, as it is finished.
-        adapter: where what the model wears lies, for engines with a model of their own; a server has it under the name
-            ``tuned_model``.
+        on_unit: called with the new rollouts of each unit when the unit is finished.
+        adapter: path of the attached adapter, for engines that load a model of their own; a server has it under the
+            name ``tuned_model``.
 
     Returns:
         len(problems) * samples rollouts; ``completion_ids`` keeps the EOS by which a model stopped.
@@ -95,7 +95,7 @@ def _halved(sampling: Sampling, fault: NoMemory) -> Sampling:
 
 
 def _engine(lm: CausalLM, sampling: Sampling) -> str:
-    """auto: paged attention where it has a kernel; without flash attention it masks the whole batch as one sequence."""
+    """auto is generate_batch on a GPU with flash attention (without it, it masks the whole batch), else loop."""
     if sampling.engine != "auto":
         return sampling.engine
     flash = "flash" in str(lm.model.config._attn_implementation)
@@ -103,7 +103,7 @@ def _engine(lm: CausalLM, sampling: Sampling) -> str:
 
 
 def cut_units(problems: Sequence[Problem], prompts: list[list[int]], sampling: Sampling, batched: bool) -> list[Unit]:
-    """Batches of ``batch_size`` sequences, of prompts of like length; a problem each where it is not ``batched``."""
+    """Divide the work: batches of ``batch_size`` sequences with prompts of similar length; else one problem a unit."""
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i])) if batched else range(len(problems))
     together = max(1, sampling.batch // sampling.samples) if batched else 1  # prompts in one unit
     repeats = min(sampling.samples, sampling.batch) if batched else sampling.samples  # of a prompt in one unit
@@ -117,7 +117,7 @@ def cut_units(problems: Sequence[Problem], prompts: list[list[int]], sampling: S
 
 
 def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion], stops: frozenset[int]) -> list[Rollout]:
-    """The records of one unit's completions; ``stops`` are the tokens that end one."""
+    """Make the records of one unit's completions; ``stops`` are the tokens that end a completion."""
     rollouts = []
     prompts = [prompt for prompt in unit.prompts for _ in unit.samples]
     for (problem_id, sample), prompt, (ids, logprobs) in zip(unit.keys, prompts, completions, strict=True):
@@ -130,7 +130,7 @@ def unit_rollouts(lm: CausalLM, unit: Unit, completions: list[Completion], stops
 
 
 def check_rotation(lm: CausalLM, prompt: int, completion: int, section: str = "") -> None:
-    """Raise EngineError where a rotary embedding would change among the tokens; arguments as of check_length."""
+    """Raise EngineError if the rotary embedding would change within the tokens; arguments as for check_length."""
     if found := changing_rotation(lm, prompt + completion):
         raise EngineError(
             f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for a whole batch, and in the "
@@ -140,7 +140,7 @@ def check_rotation(lm: CausalLM, prompt: int, completion: int, section: str = ""
 
 
 def check_length(lm: CausalLM, prompt: int, completion: int, section: str = "") -> None:
-    """Raise PromptError where a model has not so many positions; ``section``: of the configuration, as "evaluate."."""
+    """Raise PromptError if the model has too few positions; ``section`` is part of the message, such as "evaluate."."""
     known = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     if known and prompt + completion > known:
         raise PromptError(

@@ -33,11 +33,11 @@ from rmx_kernels import ContrastiveLoss
 
 
 class TrainingError(RmxError):
-    """Training cannot start, or stopped at a value that is not finite."""
+    """Training cannot start, or it stopped because a value is not finite."""
 
 
 def step_order(count: int, config: TrainConfig, seed: int) -> list[list[int]]:
-    """Indices of each step: whole shuffled epochs end to end, cut off at ``epochs`` and into steps."""
+    """Indices of the sequences of each step: shuffled epochs, one after the other, cut at ``epochs`` and into steps."""
     random = np.random.default_rng(seed)
     total = max(1, round(config.epochs * count))
     stream = np.concatenate([random.permutation(count) for _ in range(math.ceil(total / count))])[:total]
@@ -53,10 +53,13 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def check_warmup(config: TrainConfig, steps: int, at_most: str = "") -> None:
-    """Refuse a warm-up that a training of ``steps`` steps (or ``at_most`` so many) would not leave.
+    """Refuse a warm-up that is longer than the training of ``steps`` steps.
+
+    Args:
+        at_most: text before the number of steps in the message, if it is an upper bound.
 
     Raises:
-        TrainingError: it is longer.
+        TrainingError: the warm-up is longer.
     """
     if config.warmup_steps > steps:
         raise TrainingError(
@@ -145,7 +148,7 @@ def train_adapter(
 
 
 def _sinks(state: State, metrics: StepMetrics, config: TrainConfig, group: Group) -> bool:
-    """Whether right rollouts' decisions are less likely than in the base, on average over ``early_stop_steps``."""
+    """Whether decisions of right rollouts fell below the base, on average over ``early_stop_steps``."""
     if config.early_stop_steps is None:
         return False
     if metrics.positive_shift is not None:
@@ -189,7 +192,7 @@ class _Source:
         self.beside = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
 
     def share(self, step: int) -> list[int]:
-        """The sequences of a step that are this process's."""
+        """The sequences of a step that this process computes."""
         return self.group.share(self.order[step])
 
     def passes(self, step: int, token_budget: int) -> Iterator[tuple[list[int], Prepared]]:
@@ -227,7 +230,7 @@ class _Source:
 
 
 def _gradients(source: _Source, state: State) -> list[Part]:
-    """Accumulate the gradient of one step; where memory runs out, again with half the tokens in a pass."""
+    """Accumulate the gradient of one step. If memory runs out, repeat it with half the tokens in each pass."""
     lengths = [len(source.sequences[i].ids) for i in source.share(state.step)]
     while True:
         parts: list[Part] = []
@@ -259,7 +262,7 @@ def _gradients(source: _Source, state: State) -> list[Part]:
 
 
 def _pass(source: _Source, own: Sequence[int], prepared: Prepared, state: State) -> Part:
-    """One forward and backward pass; a function of its own, so that nothing of it outlives a fault."""
+    """Do one forward and backward pass, in a function of its own so that an error frees all its tensors."""
     if source.adapter.config.dropout:
         torch.manual_seed(int(np.random.default_rng([source.seed, state.step, *own]).integers(2**63)))
     with state.masters.lent(source.lm.weight.dtype, source.config.compile):
@@ -276,7 +279,7 @@ def _out_of_memory(fault: RuntimeError) -> bool:
 def _not_finite(
     metrics: StepMetrics, parts: Sequence[Part], chosen: Sequence[TrainingSequence], checkpoint: Checkpoint | None
 ) -> str:
-    """Which step, which rows, and where the last good state is."""
+    """Describe the step, the rows, and where the last good state is."""
     bad = []
     for part in parts:
         rows = part.rows

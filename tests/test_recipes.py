@@ -2,7 +2,6 @@
 
 import copy
 import math
-import runpy
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,12 @@ import reasonmaxxer_trainer
 import torch
 import trl
 import trl_grpo
+from tiny import save_tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from rmx.model import pad
 
-# By its path, since there is a conftest of the kernels, too.
-save_tiny_model = runpy.run_path(str(Path(__file__).parent / "rmx" / "conftest.py"))["save_tiny_model"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32
 LENGTHS = (9, 6, 4, 9)
 

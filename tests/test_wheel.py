@@ -20,7 +20,8 @@ import torch
 from rmx_kernels import version
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"]
+SOURCES = ["CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "SECURITY.md"]
+SOURCES += ["pyproject.toml", "setup.py"]
 FOLDERS = ["bench", "csrc", "docs", "rmx", "rmx_kernels", "tests"]
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 OPERATOR = """
@@ -99,6 +100,7 @@ def shipped() -> set[str]:
     return {str(path.relative_to(ROOT)) for name in ("rmx", "rmx_kernels") for path in (ROOT / name).rglob("*.py")}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++17 compiler")
 def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     sdist, wheel, _ = build(tmp_path)
@@ -107,7 +109,8 @@ def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     names = files_in(wheel)
     assert modules(names) == shipped()
     others = {file for file in names if file not in shipped() and not file.startswith(f"{name}.dist-info/")}
-    assert others == {"rmx/demo.yaml", "rmx/report.html.j2", "rmx_kernels/librmx_cpu.so"}
+    data = {"rmx/demo.yaml", "rmx/py.typed", "rmx/report.html.j2", "rmx_kernels/py.typed"}
+    assert others == data | {"rmx_kernels/librmx_cpu.so"}
     assert f"{name}.dist-info/licenses/LICENSE" in names
     with tarfile.open(sdist) as archive:
         inside = {file.removeprefix(f"{name}/") for file in archive.getnames()}
@@ -119,6 +122,7 @@ def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     assert run_operator(python, "", "cpu") == ""
 
 
+@pytest.mark.thorough
 def test_without_a_compiler_it_installs_says_so_and_runs_on_the_reference(tmp_path: Path) -> None:
     sdist, wheel, said = build(tmp_path, **NO_COMPILER)
     assert wheel.name == f"rmx-{version.__version__}-py3-none-any.whl"

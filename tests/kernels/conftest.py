@@ -18,6 +18,7 @@ from rmx_kernels.dispatch import OPERATORS
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Of the implementations that take fewer than all of FLOATS.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {"triton": (torch.bfloat16, torch.float16, torch.float32)}
+FAST = (torch.bfloat16,) if dispatch.INTERPRETED else (torch.bfloat16, torch.float32)  # of the fast suite
 
 
 def _speed_up_interpreter() -> None:
@@ -70,5 +71,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     values = {"op": op, "device": device, "impl": impl, "dtype": dtype, "fp64": dtype}
                     label = "-".join(str(values[name]).removeprefix("torch.") for name in names if name != "fp64")
                     marks = [pytest.mark.gpu] if device == "cuda" else []
+                    if "dtype" in names and dtype not in FAST:
+                        marks.append(pytest.mark.thorough)
                     cases.append(pytest.param(*(values[name] for name in names), id=label, marks=marks))
     metafunc.parametrize(names, cases)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Cases of the implementation "triton" are worth a run under the interpreter."""
+    given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    names = [part for value in given for part in (value if isinstance(value, tuple) else (value,))]
+    if any(isinstance(name, str) and name == "triton" for name in names):
+        item.add_marker(pytest.mark.interpreted)

@@ -28,6 +28,7 @@ def test_any_shape_and_tiling(op, device, impl, fp64, N, V, H, columns, rows, sc
         cases.check(op, cases.make(op, (N,), V, H, fp64, device), impl, **scaling)
 
 
+@pytest.mark.thorough
 @settings(max_examples=unless_interpreted(20, 12), deadline=None, derandomize=True)
 @given(
     N=st.integers(0, 7),
@@ -47,6 +48,7 @@ def test_two_runs_give_the_same_bits(op: str, device: str, impl: str) -> None:
     assert_same_bits(*(forward_backward(op, arguments, impl=impl, **SCALED) for _ in range(2)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 def test_the_yardstick_is_not_luck(op: str, device: str, impl: str, lora: bool) -> None:
     """Few rows in many draws: their largest gradients are made of few logits, which bfloat16 rounds the most."""

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # Each case is traced in a fork of a process in which no operator has run yet, so that it is the first there.
 FORKS = """
 import os
@@ -75,6 +77,7 @@ def test_importing_brings_no_package_beyond_torch() -> None:
     assert int(done.stdout) < 10  # of the standard library, and small parts of torch
 
 
+@pytest.mark.thorough
 def test_any_pair_of_operators_is_traced_before_anything_ran() -> None:
     folder = str(Path(__file__).parent)
     done = subprocess.run(

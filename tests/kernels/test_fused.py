@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from rmx_kernels.dispatch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="Triton needs a GPU or TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(
+        not (INTERPRETED or torch.cuda.is_available()), reason="Triton needs a GPU or TRITON_INTERPRET=1"
+    ),
+]
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}

@@ -99,6 +99,7 @@ def measure(
     return ledger, sum(x.nbytes for x in inputs)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("N", "V"), SHAPES)
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight", "bias"), ("hidden", "lora")])
 def test_scratch_is_bounded(op: str, device: str, impl: str, N: int, V: int, trained: tuple[str, ...]) -> None:
@@ -109,6 +110,7 @@ def test_scratch_is_bounded(op: str, device: str, impl: str, N: int, V: int, tra
     assert 1 << 20 <= ledger.largest <= max(LARGEST.get(impl, SCRATCH), weight)  # at least a tile, which is seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight", "bias"), ("hidden", "lora")])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_native_scratch_is_bounded_in_low_precision(op: str, trained: tuple[str, ...]) -> None:

@@ -107,6 +107,7 @@ def everything(V: int, dtype: torch.dtype, scaling: dict[str, float]) -> list[Te
     return [cases.integers(x) for x in results]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_instruction_set_gives_the_same_bits(builds: dict[str, Path], level: str, dtype: torch.dtype) -> None:
@@ -133,6 +134,7 @@ def attention(B: int, Hk: int, G: int, L: int, D: int) -> Tensor:
     return out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("level", LEVELS)
 def test_attention_has_the_same_bits_on_every_instruction_set(builds: dict[str, Path], level: str) -> None:
     if level not in builds:
@@ -279,6 +281,7 @@ def row_results(op: str, arguments: cases.Arguments) -> dict[str, Tensor]:
     return fields | {"gradient": gradient}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("op", "V", "H"),

@@ -138,6 +138,8 @@ def logprob_kl(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
 SAMPLES: list[Callable[[torch.dtype, str], dict[str, list[Call]]]] = [vocab_stats, contrastive_loss, logprob_kl]
 
 
+@pytest.mark.thorough
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("samples", SAMPLES, ids=lambda samples: samples.__name__)
 @pytest.mark.parametrize("chosen", [b.name for b in backends().values() if b.available and "cpu" in b.devices])
@@ -181,8 +183,9 @@ def forward_backward(op: str, function: Callable[[cases.Arguments], Any], argume
     return [v.detach() for v in result if v is not None] + list(gradients)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("chosen", [None, "cpu", "reference"])
+@pytest.mark.parametrize("chosen", [pytest.param(None, marks=pytest.mark.interpreted), "cpu", "reference"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiled_without_a_graph_break(op: str, chosen: str | None) -> None:
     """The bits of eager, forward and backward, and one compilation for any number of rows."""
@@ -288,6 +291,7 @@ def test_forward_mode_is_refused(op: str, chosen: str) -> None:
             cases.call(op, arguments | {"lora": (A, forward_ad.make_dual(B, B), scale)}, impl=chosen)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor() -> None:
     """With code around the operator, which is compiled, and leaves the operator's bits alone."""
@@ -362,6 +366,7 @@ assert native._open.cache_info().currsize == 0
 """
 
 
+@pytest.mark.thorough
 def test_schemas_and_fakes_need_no_kernel() -> None:
     """import rmx_kernels registers all operators, and loads neither their kernels nor the native library."""
     subprocess.run([sys.executable, "-c", FAKES_ALONE], check=True)

@@ -53,6 +53,7 @@ def test_wrong_dtype() -> None:
         rmx_kernels.set_logits_dtype(torch.float16)
 
 
+@pytest.mark.interpreted
 @pytest.mark.skipif(
     "triton" not in [b.name for b in rmx_kernels.backends().values() if b.available], reason="no Triton"
 )

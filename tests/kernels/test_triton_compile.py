@@ -180,12 +180,14 @@ def _compiled_in_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+@pytest.mark.thorough
 def test_spills_are_found() -> None:
     """One warp for the work of four: more numbers than a thread has registers."""
     kernel, arguments, constants, _ = of_kernel("losses", "fold", torch.bfloat16)[0]
     assert spills(compiled((kernel, arguments, constants, 1), TARGETS["sm_90"][0])) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_no_spills_and_within_shared_memory(architecture: str) -> None:
     target, shared_kib = TARGETS[architecture]
@@ -210,6 +212,7 @@ FP32_MORE = 3.0  # a step holds half as many logits; they also take twice the ti
 GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instructions of a step that is not masked
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("family", "kernel"), BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype) -> None:
@@ -221,6 +224,7 @@ def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype) -> N
         assert len(longest) / logits <= budget, f"{len(longest) / logits:.1f} a logit"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arithmetic_of_the_gradients(family: str) -> None:
     """The pairs of branches (masked or not, anchored or not, with the target or not) cost code, not time."""

@@ -377,7 +377,7 @@ ERRORS: dict[str, tuple[Callable[[int, int], None], str, str]] = {
 # The tests.
 
 
-@pytest.fixture(scope="module", params=[2] if INTERPRETED else SHARDS)
+@pytest.fixture(scope="module", params=[2] if INTERPRETED else [2, pytest.param(3, marks=pytest.mark.thorough)])
 def world(request: pytest.FixtureRequest) -> int:
     return request.param
 

@@ -32,6 +32,7 @@ def part(run: Run, name: str, seed: int = 0) -> Run:
     return Run(Config.model_validate({**tree, "run_dir": str(folder), "training_seed": seed}))
 
 
+@pytest.mark.thorough
 def test_every_variant_changes_one_thing(run: Run) -> None:
     before = {path: path.read_bytes() for path in run.dir.rglob("*") if path.is_file()}
     result = ablate(run, run.path("ablate"))
@@ -70,6 +71,7 @@ def test_every_variant_changes_one_thing(run: Run) -> None:
     ] == 0  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_differences_are_paired_and_averaged_over_trainings(run: Run) -> None:
     result = ablate(run, run.path("ablate"), ["own", "random", "budget"], seeds=2)
     assert result.training_seeds == [0, 1]
@@ -99,6 +101,7 @@ def test_differences_are_paired_and_averaged_over_trainings(run: Run) -> None:
     ]
 
 
+@pytest.mark.thorough
 def test_what_is_done_stays_and_what_changed_is_done_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     execute = Run.execute
@@ -170,6 +173,7 @@ def test_the_table_fits_a_terminal() -> None:
     assert "…" not in text and text.count("-0.123 [-0.234, -0.012] budget") == len(names)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_table_json_and_picture(run: Run, tmp_path: Path) -> None:
     path = write_yaml(run.config, tmp_path / "run.yaml")
     done = command("ablate", path, "--only", "own", "--only", "shuffled", "--only", "r8-o")

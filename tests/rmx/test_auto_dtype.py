@@ -42,6 +42,7 @@ def test_this_machine_decides(tiny_path: Path) -> None:
     assert str(found.weight.dtype) == f"torch.{precision.choose('cpu').dtype}"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_says_its_choice_once_and_keeps_it_everywhere(
     auto: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
@@ -62,6 +63,7 @@ def test_a_run_says_its_choice_once_and_keeps_it_everywhere(
     assert f"{dtype} (auto)" in run.path("report.html").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("last", ["problems", "rollouts", "score", "evaluate"])
 def test_a_run_that_moved_goes_on_as_it_began(
     auto: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: str
@@ -114,6 +116,7 @@ def test_rollouts_under_way_go_on_as_they_began(auto: Config, monkeypatch: pytes
     assert ids <= {tuple(r.completion_ids) for r in again.rollouts()}
 
 
+@pytest.mark.thorough
 def test_a_run_of_an_earlier_version_stays_bfloat16(auto: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has "auto" among its settings and no precision.json: all devices took bfloat16 then."""
     on_machine(monkeypatch, "bfloat16")

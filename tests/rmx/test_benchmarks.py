@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_tiny_model
 from PIL import Image
 from rich.console import Console
 from test_pipeline import changed, command, write_yaml
+from tiny import save_tiny_model
 
 from rmx import lora, model, report, rollouts
 from rmx.artefacts import ArtefactError
@@ -141,6 +141,7 @@ def test_a_limit_takes_the_same_problems_every_time(digits: Path) -> None:
     assert len(read_benchmark(str(digits), 100).problems) == 12
 
 
+@pytest.mark.thorough
 def test_a_task_of_reasoning_gym(tiny_config: Config) -> None:
     (result,) = run_benchmarks(Run(tiny_config), ["gym:chain_sum"], limit=3)
     assert (result.name, result.base.problems, result.base.samples) == ("gym-chain_sum", 3, 2)
@@ -149,6 +150,7 @@ def test_a_task_of_reasoning_gym(tiny_config: Config) -> None:
         read_benchmark("gym:chain_sums")
 
 
+@pytest.mark.thorough
 def test_an_adapter_is_compared_with_its_base(
     tiny_config: Config, tiny_path: Path, digits: Path, tmp_path: Path, sampled: list[str]
 ) -> None:
@@ -173,6 +175,7 @@ def other_model(tmp_path: Path) -> Path:
     return save_tiny_model(tmp_path / "other", num_hidden_layers=3)
 
 
+@pytest.mark.thorough
 def test_the_runs_own_adapter(tiny_config: Config, digits: Path) -> None:
     run = Run(tiny_config)
     with pytest.raises(RunError, match=r"stage 'problems' is not done: run `rmx problems` first, or name an adapter"):
@@ -184,6 +187,7 @@ def test_the_runs_own_adapter(tiny_config: Config, digits: Path) -> None:
     assert result.trained_on == sum(f"sum of {i % 10} and {i // 10}" in trained for i in range(12)) > 0
 
 
+@pytest.mark.thorough
 def test_a_finished_benchmark_is_not_sampled_again(tiny_config: Config, digits: Path, sampled: list[str]) -> None:
     names = [str(digits)]
     first = run_benchmarks(Run(tiny_config), names)
@@ -202,6 +206,7 @@ def test_a_finished_benchmark_is_not_sampled_again(tiny_config: Config, digits: 
         run_benchmarks(Run(tiny_config), names)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_benchmark_goes_on_where_it_was(
     tiny_config: Config, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +231,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(
     assert not list(Path(config.run_dir).rglob("*.journal.jsonl"))
 
 
+@pytest.mark.thorough
 def test_a_data_set_in_a_folder_is_loaded_as_from_the_hub(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +318,7 @@ def test_what_cannot_be_evaluated_says_so(tiny_config: Config, data: Path, digit
         read_benchmark(str(digits))
 
 
+@pytest.mark.thorough
 def test_the_command(tiny_config: Config, tiny_path: Path, data: Path, tmp_path: Path) -> None:
     path, adapter = write_yaml(tiny_config, tmp_path / "run.yaml"), save_adapter(tiny_path, tmp_path / "adapter")
     options = ("--adapter", adapter, "--data", data, "--limit", 2, "--samples", 2, "--out", tmp_path / "out")

@@ -58,6 +58,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_a_training_killed_at_any_step_ends_with_the_same_bits(
@@ -186,6 +187,7 @@ def test_the_metrics_log_keeps_the_steps_of_the_checkpoint(tmp_path: Path) -> No
     assert path.read_text() == ""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["activation_checkpointing", "compile"])
 def test_layer_options_change_nothing_but_the_cost(tiny: CausalLM, fresh: Callable[..., Adapter], option: str) -> None:
     short = CONFIG.model_copy(update={"epochs": 0.8})
@@ -200,6 +202,7 @@ def test_layer_options_change_nothing_but_the_cost(tiny: CausalLM, fresh: Callab
     assert not any(module.training for module in tiny.model.modules() if not isinstance(module, lora.LoraLinear))
 
 
+@pytest.mark.thorough
 def test_two_processes_under_torchrun_equal_one(tiny_path: Path, tmp_path: Path) -> None:
     """gloo on two processes: the same global batch, so the same adapter up to the order of sums."""
     script = tmp_path / "one.py"

@@ -33,6 +33,7 @@ def test_the_highest_pass_rate_wins_and_of_equal_ones_the_earliest() -> None:
     assert best(found).step == 20
 
 
+@pytest.mark.thorough
 def test_the_best_candidate_becomes_the_adapter(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(config)
     judged: list[set[str]] = []
@@ -63,6 +64,7 @@ def test_the_best_candidate_becomes_the_adapter(config: Config, monkeypatch: pyt
     assert not run.path("choosing").exists()
 
 
+@pytest.mark.thorough
 def test_candidates_of_an_interrupted_training_are_those_of_an_undisturbed_one(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +104,7 @@ def test_candidates_without_problems_to_choose_on_are_refused(tiny_config: Confi
         changed(tiny_config, train={"candidates": 2})
 
 
+@pytest.mark.thorough
 def test_an_adapter_that_is_not_chosen_yet_is_not_merged(config: Config, tmp_path: Path) -> None:
     run = Run(config)
     for stage in list(STAGES)[:6]:
@@ -110,6 +113,7 @@ def test_an_adapter_that_is_not_chosen_yet_is_not_merged(config: Config, tmp_pat
         run.merged(tmp_path / "merged")
 
 
+@pytest.mark.thorough
 def test_an_absent_candidate_is_named(config: Config) -> None:
     run = Run(config)
     run.run()

@@ -90,7 +90,7 @@ def test_a_model_compared_with_itself_is_unshifted(tiny: CausalLM, tiny_path: Pa
 
 
 def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, tmp_path: Path) -> None:
-    from conftest import save_tiny_model
+    from tiny import save_tiny_model
 
     with pytest.raises(AnalysisError, match="no completion tokens"):
         compare_models(tiny, adapter_path, [], tmp_path)
@@ -111,6 +111,7 @@ def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, 
         compare_models(other, adapter_path, rollouts(), tmp_path)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_table_json_and_picture(finished: Run, tmp_path: Path) -> None:
     run = finished
     done = command("compare", write_yaml(run.config, tmp_path / "run.yaml"))

@@ -60,7 +60,7 @@ def test_a_partial_selection_keeps_the_published_gate_unless_another_is_named(tm
 
 
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the key 'train' stands twice"):
+    with pytest.raises(ConfigError, match="duplicate key 'train'"):
         load_config(write(tmp_path, MINIMAL + "train: {epochs: 2}\ntrain: {clip: 0.5}\n"))
 
 

@@ -162,6 +162,7 @@ def test_the_model_is_the_same_with_and_without_the_cache(
     assert source.fingerprint(settings) == before  # of the GGUF
 
 
+@pytest.mark.thorough
 def test_the_demos_model_is_the_same_with_and_without_the_cache(
     demo_lm: model.CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +299,7 @@ print(float(sum(p.double().sum() for p in lm.model.parameters())))
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_convert_it_once(tiny_gguf: Path, cache: Path) -> None:
     """The lock is held until both have started, so that both come upon an entry that is not there."""
     found = converted.entry(tiny_gguf, tiny_gguf.parent, "float32")

@@ -52,6 +52,7 @@ def test_every_start_counts_also_one_that_failed(tmp_path: Path) -> None:
     assert stage_costs(tmp_path / "none.jsonl", ["train"], CostConfig()) == []
 
 
+@pytest.mark.thorough
 def test_what_an_interrupted_scoring_read_is_counted_once(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(changed(tiny_config, score={"shard_tokens": 300}))
     for stage in list(STAGES)[:3]:

@@ -206,6 +206,7 @@ def test_what_has_no_answer_is_refused() -> None:
         cover(rollouts, scores, TAU, draws=0)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_table_json_and_picture(tiny_config: Config, tmp_path: Path) -> None:
     run, config = Run(tiny_config), write_yaml(tiny_config, tmp_path / "run.yaml")
     early = command("coverage", config)

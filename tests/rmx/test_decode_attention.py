@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_tiny_model
+from tiny import save_tiny_model
 from torch import Tensor
 
 from rmx import decode_attention, engines

@@ -46,6 +46,7 @@ def made(config: hf.PretrainedConfig, tiny: CausalLM, dtype: torch.dtype = torch
     return wrap(hf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False), tiny.tokenizer)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SERVED)
 @torch.no_grad()
 def test_steps_of_padded_batches_are_whole_sequences(name: str, tiny: CausalLM) -> None:

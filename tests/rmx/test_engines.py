@@ -46,6 +46,7 @@ def sampled(
 # transformers' continuous batching
 
 
+@pytest.mark.thorough
 def test_greedy_batches_equal_the_loop(tiny: CausalLM) -> None:
     ours, theirs = (sampled(tiny, engine, temperature=0.0, samples=2) for engine in ("loop", "generate_batch"))
     for mine, other in zip(ours, theirs, strict=True):
@@ -56,6 +57,7 @@ def test_greedy_batches_equal_the_loop(tiny: CausalLM) -> None:
     assert {r.finish_reason for r in theirs} == {"stop", "length"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 3}, {"top_p": 1.0}], ids=str)
 def test_batches_follow_the_cut_distribution(tiny: CausalLM, cut: dict[str, Any]) -> None:
     """First tokens of 600 samples against the loop's probabilities: within 5 standard deviations."""
@@ -76,6 +78,7 @@ def test_batches_follow_the_cut_distribution(tiny: CausalLM, cut: dict[str, Any]
             assert r.logprobs == pytest.approx(logprobs.get(r.completion_ids[0], r.logprobs), abs=2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [8, 3])
 def test_batches_are_repeatable_and_survive_a_kill(tiny: CausalLM, batch_size: int) -> None:
     torch.manual_seed(0)
@@ -90,6 +93,7 @@ def test_batches_are_repeatable_and_survive_a_kill(tiny: CausalLM, batch_size: i
     assert torch.equal(drawn, torch.rand(3))  # torch's own stream is left as it was
 
 
+@pytest.mark.thorough
 def test_batches_see_the_adapter_and_leave_the_model_as_it_was(tiny: CausalLM) -> None:
     base = sampled(tiny, "generate_batch", temperature=0.0, samples=1)
     adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=64), 0)
@@ -105,6 +109,7 @@ def test_batches_see_the_adapter_and_leave_the_model_as_it_was(tiny: CausalLM) -
     assert tiny.model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_broken_model_fails_the_batch(tiny: CausalLM, temperature: float) -> None:
     with torch.no_grad():
@@ -286,7 +291,7 @@ def test_ids_are_made_from_text_where_a_server_has_only_that(
     assert len({body["seed"] for body in asked}) == 20
     settings = json.loads(asked[0]["generation_config"])
     assert settings == {"do_sample": True, "top_k": 3, "eos_token_id": [2]}
-    assert " ".join(capsys.readouterr().err.split()).count("they are made from its text") == 1
+    assert " ".join(capsys.readouterr().err.split()).count("its text is tokenised again") == 1
 
 
 def test_a_server_that_only_chats_gets_turns(
@@ -414,6 +419,7 @@ def served(tiny_path: Path) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.thorough
 def test_transformers_serve_says_what_the_loop_says(
     tiny: CausalLM, served: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +435,7 @@ def test_transformers_serve_says_what_the_loop_says(
         assert other.completion_ids[-1] == 2 or other.finish_reason == "length"
 
 
+@pytest.mark.thorough
 def test_transformers_serve_samples(tiny: CausalLM, served: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings arrive: samples differ, top_k=1 leaves only the greedy one, one at a time they are repeatable."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")

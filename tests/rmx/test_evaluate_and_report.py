@@ -102,6 +102,7 @@ def test_too_few_problems_are_not_called_a_result() -> None:
         compare(PROBLEMS, side(nothing, 2), side(nothing, 2), draws=10, seed=0)
 
 
+@pytest.mark.thorough
 def test_the_picture_shows_gate_curves_and_accuracy(tmp_path: Path) -> None:
     history = [StepMetrics(i, 1.0, 1.0, 0.1, None if i == 2 else 0.1, -0.1, 1.0, 1e-4, 10, 0.1) for i in range(1, 6)]
     path = tmp_path / "report.png"

@@ -247,6 +247,7 @@ def elsewhere(run: Run, name: str, **sections: Any) -> Run:
     return Run(changed(run.config, run_dir=str(Path(run.config.run_dir).with_name(name)), **sections))
 
 
+@pytest.mark.thorough
 def test_a_run_exported_and_imported_trains_the_same_adapter(finished: Run, released: Path) -> None:
     again = elsewhere(finished, "again")
     import_run(again, released)
@@ -262,6 +263,7 @@ def test_a_run_exported_and_imported_trains_the_same_adapter(finished: Run, rele
         assert read(path) == read(released / path.name)
 
 
+@pytest.mark.thorough
 def test_rollouts_without_a_training_set_are_scored_and_selected_anew(finished: Run, released: Path) -> None:
     (released / "training_set.json").unlink()
     again = elsewhere(finished, "again")
@@ -271,6 +273,7 @@ def test_rollouts_without_a_training_set_are_scored_and_selected_anew(finished: 
     assert again.training_set() == finished.training_set()
 
 
+@pytest.mark.thorough
 def test_a_training_set_alone_is_scored_for_its_base_states(finished: Run, released: Path) -> None:
     (released / "rollouts.json").unlink()
     flipped = read(released / "training_set.json")
@@ -342,6 +345,7 @@ def test_files_that_do_not_agree_are_refused(finished: Run, released: Path) -> N
     refused("rollouts.json", r"rollouts\[0\]: tokens: 777 is not among the 21 tokens of", tokens=large)
 
 
+@pytest.mark.thorough
 def test_other_prompts_are_refused_unless_they_are_asked_for(finished: Run, released: Path) -> None:
     other = {"style": "qa"}
     with pytest.raises(ArtefactError, match=r"rollouts\[0\]: tokens.0: the prompt goes on with '<s>.*set `prompt`"):

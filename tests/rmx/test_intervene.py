@@ -73,6 +73,7 @@ def naive(run: Run, adapter: lora.Adapter, key: tuple[str, int], prompt: list[in
     return ids, taken, changed_
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 @pytest.mark.parametrize(("gate", "tau"), [("disagreement", None), ("entropy", 2.2)])
 def test_every_arm_is_that_of_a_naive_decoding(
@@ -107,6 +108,7 @@ def test_every_arm_is_that_of_a_naive_decoding(
     assert result.arms["gated"].taken == sum(len(c.taken) for c in found["gated"]) / tokens
 
 
+@pytest.mark.thorough
 def test_base_and_other_are_what_the_evaluation_samples(run: Run) -> None:
     run.run()
     with paired(run.lm, run.path("adapter"), run.config.model, run.renderer.fingerprint) as pair:
@@ -121,6 +123,7 @@ def test_base_and_other_are_what_the_evaluation_samples(run: Run) -> None:
             assert mine[rollout["problem_id"], rollout["sample"]]["completion_ids"] == rollout["completion_ids"]
 
 
+@pytest.mark.thorough
 def test_a_killed_start_goes_on_at_its_unit(run: Run, adapter_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     with paired(run.lm, adapter_path, run.config.model, "") as pair:
         whole = intervene(run, pair, run.path("whole"))
@@ -142,8 +145,9 @@ def test_a_killed_start_goes_on_at_its_unit(run: Run, adapter_path: Path, monkey
         assert made[0] == 1 + len(ARMS) * units + 3 * units  # base and other are the same
 
 
+@pytest.mark.thorough
 def test_another_model_may_choose_too_and_its_eos_ends_a_completion(run: Run, tmp_path: Path) -> None:
-    from conftest import save_tiny_model
+    from tiny import save_tiny_model
 
     other = save_tiny_model(tmp_path / "other", initializer_range=0.6)
     generation = other / "generation_config.json"
@@ -196,6 +200,7 @@ def test_what_cannot_be_done_is_refused(run: Run, adapter_path: Path, tiny: Caus
             intervene(run, pair, run.path("intervene"), "disagreement", 1.0)
 
 
+@pytest.mark.thorough
 def test_the_command_writes_table_json_and_picture(run: Run, tmp_path: Path) -> None:
     path = write_yaml(run.config, tmp_path / "run.yaml")
     early = command("intervene", path)

@@ -35,6 +35,7 @@ def saved(tiny: model.CausalLM, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj"], ["mlp.down_proj"]])
 @torch.no_grad()
 def test_peft_loads_it_and_gives_the_same_logits(demo_lm: model.CausalLM, tmp_path: Path, targets: list[str]) -> None:
@@ -128,7 +129,7 @@ def test_targets_that_do_not_fit_are_named(tiny: model.CausalLM, targets: list[s
 def test_an_adapter_for_another_model_is_refused_and_leaves_the_model_alone(
     tiny: model.CausalLM, saved: Path, tmp_path: Path
 ) -> None:
-    from conftest import save_tiny_model
+    from tiny import save_tiny_model
 
     base = tiny.model(IDS).logits
     other = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "w", hidden_size=64)), dtype="float32"))

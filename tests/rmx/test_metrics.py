@@ -185,6 +185,7 @@ def test_a_share_of_a_barely_clear_gap_stays_a_number(seed: int) -> None:
         assert np.isfinite([share.low, share.high]).all() and share.low <= share.mean <= share.high
 
 
+@pytest.mark.thorough
 def test_the_interval_of_a_share_covers_it() -> None:
     """Of 200 samples of problems with a true share of one half, about 95 % of the intervals hold it."""
     random, hits, seen = np.random.default_rng(1), 0, 0

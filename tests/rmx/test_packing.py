@@ -92,6 +92,7 @@ COMPILED = {  # forms of a layer: with and without a window
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", COMPILED)
 def test_a_layer_is_compiled_once_for_all_layers_and_lengths(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph a form, without a break, whatever the number of tokens and sequences; the gradients stay the same."""
@@ -309,6 +310,7 @@ def test_activation_checkpointing_leaves_the_dropout_of_layers_off() -> None:
     assert [layer.dropout for layer in forward.decoder_layers(lm.model)[1]] == [0.5, 0.5]
 
 
+@pytest.mark.thorough
 def test_the_real_model_packed_and_from_the_middle(demo_lm: CausalLM) -> None:
     forward.check(demo_lm, 15)
 

@@ -102,6 +102,7 @@ def test_a_stage_without_a_model_loads_nothing_of_it(
     Run(finished.config).execute(stage, again=True)
 
 
+@pytest.mark.thorough
 def test_a_stage_that_is_done_says_so_without_torch(finished: Run, tmp_path: Path) -> None:
     path = write_yaml(finished.config, tmp_path / "done.yaml")
     for stage in STAGES:
@@ -114,6 +115,7 @@ def test_a_stage_that_is_done_says_so_without_torch(finished: Run, tmp_path: Pat
         assert f"{stage} is done; --again redoes it" in done.stderr.replace("\n", " ")
 
 
+@pytest.mark.thorough
 def test_changed_settings_are_named_and_only_where_they_matter(finished: Run) -> None:
     with pytest.raises(RunError, match=r"stage 'train' .*train.epochs was 1.0, is now 3.0"):
         Run(changed(finished.config, train={"epochs": 3})).run()
@@ -125,6 +127,7 @@ def test_changed_settings_are_named_and_only_where_they_matter(finished: Run) ->
     assert len(retrained.history()) == 2 * len(finished.training_set()) // 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", [s for s in STAGES if s not in ("report",)])
 def test_a_failure_in_any_stage_loses_nothing_before_it(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -154,6 +157,7 @@ def test_a_failure_in_any_stage_loses_nothing_before_it(
     assert stage in again.stages()
 
 
+@pytest.mark.thorough
 def test_kill_in_the_middle_of_training_and_start_again(tiny_config: Config, tmp_path: Path) -> None:
     """SIGKILL after the second step; the next start finishes with what an undisturbed run gives."""
     slow = changed(tiny_config, train={"sequences_per_step": 1, "epochs": 3})
@@ -177,6 +181,7 @@ def test_kill_in_the_middle_of_training_and_start_again(tiny_config: Config, tmp
     assert Run(elsewhere).run() == result
 
 
+@pytest.mark.thorough
 def test_what_settings_name_is_watched_too(finished: Run, tiny_path: Path, tmp_path: Path) -> None:
     """Other weights or problems under the same name are other inputs."""
     problems = Path(finished.config.problems.sources[0].jsonl or "")
@@ -201,6 +206,7 @@ def test_what_settings_name_is_watched_too(finished: Run, tiny_path: Path, tmp_p
         Run(finished.config).run()
 
 
+@pytest.mark.thorough
 def test_an_interrupted_evaluation_keeps_what_still_fits(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = Run.generate
     made: list[str] = []
@@ -266,6 +272,7 @@ def test_mistakes_are_found_before_a_token_is_sampled(
         Run(changed(tiny_config, **sections)).run()
 
 
+@pytest.mark.thorough
 def test_a_warm_up_longer_than_the_training_is_found_as_early_as_can_be(tiny_config: Config) -> None:
     """At the start, by a bound; where fewer problems turn out to be of use, before the training's first step."""
     assert tiny_config.most_steps == 12
@@ -295,6 +302,7 @@ def test_evaluations_of_earlier_versions_count_as_done(finished: Run) -> None:
         Run(finished.config).is_done("evaluate")
 
 
+@pytest.mark.thorough
 def test_a_configuration_and_its_run_are_found_from_anywhere(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +336,7 @@ def test_an_empty_selection_stops_the_run_with_advice(tiny_config: Config) -> No
         Run(changed(tiny_config, rollouts={"temperature": 0.0})).run()
 
 
+@pytest.mark.thorough
 def test_the_command_line_runs_stages_and_reports_errors_in_one_line(tiny_config: Config, tmp_path: Path) -> None:
     path = write_yaml(tiny_config, tmp_path / "run.yaml")
     early = command("train", path)

@@ -86,6 +86,7 @@ def test_bars_of_other_libraries_are_drawn_on_terminals_alone(monkeypatch: pytes
     assert "3/3" in file.getvalue()  # as before
 
 
+@pytest.mark.thorough
 def test_a_model_loads_without_a_word(tiny_path: Path) -> None:
     program = f"from rmx import model, config; model.load(config.ModelConfig(name={str(tiny_path)!r}, device='cpu'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

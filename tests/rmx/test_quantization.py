@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from test_pipeline import changed
+from tiny import save_tiny_model
 from torch import nn
 
 from rmx import lora, model, rates

@@ -257,6 +257,7 @@ def test_hanging_up_ends_all_requests(serve: Callable[[Serve], str]) -> None:
     assert len(faults) == 3 and all("hung up" in fault for fault in faults)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_ends_requests_under_way(serve: Callable[[Serve], str], tiny_path: Path) -> None:
     first, held = threading.Event(), threading.Event()
 

@@ -69,6 +69,7 @@ def test_draws_follow_the_distribution() -> None:
     assert not (drawn == 3).any()
 
 
+@pytest.mark.thorough
 def test_greedy_equals_transformers(demo_lm: CausalLM) -> None:
     renderer = Renderer(demo_lm.tokenizer, PromptConfig())
     problems = [Problem("a", "What is 2 + 3?", "5"), Problem("b", "Name the capital of France.", "")]
@@ -96,6 +97,7 @@ def sampled(
     return generate_rollouts(lm, renderer, problems, settings, seed, known=known or [], on_unit=on_unit)
 
 
+@pytest.mark.thorough
 def test_a_rollout_depends_on_its_seed_and_problem_alone(tiny: CausalLM) -> None:
     together = sampled(tiny, PROBLEMS)
     apart = [rollout for problem in PROBLEMS for rollout in sampled(tiny, [problem])]
@@ -111,6 +113,7 @@ def ids(rollouts: list[Rollout]) -> list[Rollout]:
     return [dataclasses.replace(rollout, logprobs=None) for rollout in rollouts]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [128, 12, 4])  # all problems in one unit, two, a part of one
 def test_an_interrupted_start_ends_as_an_undisturbed_one(

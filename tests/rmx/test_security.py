@@ -67,6 +67,7 @@ def test_the_other_model_runs_no_code_because_the_base_may(tiny: CausalLM, tiny_
     assert not ran.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("category", [r"$\frac{$", "a$b", "$x^$", ESCAPE, "[bold]x[/nonsense]", "two\nlines", "\ud800"])
 def test_any_category_can_be_drawn_printed_and_put_on_the_page(
     page: html.Page,  # noqa: F811

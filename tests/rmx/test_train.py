@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model
+from tiny import save_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,6 +93,7 @@ def test_loss_and_gradient_equal_the_naive_ones_in_any_batching(
     torch.testing.assert_close(gradient(adapter, losses), expected_gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_real_model_agrees_with_the_naive_loss(demo_lm: CausalLM) -> None:
     adapter = lora.attach(demo_lm.model, LoraConfig(r=4, alpha=8), seed=0)
     g = torch.Generator().manual_seed(5)
@@ -110,6 +111,7 @@ def test_the_real_model_agrees_with_the_naive_loss(demo_lm: CausalLM) -> None:
         lora.detach(demo_lm.model, adapter)
 
 
+@pytest.mark.thorough
 def test_no_tensor_of_tokens_by_vocabulary_is_made(demo_lm: CausalLM) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -135,6 +137,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(demo_lm: CausalLM) -> None:
     assert largest < 4 * 159 * 49152 / 4
 
 
+@pytest.mark.thorough
 def test_training_moves_log_probs_the_right_way_and_the_metrics_say_so(tiny: CausalLM) -> None:
     adapter = lora.attach(tiny.model, LoraConfig(r=4, alpha=8), seed=0)
     config = TrainConfig(epochs=12, sequences_per_step=5, learning_rate=0.01, warmup_steps=0, token_budget=20)

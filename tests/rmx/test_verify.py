@@ -117,6 +117,7 @@ def moody(problem: Problem, text: str) -> Judgement:
     return "right", text, ""
 
 
+@pytest.mark.thorough
 def test_a_hanging_or_dying_verifier_costs_only_its_own_rollout() -> None:
     texts = ["a", "hang", "die", "throw", "b", "a", "c"]
     rollouts = [Rollout("p", i, [1], [2], "stop", text) for i, text in enumerate(texts)]
@@ -152,6 +153,7 @@ def busy(problem: Problem, text: str) -> Judgement:
         pass
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread looks once a second")
 def test_a_worker_dies_with_a_parent_that_is_killed() -> None:
     script = f"""

@@ -29,6 +29,7 @@ REFUSED = {  # all that are; the rest of HARD is served
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", zoo.CHECKS)
 @pytest.mark.parametrize("kind", [kind for kind in HARD if kind in zoo.architectures()])
 def test_hard_architectures(kind: str, name: str) -> None:
