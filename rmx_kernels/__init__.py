@@ -9,8 +9,9 @@ from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
 from rmx_kernels.head.configs import set_logits_dtype, set_scratch_bytes
 from rmx_kernels.losses.api import gated_contrastive_loss, linear_gated_contrastive_loss, linear_logprob_kl
 from rmx_kernels.losses.cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
-from rmx_kernels.results import ContrastiveLoss, CrossEntropy, LogprobKL, VocabStats
+from rmx_kernels.results import ContrastiveLoss, CrossEntropy, KeptStats, LogprobKL, VocabStats
 from rmx_kernels.statistics.api import entropy_topk, linear_entropy_topk
+from rmx_kernels.statistics.kept import kept_set, linear_kept_logprobs
 from rmx_kernels.version import __version__
 from rmx_kernels.wrappers import in_forward
 
@@ -20,6 +21,7 @@ __all__ = [
     "CausalLMHead",
     "ContrastiveLoss",
     "CrossEntropy",
+    "KeptStats",
     "LinearCrossEntropyLoss",
     "LogprobKL",
     "VocabStats",
@@ -29,9 +31,11 @@ __all__ = [
     "gated_contrastive_loss",
     "head_of",
     "in_forward",
+    "kept_set",
     "linear_cross_entropy",
     "linear_entropy_topk",
     "linear_gated_contrastive_loss",
+    "linear_kept_logprobs",
     "linear_logprob_kl",
     "set_logits_dtype",
     "set_scratch_bytes",

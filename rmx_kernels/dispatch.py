@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from rmx_kernels import native
 
@@ -70,15 +69,6 @@ def backends() -> dict[str, Backend]:
     ...     print(backend.name, backend.available, backend.reason)  # doctest: +SKIP
     """
     return {impl: _describe(impl) for impl in IMPLS}
-
-
-def chosen(op: str, impl: str | None, x: Tensor) -> str:
-    """:func:`choose` for the device and dtype of x, once in a process for each; a constant of compiled functions."""
-    if torch.compiler.is_compiling():
-        from rmx_kernels.traced import choose as constant  # takes seconds, unless torch.compile is at work already
-
-        return constant(op, impl, x.device.type, x.dtype)
-    return remembered(op, impl, x.device.type, x.dtype)
 
 
 def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:

@@ -46,5 +46,13 @@ class CrossEntropy(NamedTuple):
     accuracy: Tensor  # []  share of the rows whose target it is; NaN without rows
 
 
-for kind in (VocabStats, ContrastiveLoss, LogprobKL, CrossEntropy):  # torch.export saves what it knows by name
+class KeptStats(NamedTuple):
+    """Of a distribution that is renormalised over a set of kept tokens. All are differentiable."""
+
+    logprob: Tensor | None  # [B...]  log q(target), nats; -inf for a target outside of the set; None without a target
+    entropy: Tensor  # [B...]  of q, nats
+    logprobs: Tensor  # [B..., K]  log q of the kept tokens, nats; -inf where there is none
+
+
+for kind in (VocabStats, ContrastiveLoss, LogprobKL, CrossEntropy, KeptStats):  # torch.export saves these by name
     pytree._register_namedtuple(kind, serialized_type_name=f"{__name__}.{kind.__name__}")

@@ -5,7 +5,7 @@ The linear ones make no tensor of size [tokens, vocabulary].
 
 from torch import Tensor
 
-from rmx_kernels import checks, dispatch
+from rmx_kernels import checks, choice
 from rmx_kernels.logits import Logits, LoRA, linear
 from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
@@ -63,7 +63,7 @@ def gated_contrastive_loss(
     checks.row_weights("ce_weight", ce_weight, rows, logits.device)
     checks.row_weights("kl_weight", kl_weight, rows, logits.device)
     checks.targets(target, rows, V, logits.device, used=(ce_weight != 0) | (kl_weight != 0))
-    chosen = dispatch.chosen("gated_contrastive_loss", impl, logits)
+    chosen = choice.chosen("gated_contrastive_loss", impl, logits)
     z = Logits(logits, temperature=temperature, softcap=softcap)
     return contrastive_loss(Pair(z, base_logits, target), ce_weight, kl_weight, None, chosen)
 
@@ -134,7 +134,7 @@ def linear_gated_contrastive_loss(
         checks.row_weights("base_lse", base_lse, rows, hidden.device)
         checks.full_precision("base_lse", base_lse)
     checks.targets(target, rows, weight.shape[0], hidden.device, used=(ce_weight != 0) | (kl_weight != 0))
-    chosen = dispatch.chosen("linear_gated_contrastive_loss", impl, hidden)
+    chosen = choice.chosen("linear_gated_contrastive_loss", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
     return contrastive_loss(Pair(z, base_hidden, target), ce_weight, kl_weight, base_lse, chosen)
 
@@ -192,6 +192,6 @@ def linear_logprob_kl(
     checks.lora(hidden, weight, lora)
     checks.scaling(temperature, softcap)
     checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
-    chosen = dispatch.chosen("linear_logprob_kl", impl, hidden)
+    chosen = choice.chosen("linear_logprob_kl", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
     return logprob_kl(Pair(z, base_hidden, target), chosen)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rmx_kernels import checks, dispatch
+from rmx_kernels import checks, choice
 from rmx_kernels.logits import Logits, LoRA, linear
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.op import statistics
@@ -52,7 +52,7 @@ def entropy_topk(
     checks.top_k(k, logits.shape[-1])
     if target is not None:
         checks.candidates(target, logits.shape[:-1], logits.shape[-1], logits.device)
-    chosen = dispatch.chosen("entropy_topk", impl, logits)
+    chosen = choice.chosen("entropy_topk", impl, logits)
     z = Logits(logits, temperature=temperature, softcap=softcap)
     return statistics(z, target, k, chosen)
 
@@ -101,5 +101,5 @@ def linear_entropy_topk(
     checks.top_k(k, weight.shape[0])
     if target is not None:
         checks.candidates(target, hidden.shape[:-1], weight.shape[0], hidden.device)
-    chosen = dispatch.chosen("linear_entropy_topk", impl, hidden)
+    chosen = choice.chosen("linear_entropy_topk", impl, hidden)
     return statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen)

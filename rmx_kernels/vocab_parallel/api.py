@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmx_kernels import checks, dispatch
+from rmx_kernels import checks, choice
 from rmx_kernels.logits import Logits, LoRA, linear
 from rmx_kernels.losses.api import linear_gated_contrastive_loss
 from rmx_kernels.results import ContrastiveLoss, VocabStats, named
@@ -90,7 +90,7 @@ def vocab_parallel_entropy_topk(
         checks.top_k(k, MAX_VOCAB)
         if target is not None:
             checks.targets(target, hidden.shape[:-1], MAX_VOCAB, hidden.device)
-        dispatch.chosen("linear_entropy_topk", impl, hidden)
+        choice.chosen("linear_entropy_topk", impl, hidden)
         found |= {"operator": 0, "k": k}
         if check:
             found |= targets_of(target) | values_of("hidden", hidden)
@@ -102,7 +102,7 @@ def vocab_parallel_entropy_topk(
     if world == 1:
         scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
         return linear_entropy_topk(hidden, weight, target, bias=bias, lora=lora, k=k, impl=impl, **scaling)
-    shard = Shard(group, start, dispatch.chosen("linear_entropy_topk", impl, hidden))
+    shard = Shard(group, start, choice.chosen("linear_entropy_topk", impl, hidden))
     z = linear(hidden, weight, bias, lora, float(temperature), softcap).rows()
     ids = None if target is None else target.reshape(-1).long()
     lse, entropy, logprob, values, topk_ids = Statistics.apply(shard, *z, ids, k)
@@ -174,7 +174,7 @@ def vocab_parallel_gated_contrastive_loss(
         used = (ce_weight != 0) | (kl_weight != 0)
         checks.targets(target, rows, MAX_VOCAB, hidden.device, used=used)
         for op in ("linear_entropy_topk", "linear_logprob_kl"):
-            dispatch.chosen(op, impl, hidden)
+            choice.chosen(op, impl, hidden)
         found |= {"operator": 1, "k": 0}
         if check:
             live = {f"rows with {n}_weight": int((w != 0).sum()) for n, w in (("ce", ce_weight), ("kl", kl_weight))}
@@ -190,7 +190,7 @@ def vocab_parallel_gated_contrastive_loss(
         return linear_gated_contrastive_loss(
             hidden, base_hidden, weight, target, *weights, bias=bias, lora=lora, impl=impl, **scaling
         )
-    shard = Shard(group, start, dispatch.chosen("linear_logprob_kl", impl, hidden))
+    shard = Shard(group, start, choice.chosen("linear_logprob_kl", impl, hidden))
     z = linear(hidden, weight, bias, lora, float(temperature), softcap).rows()
     base, ids = base_hidden.detach().reshape(z.x.shape), target.reshape(-1).long()
     ce, kl_w = (w.detach().reshape(-1).to(z.real) for w in (ce_weight, kl_weight))

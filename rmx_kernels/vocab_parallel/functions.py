@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rmx_kernels.logits import TENSORS, Logits, Needs
+from rmx_kernels.once import differentiable_once
 from rmx_kernels.vocab_parallel import merge
 from rmx_kernels.vocab_parallel.agreement import MAX_VOCAB
-from rmx_kernels.vocab_parallel.once import differentiable_once
 from rmx_kernels.vocab_parallel.shard import NEG_INF, Gradients, Shard
 
 OPERANDS = slice(1, 1 + len(TENSORS))  # of the arguments of a function, after the shard
