@@ -9,7 +9,8 @@ from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
 from rmx_kernels.head.configs import set_logits_dtype, set_scratch_bytes
 from rmx_kernels.losses.api import gated_contrastive_loss, linear_gated_contrastive_loss, linear_logprob_kl
 from rmx_kernels.losses.cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
-from rmx_kernels.results import ContrastiveLoss, CrossEntropy, KeptStats, LogprobKL, VocabStats
+from rmx_kernels.losses.policy import PolicyOptions, linear_policy_loss
+from rmx_kernels.results import ContrastiveLoss, CrossEntropy, KeptStats, LogprobKL, PolicyLoss, VocabStats
 from rmx_kernels.statistics.api import entropy_topk, linear_entropy_topk
 from rmx_kernels.statistics.kept import kept_set, linear_kept_logprobs
 from rmx_kernels.version import __version__
@@ -24,6 +25,8 @@ __all__ = [
     "KeptStats",
     "LinearCrossEntropyLoss",
     "LogprobKL",
+    "PolicyLoss",
+    "PolicyOptions",
     "VocabStats",
     "__version__",
     "backends",
@@ -37,6 +40,7 @@ __all__ = [
     "linear_gated_contrastive_loss",
     "linear_kept_logprobs",
     "linear_logprob_kl",
+    "linear_policy_loss",
     "set_logits_dtype",
     "set_scratch_bytes",
     "token_logprobs",

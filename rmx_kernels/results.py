@@ -54,5 +54,17 @@ class KeptStats(NamedTuple):
     logprobs: Tensor  # [B..., K]  log q of the kept tokens, nats; -inf where there is none
 
 
-for kind in (VocabStats, ContrastiveLoss, LogprobKL, CrossEntropy, KeptStats):  # torch.export saves these by name
+class PolicyLoss(NamedTuple):
+    """The loss, and its detached parts for metrics (NaN in rows that do not count)."""
+
+    loss: Tensor  # []  differentiable
+    logprob: Tensor  # [B, T]  nats
+    entropy: Tensor  # [B, T]  nats
+    ratio: Tensor  # [B, T]  to the policy that sampled, before clipping
+    kl: Tensor  # [B, T]  the penalty, nats; NaN without one
+    clipped: Tensor  # []  share of the tokens whose ratio was clipped
+
+
+RESULTS = (VocabStats, ContrastiveLoss, LogprobKL, CrossEntropy, KeptStats, PolicyLoss)
+for kind in RESULTS:  # torch.export saves these by name
     pytree._register_namedtuple(kind, serialized_type_name=f"{__name__}.{kind.__name__}")

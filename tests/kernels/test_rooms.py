@@ -15,7 +15,15 @@ ORDER = (
     *("logits", "head", "head.configs", "head.kernels", "head.launch", "head.gradient", "head.reference", "head.cpu"),
     *("head.triton", "statistics", "statistics.op", "statistics.reference", "statistics.cpu", "statistics.kernels"),
     *("statistics.triton", "statistics.api", "statistics.kept", "losses", "losses.op", "losses.reference"),
-    *("losses.cpu", "losses.kernels", "losses.triton", "losses.api", "losses.cross_entropy", "vocab_parallel.merge"),
+    *(
+        "losses.cpu",
+        "losses.kernels",
+        "losses.triton",
+        "losses.api",
+        "losses.cross_entropy",
+        "losses.policy",
+        "vocab_parallel.merge",
+    ),
     *("vocab_parallel.agreement", "vocab_parallel.shard", "vocab_parallel.functions", "vocab_parallel.api"),
     *("vocab_parallel", "wrappers", "head_check", "causal_lm", "doctor", ""),
 )
@@ -25,6 +33,7 @@ DOORS = (
     "statistics/kept.py",
     "losses/api.py",
     "losses/cross_entropy.py",
+    "losses/policy.py",
     "vocab_parallel/api.py",
     "causal_lm.py",
 )  # keyword arguments of the public
