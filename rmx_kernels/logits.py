@@ -1,6 +1,6 @@
 """The operand of every operator: rows of logits, given as they are or as hidden states with an output head."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,12 @@ def gradient_dtype(x: Tensor, impl: str) -> torch.dtype:
 def flat(x: Tensor | None) -> Tensor | None:
     """The rows of x [B..., columns], [N, columns]."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices of ``size``, the last one shorter, that cover range(count)."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 class Logits(NamedTuple):

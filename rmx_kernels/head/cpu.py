@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import native
-from rmx_kernels.head.reference import chunks
-from rmx_kernels.logits import Logits, product_dtype
+from rmx_kernels.logits import Logits, chunks, product_dtype
 
 LOGIT_BYTES = 48 << 20  # of the whole rows of logits that are held at a time
 TILE_COLUMNS = 8192  # of a [rows, columns] tile: 8 MiB in bfloat16; a multiple of the kernels' block

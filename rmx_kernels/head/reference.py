@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.logits import Gradients, Logits, Needs
+from rmx_kernels.logits import Gradients, Logits, Needs, chunks
 
 TILE_COLUMNS = 8192  # fixed, so that the order of summation in a row never depends on the number of rows
 TILE_BYTES = 4 << 20  # of one fp32 tile; about ten are alive at once
@@ -22,12 +22,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b. Under 4 rows BLAS takes another path, with other bits and larger errors, so there are always 4."""
     n = a.shape[0]
     return a @ b if n >= 4 else (torch.nn.functional.pad(a, (0, 0, 0, 4 - n)) @ b)[:n].clone()
-
-
-def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of ``size``, the last one shorter, that cover range(count)."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 class HeadSlice(NamedTuple):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from rmx_kernels.head import configs
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.reference import chunks
-from rmx_kernels.logits import Logits, Needs
+from rmx_kernels.logits import Logits, Needs, chunks
 
 Index = Tensor | slice
 

@@ -17,8 +17,7 @@ from rmx_kernels import checks, native
 from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.reference import chunks
-from rmx_kernels.logits import Gradients, Needs, gradient_dtype
+from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 from rmx_kernels.losses.op import BASE_MASS_TOLERANCE, LossForward, Pair, Terms, Weights
 from rmx_kernels.losses.reference import live_rows
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from rmx_kernels import checks
-from rmx_kernels.head.reference import TILE_COLUMNS, chunks
-from rmx_kernels.logits import LoRA, compute_dtype
+from rmx_kernels.logits import LoRA, chunks, compute_dtype
 from rmx_kernels.losses.api import linear_gated_contrastive_loss
 from rmx_kernels.results import CrossEntropy
 from rmx_kernels.statistics.api import linear_entropy_topk
 
+CLASSES = 8192  # of the head that are summed up at a time
 IGNORED = -100  # torch's default of ignore_index
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -131,7 +131,7 @@ def _weighted_sum_of_logits(
 
 def _weighted_sum(matrix: Tensor, classes: Tensor) -> Tensor:
     """matrix.T @ classes in the dtype of the latter, a slice of the classes at a time."""
-    parts = [matrix[part].to(classes.dtype).T @ classes[part] for part in chunks(classes.shape[0], TILE_COLUMNS)]
+    parts = [matrix[part].to(classes.dtype).T @ classes[part] for part in chunks(classes.shape[0], CLASSES)]
     return torch.stack(parts).sum(0)
 
 

@@ -154,9 +154,10 @@ def contrastive_loss(pair: Pair, weights: Weights, base_lse: Tensor | None, grad
             kl[index] = row_kl
             loss = loss + (kl_weight[index] * row_kl).sum()
             norms[2, index] = torch.where(row_kl.isnan(), row_kl, norms[2, index])  # so that no gradient is a number
-    dx, du = sink.x, sink.lora_hidden
+    dx, du = (ce.new_empty(0) for _ in range(2))
     if gradient:
-        dx, du = dx.view(z.x.shape), du if z.lora_hidden is None else du.view(z.lora_hidden.shape)
+        dx = sink.x.view(z.x.shape)
+        du = du if z.lora_hidden is None else sink.lora_hidden.view(z.lora_hidden.shape)
     return loss, logprob.view(lead), kl.view(lead), norms, dx, du
 
 

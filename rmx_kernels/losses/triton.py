@@ -18,9 +18,8 @@ from torch import Tensor
 from rmx_kernels.head import configs
 from rmx_kernels.head.gradient import HeadGradient
 from rmx_kernels.head.launch import Rows, launch, power_of_2, scaling
-from rmx_kernels.head.reference import chunks
 from rmx_kernels.head.triton import Head, Index, head_gradient, multiple, row_sizes
-from rmx_kernels.logits import Gradients, Needs, gradient_dtype
+from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 from rmx_kernels.losses import kernels
 from rmx_kernels.losses.op import BASE_MASS_TOLERANCE, LossForward, Pair, Terms, Weights
 from rmx_kernels.losses.reference import live_rows

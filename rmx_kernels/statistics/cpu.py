@@ -12,8 +12,8 @@ from rmx_kernels import checks, native
 from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.reference import chunks, pick
-from rmx_kernels.logits import Gradients, Logits, Needs
+from rmx_kernels.head.reference import pick
+from rmx_kernels.logits import Gradients, Logits, Needs, chunks
 from rmx_kernels.statistics.op import Forward, Saved, Upstream
 
 

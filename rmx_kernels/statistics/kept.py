@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks
-from rmx_kernels.head.reference import chunks
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import Logits, LoRA, chunks, linear
 from rmx_kernels.once import differentiable_once
 from rmx_kernels.results import KeptStats, VocabStats
 

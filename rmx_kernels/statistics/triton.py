@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rmx_kernels.head import configs
 from rmx_kernels.head.launch import Rows, launch, power_of_2, scaling
-from rmx_kernels.head.reference import VocabTiles, chunks
+from rmx_kernels.head.reference import VocabTiles
 from rmx_kernels.head.triton import Head, head_gradient, multiple, row_sizes
-from rmx_kernels.logits import Gradients, Logits, Needs
+from rmx_kernels.logits import Gradients, Logits, Needs, chunks
 from rmx_kernels.statistics import kernels
 from rmx_kernels.statistics.op import Forward, Saved, Upstream
 from rmx_kernels.statistics.reference import exact_topk
