@@ -1,14 +1,14 @@
 """The operand of every operator: rows of logits, given as they are or as hidden states with an output head."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LoRA = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of TENSORS; without elements where not asked for
+Gradients = Sequence[Tensor | None]  # of TENSORS; those that are not asked for are left out by the operators
 Needs = Sequence[bool]  # which gradients of TENSORS are asked for
 
 TENSORS = ("x", "weight", "bias", "lora_hidden", "lora_weight")
@@ -16,7 +16,7 @@ SCHEMA = (
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
     "float temperature, float? softcap"
 )
-GRADIENTS = "(Tensor dx, Tensor d_weight, Tensor d_bias, Tensor d_lora_hidden, Tensor d_lora_weight)"
+GRADIENTS = "Tensor[]"  # of TENSORS, those that are asked for alone
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,16 +101,28 @@ class Logits(NamedTuple):
             raw = self.softcap * torch.tanh(raw / self.softcap)
         return raw / self.temperature
 
-    def empty_gradients(self, needs: Needs) -> Gradients:
+    def empty_gradients(self, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for the gradients of :data:`TENSORS`, of the shape of each; without elements where not needed."""
         shapes = [x.shape if x is not None and need else (0,) for x, need in zip(self.tensors, needs, strict=True)]
         x, weight, bias, lora_hidden, lora_weight = (self.x.new_empty(shape) for shape in shapes)
         return x, weight, bias, lora_hidden, lora_weight
 
 
-def asked(gradients: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
-    """The gradients as autograd takes them: None where not asked for."""
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+def asked(gradients: Gradients, needs: Needs) -> list[Tensor]:
+    """As an operator returns them: those that are asked for alone."""
+    return [g for g, need in zip(gradients, needs, strict=True) if need and g is not None]
+
+
+def spread(gradients: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
+    """As autograd takes what an operator returned: one for each of TENSORS, None where not asked for."""
+    found = iter(gradients)
+    return [next(found) if need else None for need in needs]
+
+
+def fake_gradients(arguments: Sequence[Any]) -> list[Tensor]:
+    """The fake kernel of an operator of gradients, whose arguments begin with a Logits and end with (needs, impl)."""
+    pairs = zip(arguments[: len(TENSORS)], arguments[-2], strict=True)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in pairs if need]
 
 
 def linear(

@@ -231,13 +231,13 @@ def contrastive_loss_backward(pair: Pair, weights: Weights, norms: Tensor, g_los
     if z.weight is not None:
         rows, sink = HeadRows(live(pair.rows(), weights, norms)), HeadGradient(z, needs)
         rows.d_head(sink, g_loss)
-        return z.empty_gradients([False] * 5)[0], sink.weight, sink.bias, z.x.new_empty(0), sink.lora_weight
+        return None, sink.weight, sink.bias, None, sink.lora_weight
     of_logits = live(pair, weights, norms)
     dx = native.scratch(z.x.numel(), z.x.dtype).view(z.x.shape)
     if of_logits.n < pair.target.numel():
         dx.zero_()  # rows without a weight have no gradient
     of_logits.gradient(dx, g_loss.item())
-    return dx, *z.empty_gradients([False] * 5)[1:]
+    return dx, None, None, None, None
 
 
 def logprob_kl(pair: Pair) -> Terms:

@@ -2,10 +2,10 @@
 
     rmx_kernels::contrastive_loss           student, base_x, target, weights, base_lse -> loss [], logprob [B...],
                                             kl [B...], norms [4, N], dx, d_lora_hidden
-    rmx_kernels::contrastive_loss_backward  -> the gradients of logits.TENSORS; without elements where not needed
+    rmx_kernels::contrastive_loss_backward  -> the gradients of logits.TENSORS that are asked for
     rmx_kernels::times                      a gradient that came with the value, times the upstream gradient
     rmx_kernels::logprob_kl                 student, base_x, target -> logprob [B...], kl [B...], norms [4, N]
-    rmx_kernels::logprob_kl_backward        -> the gradients of logits.TENSORS; without elements where not needed
+    rmx_kernels::logprob_kl_backward        -> the gradients of logits.TENSORS that are asked for
 
 norms: m and log d of the N flattened rows of the student, then of the base, where lse = m + log d; NaN where unused.
 The weights of the rows are known before the loss is. So for hidden states dx and d_lora_hidden come with the value, for
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import dispatch, logits
-from rmx_kernels.logits import Gradients, Logits, asked, gradient_dtype
+from rmx_kernels.logits import Logits, asked, fake_gradients, gradient_dtype, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
@@ -86,15 +86,14 @@ def _fake_loss(*arguments: Any) -> LossForward:
     return logprob.new_empty(()), logprob, kl, norms, dx, du
 
 
-def _loss_backward(*arguments: Any) -> Gradients:
+def _loss_backward(*arguments: Any) -> list[Tensor]:
     pair, (ce_weight, kl_weight, norms, g_loss, needs, impl) = _pair(arguments)
     weights = ce_weight, kl_weight
-    result: Gradients = _run("contrastive_loss_backward", impl, pair, weights, norms, g_loss, needs)
-    return result
+    return asked(_run("contrastive_loss_backward", impl, pair, weights, norms, g_loss, needs), needs)
 
 
-def _fake_backward(*arguments: Any) -> Gradients:
-    return Logits(*arguments[:OPERANDS]).empty_gradients(arguments[-2])
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    return fake_gradients(arguments)
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -118,7 +117,7 @@ def _loss_formula(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
             gradients = torch.ops.rmx_kernels.contrastive_loss_backward(
                 *saved[:count], ctx.temperature, ctx.softcap, *saved[count:], g_loss, ctx.late, ctx.impl
             )
-            found = asked(gradients, ctx.late)
+            found = spread(gradients, ctx.late)
         for place, early in ((0, dx), (3, du)):
             if ctx.needs[place] and not ctx.late[place]:
                 found[place] = torch.ops.rmx_kernels.times(early, g_loss, ctx.dtype)
@@ -158,10 +157,9 @@ def _fake_logprob_kl(*arguments: Any) -> Terms:
     return _fake_terms(Logits(*arguments[:OPERANDS]))
 
 
-def _logprob_kl_backward(*arguments: Any) -> Gradients:
+def _logprob_kl_backward(*arguments: Any) -> list[Tensor]:
     pair, (norms, g_logprob, g_kl, needs, impl) = _pair(arguments)
-    result: Gradients = _run("logprob_kl_backward", impl, pair, norms, (g_logprob, g_kl), needs)
-    return result
+    return asked(_run("logprob_kl_backward", impl, pair, norms, (g_logprob, g_kl), needs), needs)
 
 
 def _setup_logprob_kl(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -177,7 +175,7 @@ def _logprob_kl_formula(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None,
     gradients = torch.ops.rmx_kernels.logprob_kl_backward(
         *saved[:count], ctx.temperature, ctx.softcap, *saved[count:], g_logprob, g_kl, needs, ctx.impl
     )
-    return *asked(gradients, needs), *[None] * 5
+    return *spread(gradients, needs), *[None] * 5
 
 
 register(

@@ -273,11 +273,10 @@ def contrastive_loss_backward(pair: Pair, weights: Weights, norms: Tensor, g_los
     if z.weight is None:
         dx = torch.empty_like(z.x, memory_format=torch.contiguous_format)
         row_gradient(whole(pair), dx.view(-1, z.V), weights, norms, upstream)
-        return dx, *z.empty_gradients([False] * 5)[1:]
+        return dx, None, None, None, None
     sink = head_gradient(z, needs)
     live(pair, weights).head_gradients(weights, norms, sink, upstream)
-    dx, _, _, du, _ = z.empty_gradients([False] * 5)
-    return dx, sink.weight, sink.bias, du, sink.lora_weight
+    return None, sink.weight, sink.bias, None, sink.lora_weight
 
 
 def logprob_kl(pair: Pair) -> Terms:

@@ -117,7 +117,7 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
     if z.weight is None:
         dx = native.scratch(z.x.numel(), z.x.dtype).view(z.x.shape)
         gradient(native.rows(z.x), native.rows(dx), scale, slice(0, gradient.N), 0, z.V)
-        return dx, *z.empty_gradients([False] * 5)[1:]
+        return dx, None, None, None, None
     dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
     head, of_rows = Head(z), z.rows()
     if dx.numel() or du.numel():

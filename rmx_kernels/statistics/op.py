@@ -1,7 +1,7 @@
 """Schemas, fake kernels and the autograd formula of the statistics, for all implementations.
 
     rmx_kernels::vocab_stats           logits, target, k -> lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d
-    rmx_kernels::vocab_stats_backward  -> the gradients of logits.TENSORS; without elements where not needed
+    rmx_kernels::vocab_stats_backward  -> the gradients of logits.TENSORS that are asked for
 
 logprob has the shape of the target, [B...] or [B..., K]. Several targets a row join the ids of the top-k for the
 backward: the gradients of both are added to the logits at their ids.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import dispatch, logits
-from rmx_kernels.logits import Gradients, Logits, asked
+from rmx_kernels.logits import Logits, asked, fake_gradients, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import VocabStats, named
 
@@ -66,16 +66,11 @@ def _fake(*arguments: Any) -> Forward:
     return real, entropy, logprob, real.new_empty((*z.lead, k)), topk_ids, m, log_d
 
 
-def _backward(*arguments: Any) -> Gradients:
+def _backward(*arguments: Any) -> list[Tensor]:
     z, others, (needs, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:-2], arguments[-2:]
     saved, upstream = Saved(*others[:5]), Upstream(*others[5:])
     with without_autocast(z.x):
-        result: Gradients = dispatch.kernels("statistics", impl).backward(z, saved, upstream, needs)
-    return result
-
-
-def _fake_backward(*arguments: Any) -> Gradients:
-    return Logits(*arguments[:OPERANDS]).empty_gradients(arguments[-2])
+        return asked(dispatch.kernels("statistics", impl).backward(z, saved, upstream, needs), needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -98,7 +93,7 @@ def _formula(ctx: Any, *upstream: Tensor | None) -> Any:
     gradients = torch.ops.rmx_kernels.vocab_stats_backward(
         *saved[:count], ctx.temperature, ctx.softcap, *of_rows, *given, needs, ctx.impl
     )
-    return *asked(gradients, needs), None, None, None, None, None
+    return *spread(gradients, needs), None, None, None, None, None
 
 
 def _joined(saved: Saved, upstream: Upstream) -> tuple[Saved, Upstream]:
@@ -122,7 +117,7 @@ register(
     "vocab_stats_backward",
     f"({logits.SCHEMA}, {SAVED}, {UPSTREAM}, bool[] needs, str impl) -> {logits.GRADIENTS}",
     _backward,
-    _fake_backward,
+    lambda *arguments: fake_gradients(arguments),
 )
 
 

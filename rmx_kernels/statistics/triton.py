@@ -157,7 +157,7 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
     if z.weight is None:
         dx = torch.empty_like(z.x, memory_format=torch.contiguous_format)
         StatisticsGradient(z, saved, upstream)(Rows(z.x), dx.view(-1, z.V), slice(0, saved.m.numel()), 0)
-        return dx, *z.empty_gradients([False] * 5)[1:]
+        return dx, None, None, None, None
     dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
     (x, weight, _, u, lora_weight), N, size = z.rows().tensors, saved.m.numel(), None
     assert x is not None and weight is not None

@@ -16,7 +16,7 @@ OPERANDS = slice(1, 1 + len(TENSORS))  # of the arguments of a function, after t
 
 def _over_ranks(gradients: Gradients, needs: Needs, shard: Shard) -> Gradients:
     """The gradients of hidden and lora_hidden summed over ranks; the others belong to this rank's rows."""
-    found = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    found = list(gradients)
     parts = {i: part for i, part in enumerate(found) if i in (0, 3) and part is not None}
     if parts:
         for i, total in zip(parts, merge.summed(list(parts.values()), shard.group), strict=True):

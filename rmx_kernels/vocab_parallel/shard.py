@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmx_kernels.logits import Logits, Needs
+from rmx_kernels.logits import Logits, Needs, spread
 
 Gradients = Sequence[Tensor | None]  # of logits.TENSORS
 NEG_INF = float("-inf")
@@ -50,10 +50,10 @@ class Shard:
         """
         target, ids, *norms = saved
         target = None if target is None else target - self.start
-        found: Gradients = torch.ops.rmx_kernels.vocab_stats_backward(
+        found = torch.ops.rmx_kernels.vocab_stats_backward(
             *z, target, ids - self.start, *norms, *upstream, list(needs), self.impl
         )
-        return found
+        return spread(found, needs)
 
     def divergence(self, z: Logits, base_hidden: Tensor, target: Tensor) -> Any:
         """(logprob, kl, norms [4, N]) of this part."""
@@ -64,7 +64,7 @@ class Shard:
     ) -> Gradients:
         """This part of the gradients of sum g_kl KL; norms [4, N] are of the whole vocabulary."""
         any_target = torch.zeros_like(g_kl, dtype=torch.int64)  # without a gradient of its log-prob
-        found: Gradients = torch.ops.rmx_kernels.logprob_kl_backward(
+        found = torch.ops.rmx_kernels.logprob_kl_backward(
             *z, base_hidden, any_target, norms, None, g_kl, list(needs), self.impl
         )
-        return found
+        return spread(found, needs)
