@@ -68,26 +68,36 @@ def _one_a_row(name: str, what: str, value: Tensor, rows: Sequence[int], device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def candidates(target: object, rows: Sequence[int], vocab: int, device: torch.device) -> None:
-    """Token ids in [0, vocab), one a row, or of shape [*rows, K]."""
+def candidates(target: object, rows: Sequence[int], device: torch.device) -> None:
+    """Token ids, one a row, or of shape [*rows, K]."""
     several = isinstance(target, Tensor) and target.dim() == len(rows) + 1
     shape = (*rows, *target.shape[-1:]) if several and isinstance(target, Tensor) else rows
-    targets(target, shape, vocab, device)
+    targets(target, shape, None, device)
 
 
-def targets(target: object, rows: Sequence[int], vocab: int, device: torch.device, used: Tensor | None = None) -> None:
-    """Token ids of shape ``rows`` in [0, vocab); where ``used`` is given, only its True rows are looked at."""
+def targets(
+    target: object, rows: Sequence[int], vocab: int | None, device: torch.device, used: Tensor | None = None
+) -> None:
+    """Token ids of shape ``rows`` in [0, vocab); where ``used`` is given, only its True rows are looked at.
+
+    With None for the vocabulary the registered operator looks at the range, which it has to in compiled code anyway.
+    """
     is_tensor("target", target)
     assert isinstance(target, Tensor)
     if target.dtype not in INTEGERS:
         raise TypeError(f"target: expected int64 or int32 token ids, got {target.dtype}")
     _one_a_row("target", "id", target, rows, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        target_range(target, vocab, used)  # elsewhere it would wait for the device; kernels return NaN in such rows
+    if vocab is not None and not torch.compiler.is_compiling():
+        target_range(target, vocab, used)
 
 
 def target_range(target: Tensor, vocab: int, used: Tensor | None = None) -> None:
-    """Token ids in [0, vocab), in the rows that are used."""
+    """Token ids in [0, vocab), in the rows that are used.
+
+    Looked at on a CPU alone: a GPU would be waited for, and its kernels return NaN in such rows.
+    """
+    if target.device.type != "cpu":
+        return
     bad = (target < 0) | (target >= vocab)
     if used is not None:
         bad = bad & used

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmx_kernels import checks, native
+from rmx_kernels import native
 from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head
 from rmx_kernels.head.gradient import HeadGradient
@@ -182,7 +182,6 @@ def live(pair: Pair, weights: Weights, norms: Tensor | None) -> LossRows:
     """The rows of a pair that carry a weight, those with an anchor first; norms [4, N], where known."""
     ce, kl = (w.reshape(-1).to(pair.student.real) for w in weights)
     target = pair.target.reshape(-1).long()
-    checks.target_range(target, pair.student.V, used=(ce != 0) | (kl != 0))
     index, anchored = live_rows(ce, kl)
     own = ce.new_full((4, index.shape[0]), float("nan")) if norms is None else norms[:, index]
     return LossRows(pair, index, anchored, target[index], own, (ce[index], kl[index]))
@@ -190,7 +189,6 @@ def live(pair: Pair, weights: Weights, norms: Tensor | None) -> LossRows:
 
 def every(pair: Pair, weights: Weights | None, norms: Tensor | None, anchored: bool) -> LossRows:
     """All rows of a pair, with a base or without; norms [4, N], where known."""
-    checks.target_range(pair.target, pair.student.V)
     target = pair.target.reshape(-1).long().contiguous()
     norms = torch.empty(4, target.shape[0], dtype=pair.student.real) if norms is None else norms
     return LossRows(pair, None, target.shape[0] if anchored else 0, target, norms, weights)

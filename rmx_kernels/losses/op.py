@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmx_kernels import dispatch, logits
+from rmx_kernels import checks, dispatch, logits
 from rmx_kernels.logits import Logits, asked, fake_gradients, gradient_dtype, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
@@ -67,6 +67,7 @@ def _run(function: str, impl: str, pair: Pair, *arguments: Any) -> Any:
 
 def _loss(*arguments: Any) -> LossForward:
     pair, (ce_weight, kl_weight, base_lse, gradient, impl) = _pair(arguments)
+    checks.target_range(pair.target, pair.student.V, used=(ce_weight != 0) | (kl_weight != 0))
     result: LossForward = _run("contrastive_loss", impl, pair, (ce_weight, kl_weight), base_lse, gradient)
     return result
 
@@ -149,6 +150,7 @@ register(  # an operator, so that a second derivative is refused
 
 def _logprob_kl(*arguments: Any) -> Terms:
     pair, (impl,) = _pair(arguments)
+    checks.target_range(pair.target, pair.student.V)
     result: Terms = _run("logprob_kl", impl, pair)
     return result
 

@@ -51,7 +51,7 @@ def entropy_topk(
     checks.scaling(temperature, softcap)
     checks.top_k(k, logits.shape[-1])
     if target is not None:
-        checks.candidates(target, logits.shape[:-1], logits.shape[-1], logits.device)
+        checks.candidates(target, logits.shape[:-1], logits.device)
     chosen = choice.chosen("entropy_topk", impl, logits)
     z = Logits(logits, temperature=temperature, softcap=softcap)
     return statistics(z, target, k, chosen)
@@ -100,6 +100,6 @@ def linear_entropy_topk(
     checks.scaling(temperature, softcap)
     checks.top_k(k, weight.shape[0])
     if target is not None:
-        checks.candidates(target, hidden.shape[:-1], weight.shape[0], hidden.device)
+        checks.candidates(target, hidden.shape[:-1], hidden.device)
     chosen = choice.chosen("linear_entropy_topk", impl, hidden)
     return statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen)

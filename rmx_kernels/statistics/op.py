@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmx_kernels import dispatch, logits
+from rmx_kernels import checks, dispatch, logits
 from rmx_kernels.logits import Logits, asked, fake_gradients, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import VocabStats, named
@@ -52,6 +52,8 @@ class Upstream(NamedTuple):
 
 def _forward(*arguments: Any) -> Forward:
     z, (target, k, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:]
+    if target is not None:
+        checks.target_range(target, z.V)
     with without_autocast(z.x):
         result: Forward = dispatch.kernels("statistics", impl).forward(z, target, k)
     return result

@@ -58,6 +58,11 @@ def frozen(z: Logits, *names: str) -> Logits:
     return z._replace(**{name: getattr(z, name).detach() for name in names})
 
 
+def wanted(inputs: Call, needs: tuple[bool, ...]) -> list[bool]:
+    """Those of the gradients that there are."""
+    return [need and x is not None for need, x in zip(needs, inputs[:5], strict=True)]
+
+
 def given(inputs: Call, early: bool = False) -> tuple[bool, ...]:
     """All gradients that there are; without those that come with the value, where ``early``."""
     return tuple(x is not None and not (early and i in (0, 3)) for i, x in enumerate(inputs[:5]))
@@ -84,8 +89,10 @@ def vocab_stats(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         up = cases.randn(*m.shape)
         gradients = (up, up, None if ids is None else up, cases.randn(*m.shape, k))
         for needs in [LOGITS_ALONE] if inputs[1] is None else NEEDS if inputs[3] is not None else [given(inputs)]:
-            backward.append((*inputs, ids, topk_ids, m, log_d, entropy, *gradients, list(needs), impl))
-        backward.append((*inputs, ids, topk_ids, m, log_d, entropy, None, up, None, None, list(LOGITS_ALONE), impl))
+            backward.append((*inputs, ids, topk_ids, m, log_d, entropy, *gradients, wanted(inputs, needs), impl))
+        backward.append(
+            (*inputs, ids, topk_ids, m, log_d, entropy, None, up, None, None, wanted(inputs, LOGITS_ALONE), impl)
+        )
     return {"vocab_stats": calls, "vocab_stats_backward": backward}
 
 
@@ -116,7 +123,7 @@ def contrastive_loss(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         for needs in (
             [LOGITS_ALONE] if call[1] is None else HEAD_NEEDS if call[3] is not None else [given(inputs, early=True)]
         ):
-            backward.append((*inputs, results[3], torch.tensor(0.7), list(needs), impl))
+            backward.append((*inputs, results[3], torch.tensor(0.7), wanted(inputs, needs), impl))
         assert [x.numel() > 0 for x in (dx, d_lora_hidden)] == [gradient, gradient and call[3] is not None]
         products += [(x, torch.tensor(0.7), dtype) for x in (dx, d_lora_hidden) if x.numel()]
     return {"contrastive_loss": calls, "contrastive_loss_backward": backward, "times": products}
@@ -137,8 +144,8 @@ def logprob_kl(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         inputs = detached(*call[:9])
         norms = packet("logprob_kl")(*inputs, impl)[2]
         asked = NEEDS if inputs[3] is not None else [given(inputs)]
-        backward += [(*inputs, norms, upstream, upstream, list(needs), impl) for needs in asked]
-        backward += [(*inputs, norms, *g, list(asked[0]), impl) for g in ((upstream, None), (None, upstream))]
+        backward += [(*inputs, norms, upstream, upstream, wanted(inputs, needs), impl) for needs in asked]
+        backward += [(*inputs, norms, *g, wanted(inputs, asked[0]), impl) for g in ((upstream, None), (None, upstream))]
     return {"logprob_kl": calls, "logprob_kl_backward": backward}
 
 
