@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from rmx.cli import app
 from rmx_kernels import doctor, native, precision
+from rmx_kernels.choice import chosen
 from rmx_kernels.dispatch import IMPLS, OPERATORS
 from rmx_kernels.precision import Precision
 
@@ -25,7 +26,7 @@ def test_choices_are_those_of_the_dispatch() -> None:
     found = doctor.choices("cpu")
     assert [choice.operator for choice in found] == list(OPERATORS)
     for choice in found:
-        assert choice.chosen(choice.operator, None, torch.zeros(1)) == choice.runs[0]
+        assert chosen(choice.operator, None, torch.zeros(1)) == choice.runs[0]
         assert {*choice.runs, *choice.reasons} == set(IMPLS)
         assert all(choice.reasons.values()), choice
 
