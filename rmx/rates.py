@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rmx import forward, lora
 from rmx.config import Config, Sampling
@@ -137,7 +138,7 @@ def training(lm: CausalLM, config: Config, keep: Keep | None, length: int, secon
             kept = _Kept(weights)
             with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
                 train_adapter(lm, adapter, some, settings.model_copy(update=plain), 0, base=source)
-            sizes.append((sum(len(s.ids) for s in some), sum(kept.sizes.values())))
+            sizes.append((sum(len(s.ids) for s in some), kept.most))
         history = train_adapter(lm, adapter, sequences, settings, 0, base=source)
     finally:
         lora.detach(lm.model, adapter)
@@ -154,13 +155,18 @@ def _sequence(lm: CausalLM, number: int, length: int) -> TrainingSequence:
 
 
 class _Kept:
-    """Counts the storages that a graph keeps, but for the model's weights."""
+    """Counts the bytes that graphs keep at a time, but for the model's weights.
+
+    By storages that are alive: the address of one that was freed is soon another's.
+    """
 
     def __init__(self, weights: set[int]) -> None:
-        self.weights, self.sizes = weights, dict[int, int]()
+        self.weights, self.alive, self.most = weights, dict[StorageWeakRef, int](), 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.weights:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
+            self.alive = {kept: size for kept, size in self.alive.items() if not kept.expired()}
+            self.alive[StorageWeakRef(storage)] = storage.nbytes()
+            self.most = max(self.most, sum(self.alive.values()))
         return tensor
