@@ -76,11 +76,17 @@ def _reset_peak() -> None:
 def _peak_gib() -> float | None:
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / GIB, 3)
+    peak = process_bytes("VmHWM")
+    return None if peak is None else round(peak / GIB, 3)
+
+
+def process_bytes(field: str) -> int | None:
+    """Memory of this process: VmRSS, what is resident, or VmHWM, its peak; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / GIB, 3)
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
 def stage_costs(log: Path, order: Sequence[str], config: CostConfig) -> list[StageCost]:

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from rmx import rates, select
 from rmx.batching import CPU, batch_size, cache_bytes, sequence_bytes
 from rmx.config import ModelConfig, Sampling
-from rmx.cost import GIB
+from rmx.cost import GIB, process_bytes
 from rmx.model import _Files
 from rmx.pipeline import Run
 from rmx.plan_table import Figure, Kind, Plan, StagePlan, weaker
@@ -183,7 +182,7 @@ class _Planner:
         if more is not None:
             there = self._base() + more
             found["device_bytes" if self.device.type == "cuda" else "host_bytes"] = there
-            if self.device.type == "cuda" and (resident := _resident()):
+            if self.device.type == "cuda" and (resident := process_bytes("VmRSS")):
                 found["host_bytes"] = Figure(resident, "measured")
         return StagePlan(name, False, **found)
 
@@ -193,7 +192,7 @@ class _Planner:
             return Figure(self.weights, "counted")
         if self.device.type == "cuda":
             return Figure(torch.cuda.memory_allocated(self.device), "measured")
-        resident = _resident()
+        resident = process_bytes("VmRSS")
         return Figure(self.weights, "counted") if resident is None else Figure(resident, "measured")
 
     def _sampled(self, section: str, split: str, sides: int) -> dict[str, Figure]:
@@ -278,7 +277,7 @@ class _Planner:
         limits = {"host_bytes": (doctor.cpu().memory_free, "memory"), "device_bytes": (self.device_free, "GPU memory")}
         loaded = self._base().value if "lm" in self.run.__dict__ else 0  # of what is in use already
         for key, (free, what) in limits.items():
-            mine = loaded if (key == "device_bytes") == (self.device.type == "cuda") else _resident() or 0
+            mine = loaded if (key == "device_bytes") == (self.device.type == "cuda") else process_bytes("VmRSS") or 0
             for stage in stages:
                 figure: Figure | None = getattr(stage, key)
                 if free is not None and figure is not None and figure.value > SAFE * (free + mine):
@@ -374,12 +373,3 @@ def _adapter_numbers(run: Run) -> int:
 
     layers = matching(run.lm.model, run.config.lora).values()
     return run.config.lora.r * sum(layer.in_features + layer.out_features for layer in layers)
-
-
-def _resident() -> int | None:
-    """Bytes of this process; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024

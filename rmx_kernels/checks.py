@@ -167,6 +167,32 @@ def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
         raise ValueError(f"lora: expected scale to be a finite number, got {scale}")
 
 
+def operand(
+    hidden: object, weight: object, bias: object, lora_pair: object, temperature: object, softcap: object
+) -> None:
+    """What every linear operator makes its logits of."""
+    floating("hidden", hidden, 1)
+    assert isinstance(hidden, Tensor)
+    head(hidden, weight, bias)
+    assert isinstance(weight, Tensor)
+    lora(hidden, weight, lora_pair)
+    scaling(temperature, softcap)
+
+
+def base(name: str, value: object, other_name: str, other: Tensor) -> None:
+    """The frozen base's rows, like the student's."""
+    like(name, value, other_name, other)
+    assert isinstance(value, Tensor)
+    frozen(name, value, "the base distribution is a constant")
+
+
+def loss_rows(target: object, ce_weight: object, kl_weight: object, rows: Sequence[int], device: torch.device) -> None:
+    """One target and two weights a row; the registered operator looks at the range of the targets."""
+    row_weights("ce_weight", ce_weight, rows, device)
+    row_weights("kl_weight", kl_weight, rows, device)
+    targets(target, rows, None, device)
+
+
 def scaling(temperature: object, softcap: object) -> None:
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if name == "softcap" and value is None:

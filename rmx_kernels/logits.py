@@ -108,6 +108,9 @@ class Logits(NamedTuple):
         return x, weight, bias, lora_hidden, lora_weight
 
 
+OPERANDS = len(Logits._fields)  # arguments of SCHEMA
+
+
 def asked(gradients: Gradients, needs: Needs) -> list[Tensor]:
     """As an operator returns them: those that are asked for alone."""
     return [g for g, need in zip(gradients, needs, strict=True) if need and g is not None]
@@ -119,7 +122,7 @@ def spread(gradients: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
     return [next(found) if need else None for need in needs]
 
 
-def fake_gradients(arguments: Sequence[Any]) -> list[Tensor]:
+def fake_gradients(*arguments: Any) -> list[Tensor]:
     """The fake kernel of an operator of gradients, whose arguments begin with a Logits and end with (needs, impl)."""
     pairs = zip(arguments[: len(TENSORS)], arguments[-2], strict=True)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in pairs if need]

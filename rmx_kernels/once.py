@@ -5,15 +5,14 @@ depends on the inputs would be dropped in silence.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rmx_kernels.logits import Gradients
 from rmx_kernels.registration import refuse
-
-Gradients = Sequence[Tensor | None]
 
 
 class _Refused(torch.autograd.Function):

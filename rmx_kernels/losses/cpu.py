@@ -5,7 +5,7 @@ each row, for its normalisers and for its terms, writing the gradient over the s
 products with the head: student, base, and back; a LoRA pair adds two small ones of its own, for the student. The
 gradient of the head, where one is asked for, takes a sweep of its own, by slices of the vocabulary.
 
-LossRows that carry no weight are not read.
+Rows that carry no weight are not read.
 """
 
 from dataclasses import dataclass
@@ -211,11 +211,11 @@ def contrastive_loss(pair: Pair, weights: Weights, base_lse: Tensor | None, grad
     if base_lse is not None:
         rows.norms[2] = base_lse.reshape(-1)[rows.index]
         rows.norms[3] = 0
-    dx = du = rows.norms.new_empty(0, dtype=gradient_dtype(z.x, "cpu"))
     if linear:
         terms, dx, du = HeadRows(rows).terms(base_lse is not None, gradient)
     else:
-        terms, du = rows.terms(base_lse is not None), dx.clone()
+        terms = rows.terms(base_lse is not None)
+        dx, du = (terms.new_empty(0, dtype=gradient_dtype(z.x, "cpu")) for _ in range(2))
     whole = terms.new_full((6, z.lead.numel()), float("nan"))  # NaN in rows that are not live
     whole[:, rows.index] = torch.cat([rows.norms, terms])
     logprob, kl = (x.clone().view(z.lead) for x in whole[4:])

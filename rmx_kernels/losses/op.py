@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import Logits, asked, fake_gradients, gradient_dtype, spread
+from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, gradient_dtype, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
@@ -35,7 +35,6 @@ BASE_MASS_TOLERANCE = 0.05  # of sum p_b around 1: bf16 hidden states scored in 
 Weights = tuple[Tensor, Tensor]  # ce and kl of each row [B...]
 Terms = tuple[Tensor, Tensor, Tensor]  # logprob [B...], kl [B...], norms [4, N]
 LossForward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-OPERANDS = len(Logits._fields)
 PAIR = f"{logits.SCHEMA}, Tensor base_x, Tensor target"
 
 
@@ -93,10 +92,6 @@ def _loss_backward(*arguments: Any) -> list[Tensor]:
     return asked(_run("contrastive_loss_backward", impl, pair, weights, norms, g_loss, needs), needs)
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
-    return fake_gradients(arguments)
-
-
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     (student, *of_pair), (*weights, _, gradient, ctx.impl) = _pair(inputs)
     ctx.temperature, ctx.softcap, ctx.dtype = student.temperature, student.softcap, student.x.dtype
@@ -138,7 +133,7 @@ register(
     f"({PAIR}, Tensor ce_weight, Tensor kl_weight, Tensor norms, Tensor g_loss, bool[] needs, str impl) -> "
     f"{logits.GRADIENTS}",
     _loss_backward,
-    _fake_backward,
+    fake_gradients,
 )
 register(  # an operator, so that a second derivative is refused
     "times",
@@ -191,7 +186,7 @@ register(
     "logprob_kl_backward",
     f"({PAIR}, Tensor norms, Tensor? g_logprob, Tensor? g_kl, bool[] needs, str impl) -> {logits.GRADIENTS}",
     _logprob_kl_backward,
-    _fake_backward,
+    fake_gradients,
 )
 
 

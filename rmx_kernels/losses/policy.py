@@ -98,7 +98,7 @@ def linear_policy_loss(
         if value is not None:
             checks.row_weights(name, value, rows, hidden.device)
     live = torch.ones(rows, dtype=torch.bool, device=hidden.device) if mask is None else mask != 0
-    checks.targets(target, rows, weight.shape[0], hidden.device, used=live)
+    checks.targets(target, rows, None, hidden.device)
     head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "impl": impl}
     own, ids = hidden[live], target[live]
     stats = linear_entropy_topk(own, weight, ids, lora=lora, **head)

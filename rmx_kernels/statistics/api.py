@@ -94,10 +94,7 @@ def linear_entropy_topk(
     >>> linear_entropy_topk(torch.randn(2, 16), torch.zeros(8, 16)).entropy
     tensor([2.0794, 2.0794])
     """
-    checks.floating("hidden", hidden, 1)
-    checks.head(hidden, weight, bias)
-    checks.lora(hidden, weight, lora)
-    checks.scaling(temperature, softcap)
+    checks.operand(hidden, weight, bias, lora, temperature, softcap)
     checks.top_k(k, weight.shape[0])
     if target is not None:
         checks.candidates(target, hidden.shape[:-1], hidden.device)

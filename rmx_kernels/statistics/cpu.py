@@ -58,10 +58,10 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
         if target is not None and several is not None:
             chosen.copy_(z.x.gather(-1, target.long()).view(several.shape))
     else:
-        head, rows_of = Head(z), z.rows()
+        head, of_rows = Head(z), z.rows()
         buffer = head.buffer(tiles.TILE_COLUMNS, min(stats.N, tiles.TILE_ROWS))
         for rows in chunks(stats.N, tiles.TILE_ROWS):
-            x, u = head.rows(rows_of.x[rows]), head.lora_rows(rows_of.lora_hidden, rows)
+            x, u = head.rows(of_rows.x[rows]), head.lora_rows(of_rows.lora_hidden, rows)
             for cols in head.columns():
                 tile = head.logits(x, buffer, cols, u)
                 stats.fold(native.rows(tile), scale, rows, cols.start, tile.shape[1])
@@ -136,10 +136,8 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
 
 
 def _head_gradient(head: Head, z: Logits, gradient: StatisticsGradient, sink: HeadGradient) -> None:
-    scale, buffer = (
-        native.scale(z.temperature, z.softcap),
-        head.buffer(tiles.TILE_COLUMNS, min(gradient.N, tiles.TILE_ROWS)),
-    )
+    scale = native.scale(z.temperature, z.softcap)
+    buffer = head.buffer(tiles.TILE_COLUMNS, min(gradient.N, tiles.TILE_ROWS))
     for cols in head.columns():
         sink.open(cols)
         for rows in chunks(gradient.N, tiles.TILE_ROWS):

@@ -56,10 +56,7 @@ def linear_kept_logprobs(
     >>> linear_kept_logprobs(torch.zeros(1, 3), torch.ones(4, 3), kept, torch.tensor([2])).logprob
     tensor([-0.6931])
     """
-    checks.floating("hidden", hidden, 1)
-    checks.head(hidden, weight, bias)
-    checks.lora(hidden, weight, lora)
-    checks.scaling(temperature, softcap)
+    checks.operand(hidden, weight, bias, lora, temperature, softcap)
     _check_kept(kept, hidden, weight.shape[0])
     if target is not None:
         checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)

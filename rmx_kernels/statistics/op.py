@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import Logits, asked, fake_gradients, spread
+from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import VocabStats, named
 
@@ -28,7 +28,6 @@ Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 STATS = "(Tensor lse, Tensor entropy, Tensor logprob, Tensor topk_logprobs, Tensor topk_ids, Tensor m, Tensor log_d)"
 SAVED = "Tensor? target, Tensor topk_ids, Tensor m, Tensor log_d, Tensor entropy"
 UPSTREAM = "Tensor? g_lse, Tensor? g_entropy, Tensor? g_logprob, Tensor? g_topk"
-OPERANDS = len(Logits._fields)
 
 
 class Saved(NamedTuple):
@@ -119,7 +118,7 @@ register(
     "vocab_stats_backward",
     f"({logits.SCHEMA}, {SAVED}, {UPSTREAM}, bool[] needs, str impl) -> {logits.GRADIENTS}",
     _backward,
-    lambda *arguments: fake_gradients(arguments),
+    fake_gradients,
 )
 
 

@@ -32,7 +32,7 @@ class Statistics:
 
     def __init__(self, z: Logits, target: Tensor | None, k: int) -> None:
         self.lead, self.N, self.k = z.lead, z.lead.numel(), k
-        self.temperature, self.scaling = z.temperature, scaling(z.temperature, z.softcap)
+        self.scaling = scaling(z.temperature, z.softcap)
         self.z, self.target, self.several = z, None, None
         if target is not None:
             ids = target.reshape(self.N, *target.shape[len(self.lead) :]).contiguous()
@@ -106,8 +106,8 @@ class Statistics:
 
     def _sort(self, x: Tensor, rows: slice) -> None:
         """The top-k of ``rows`` from their logits x [n, V], by sorting, for a k that is too large for registers."""
-        _, per_temperature, softcap = self.scaling
-        tiles = VocabTiles(Logits(x, temperature=self.temperature, softcap=softcap))
+        per_temperature = self.scaling[1]
+        tiles = VocabTiles(Logits(x, temperature=self.z.temperature, softcap=self.z.softcap))
         for part in chunks(tiles.N, max(1, SORT_BYTES // (4 * tiles.V))):
             own = slice(rows.start + part.start, rows.start + part.stop)
             z, self.ids[own] = exact_topk(tiles(part, slice(0, tiles.V), None), self.k)

@@ -166,13 +166,10 @@ def vocab_parallel_gated_contrastive_loss(
 
     def claim() -> Claim:
         found = _check_head(hidden, weight, start, bias, lora, temperature, softcap, check)
-        checks.like("base_hidden", base_hidden, "hidden", hidden)
-        checks.frozen("base_hidden", base_hidden, "the base distribution is a constant")
-        rows = hidden.shape[:-1]
-        checks.row_weights("ce_weight", ce_weight, rows, hidden.device)
-        checks.row_weights("kl_weight", kl_weight, rows, hidden.device)
+        checks.base("base_hidden", base_hidden, "hidden", hidden)
+        checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
         used = (ce_weight != 0) | (kl_weight != 0)
-        checks.targets(target, rows, MAX_VOCAB, hidden.device, used=used)
+        checks.target_range(target, MAX_VOCAB, used)
         for op in ("linear_entropy_topk", "linear_logprob_kl"):
             choice.chosen(op, impl, hidden)
         found |= {"operator": 1, "k": 0}
@@ -214,11 +211,8 @@ def _check_head(
     softcap: float | None,
     check: bool,
 ) -> Claim:
-    checks.floating("hidden", hidden, 1)
-    checks.head(hidden, weight, bias)
+    checks.operand(hidden, weight, bias, lora, temperature, softcap)
     shard_start(start, weight.shape[0])
-    checks.lora(hidden, weight, lora)
-    checks.scaling(temperature, softcap)
     claim = {
         "hidden.dtype": checks.FLOATS.index(hidden.dtype),
         "hidden rows": hidden.shape[:-1].numel(),

@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels.logits import TENSORS, Logits, Needs
+from rmx_kernels.logits import TENSORS, Gradients, Logits
 from rmx_kernels.once import differentiable_once
 from rmx_kernels.vocab_parallel import merge
 from rmx_kernels.vocab_parallel.agreement import MAX_VOCAB
-from rmx_kernels.vocab_parallel.shard import NEG_INF, Gradients, Shard
+from rmx_kernels.vocab_parallel.shard import NEG_INF, Shard
 
 OPERANDS = slice(1, 1 + len(TENSORS))  # of the arguments of a function, after the shard
 
 
-def _over_ranks(gradients: Gradients, needs: Needs, shard: Shard) -> Gradients:
+def _over_ranks(gradients: Gradients, shard: Shard) -> Gradients:
     """The gradients of hidden and lora_hidden summed over ranks; the others belong to this rank's rows."""
     found = list(gradients)
     parts = {i: part for i, part in enumerate(found) if i in (0, 3) and part is not None}
@@ -61,7 +61,7 @@ class Statistics(torch.autograd.Function):
         g_lse, g_entropy, g_logprob, g_topk, _ = upstream
         given = g_lse, g_entropy, None if of_rows[0] is None else g_logprob, g_topk
         found = ctx.shard.statistics_gradient(Logits(*tensors, *ctx.scaling), of_rows, given, needs)
-        return None, *_over_ranks(found, needs, ctx.shard), None, None, None, None
+        return None, *_over_ranks(found, ctx.shard), None, None, None, None
 
 
 class Divergence(torch.autograd.Function):
@@ -93,4 +93,4 @@ class Divergence(torch.autograd.Function):
         *tensors, base_hidden, norms = saved
         z, needs = Logits(*tensors, *ctx.scaling), ctx.needs_input_grad[OPERANDS]
         found = ctx.shard.divergence_gradient(z, base_hidden, norms, g_kl.contiguous(), needs)
-        return None, *_over_ranks(found, needs, ctx.shard), None, None, None, None
+        return None, *_over_ranks(found, ctx.shard), None, None, None, None

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmx_kernels.logits import Logits, Needs, spread
+from rmx_kernels.logits import Gradients, Logits, Needs, spread
 
-Gradients = Sequence[Tensor | None]  # of logits.TENSORS
 NEG_INF = float("-inf")
 
 

@@ -1,10 +1,10 @@
 """Element-wise work of a decoder layer in one kernel, by Triton's interpreter or on a GPU."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rounding import assert_as_good, with_gradients
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -28,23 +28,6 @@ def functions() -> Any:
     import rmx.fused
 
     return rmx.fused
-
-
-def with_gradients(call: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    inputs = tuple(x.detach().requires_grad_() for x in inputs)
-    y = call(*inputs)
-    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-    return [y.detach(), *torch.autograd.grad(y, inputs, g)]
-
-
-def assert_as_good(call: Callable[..., Tensor], eager: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Against float64, at most twice the error of eager PyTorch in the same precision."""
-    found, plain = with_gradients(call, *inputs), with_gradients(eager, *inputs)
-    oracle = with_gradients(eager, *(x.double() for x in inputs))
-    for own, other, exact in zip(found, plain, oracle, strict=True):
-        assert own.dtype == other.dtype and own.shape == other.shape
-        slack = torch.finfo(own.dtype).eps * exact.abs().max()
-        assert (own.double() - exact).abs().max() <= 2 * (other.double() - exact).abs().max() + slack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

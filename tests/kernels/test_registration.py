@@ -63,11 +63,6 @@ def wanted(inputs: Call, needs: tuple[bool, ...]) -> list[bool]:
     return [need and x is not None for need, x in zip(needs, inputs[:5], strict=True)]
 
 
-def given(inputs: Call, early: bool = False) -> tuple[bool, ...]:
-    """All gradients that there are; without those that come with the value, where ``early``."""
-    return tuple(x is not None and not (early and i in (0, 3)) for i, x in enumerate(inputs[:5]))
-
-
 def vocab_stats(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
     z, (head, _, target) = logits(dtype), headed(dtype)
     ids = cases.randint(9, 2, 3)
@@ -88,7 +83,7 @@ def vocab_stats(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         _, entropy, _, _, topk_ids, m, log_d = packet("vocab_stats")(*detached(*call))
         up = cases.randn(*m.shape)
         gradients = (up, up, None if ids is None else up, cases.randn(*m.shape, k))
-        for needs in [LOGITS_ALONE] if inputs[1] is None else NEEDS if inputs[3] is not None else [given(inputs)]:
+        for needs in [LOGITS_ALONE] if inputs[1] is None else NEEDS if inputs[3] is not None else [ALL]:
             backward.append((*inputs, ids, topk_ids, m, log_d, entropy, *gradients, wanted(inputs, needs), impl))
         backward.append(
             (*inputs, ids, topk_ids, m, log_d, entropy, None, up, None, None, wanted(inputs, LOGITS_ALONE), impl)
@@ -120,9 +115,7 @@ def contrastive_loss(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
     for call in calls:
         *results, dx, d_lora_hidden = packet("contrastive_loss")(*detached(*call))
         inputs, gradient = detached(*call[:11]), call[12]
-        for needs in (
-            [LOGITS_ALONE] if call[1] is None else HEAD_NEEDS if call[3] is not None else [given(inputs, early=True)]
-        ):
+        for needs in [LOGITS_ALONE] if call[1] is None else HEAD_NEEDS if call[3] is not None else HEAD_NEEDS[:1]:
             backward.append((*inputs, results[3], torch.tensor(0.7), wanted(inputs, needs), impl))
         assert [x.numel() > 0 for x in (dx, d_lora_hidden)] == [gradient, gradient and call[3] is not None]
         products += [(x, torch.tensor(0.7), dtype) for x in (dx, d_lora_hidden) if x.numel()]
@@ -143,7 +136,7 @@ def logprob_kl(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
     for call in calls:
         inputs = detached(*call[:9])
         norms = packet("logprob_kl")(*inputs, impl)[2]
-        asked = NEEDS if inputs[3] is not None else [given(inputs)]
+        asked = NEEDS if inputs[3] is not None else [ALL]
         backward += [(*inputs, norms, upstream, upstream, wanted(inputs, needs), impl) for needs in asked]
         backward += [(*inputs, norms, *g, wanted(inputs, asked[0]), impl) for g in ((upstream, None), (None, upstream))]
     return {"logprob_kl": calls, "logprob_kl_backward": backward}

@@ -11,21 +11,14 @@ import rmx_kernels
 ROOT = Path(rmx_kernels.__file__).parent
 # A module imports those before it alone.
 ORDER = (
-    *("version", "precision", "registration", "native", "dispatch", "once", "traced", "choice", "checks", "results"),
-    *("logits", "head", "head.configs", "head.kernels", "head.launch", "head.gradient", "head.reference", "head.cpu"),
-    *("head.triton", "statistics", "statistics.op", "statistics.reference", "statistics.cpu", "statistics.kernels"),
-    *("statistics.triton", "statistics.api", "statistics.kept", "losses", "losses.op", "losses.reference"),
-    *(
-        "losses.cpu",
-        "losses.kernels",
-        "losses.triton",
-        "losses.api",
-        "losses.cross_entropy",
-        "losses.policy",
-        "vocab_parallel.merge",
-    ),
-    *("vocab_parallel.agreement", "vocab_parallel.shard", "vocab_parallel.functions", "vocab_parallel.api"),
-    *("vocab_parallel", "wrappers", "head_check", "causal_lm", "doctor", ""),
+    *("version", "precision", "registration", "native", "dispatch", "traced", "choice", "checks", "results"),
+    *("logits", "once", "head", "head.configs", "head.kernels", "head.launch", "head.gradient", "head.reference"),
+    *("head.cpu", "head.triton", "statistics", "statistics.op", "statistics.reference", "statistics.cpu"),
+    *("statistics.kernels", "statistics.triton", "statistics.api", "statistics.kept", "losses", "losses.op"),
+    *("losses.reference", "losses.cpu", "losses.kernels", "losses.triton", "losses.api", "losses.cross_entropy"),
+    *("losses.policy", "vocab_parallel.merge", "vocab_parallel.agreement", "vocab_parallel.shard"),
+    *("vocab_parallel.functions", "vocab_parallel.api", "vocab_parallel", "wrappers", "head_check", "causal_lm"),
+    *("doctor", ""),
 )
 MOST_PARAMETERS = 8
 DOORS = (
