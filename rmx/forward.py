@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rmx.config import TrainConfig
 from rmx.fused import fused
 from rmx.model import CausalLM, batches, embedded_leaves, pad, text_decoder
-from rmx.packing import PackingError, pack, packed, packing_of, sent
+from rmx.packing import Frame, PackingError, pack, packed, packing_of, sent
 from rmx_kernels import native
 from rmx_kernels.dispatch import INTERPRETED
 
@@ -44,6 +44,14 @@ def final_hidden(
     assert entry is not None
     with _starting_at(lm, first_layer, entry if lm.packing else _pad_rows(entry, sequences)):
         return _run(lm, sequences)
+
+
+def frame_hidden(lm: CausalLM, frame: Frame, first_layer: int = 0, entry: Tensor | None = None) -> Tensor:
+    """The same of all tokens of a frame, [T, H]; reads nothing on the host."""
+    starting = nullcontext() if entry is None else _starting_at(lm, first_layer, entry)
+    with starting, packed(lm.model):
+        given = {"position_ids": frame.position_ids, "packing": frame}
+        return lm.hidden(frame.ids, use_cache=False, **given).squeeze(0)
 
 
 def all_states(lm: CausalLM, sequences: Sequence[Sequence[int]], layer: int = 0) -> tuple[Tensor, Tensor | None]:

@@ -150,15 +150,21 @@ def prepare(
     return Prepared(list(sequences), ids, rows, rows.sent(lm.device), base_rows, entry, anchored)
 
 
-def prepared_loss(lm: CausalLM, adapter: Adapter, prepared: Prepared, config: TrainConfig) -> ContrastiveLoss:
-    """The second half of :func:`batch_loss`."""
+def prepared_loss(
+    lm: CausalLM,
+    adapter: Adapter,
+    prepared: Prepared,
+    config: TrainConfig,
+    final_hidden: Callable[..., Tensor] = forward.final_hidden,
+) -> ContrastiveLoss:
+    """The second half of :func:`batch_loss`; ``final_hidden`` makes the student's states."""
     ids, rows, first = prepared.ids, prepared.there, adapter.config.first_layer
     base_rows, entry = prepared.base_rows, prepared.entry
     if (prepared.anchored and base_rows is None) or (first and entry is None):
         with torch.no_grad(), adapter.off():
             final, entry = forward.all_states(lm, ids, first)
         base_rows = final.index_select(0, rows.where)
-    student = forward.final_hidden(lm, ids, first, entry).index_select(0, rows.where)
+    student = final_hidden(lm, ids, first, entry).index_select(0, rows.where)
     # base rows are not read where nothing is anchored
     return contrastive(student, student.detach() if base_rows is None else base_rows, rows, config, lm.head)
 

@@ -66,6 +66,10 @@ class Packing:
     def longest(self) -> int:
         return max(self.lengths)
 
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """(B, L): B sequences of at most L tokens, similar in length; longest first."""
@@ -111,14 +115,61 @@ class Packing:
         return members
 
 
+class Frame:
+    """Room for sequences end to end in tensors that stay where they are, for work that is captured and repeated.
+
+    All of ``tokens`` are always computed: those after the last sequence are one sequence more. What is left of
+    ``count`` sequences is empty. No sequence is longer than ``longest``. The attributes are those of a Packing.
+    """
+
+    def __init__(self, tokens: int, count: int, longest: int, device: torch.device) -> None:
+        self.tokens, self.count, self.longest, self.device = tokens, count, longest, device
+        self._rows = torch.zeros(2, 1, tokens, dtype=torch.int64, device=device)
+        self.ids, self.position_ids = self._rows
+        self.offsets = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        self.read_on_host = False  # by an attention that cannot be captured
+
+    def fill(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Put in other sequences, without waiting for the device."""
+        lengths = [len(sequence) for sequence in sequences]
+        if rest := self.tokens - sum(lengths):
+            lengths.append(rest)
+        if rest < 0 or len(lengths) > self.count or max(lengths) > self.longest:
+            raise ValueError(f"{lengths} do not fit into {self.tokens} tokens of {self.count} x {self.longest}")
+        rows = torch.zeros(2, 1, self.tokens, dtype=torch.int64)
+        rows[0, 0, : self.tokens - rest] = torch.tensor([token for sequence in sequences for token in sequence])
+        rows[1, 0] = torch.cat([torch.arange(n) for n in lengths])
+        offsets = torch.full((self.count + 1,), self.tokens, dtype=torch.int32)
+        offsets[: len(lengths)] = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        for own, new in ((self._rows, rows), (self.offsets, offsets)):
+            own.copy_(new.pin_memory() if self.device.type == "cuda" else new, non_blocking=True)
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        return self._now.groups
+
+    @property
+    def gather(self) -> Tensor | None:
+        return self._now.gather
+
+    @property
+    def places(self) -> Tensor:
+        return self._now.places
+
+    @property
+    def _now(self) -> Packing:
+        self.read_on_host = True
+        return packing_of(tuple(n for n in self.offsets.diff().tolist() if n), self.device)
+
+
 @functools.lru_cache(maxsize=8)
 def packing_of(lengths: tuple[int, ...], device: torch.device) -> Packing:
     """The last few are kept, with what was sent to the device."""
     return Packing(lengths, device)
 
 
-def _packing(ends: Tensor, device: torch.device) -> Packing:
-    return packing_of(tuple(ends.diff().tolist()), device)
+def _packing(ends: Tensor | Frame, device: torch.device) -> Packing | Frame:
+    return ends if isinstance(ends, Frame) else packing_of(tuple(ends.diff().tolist()), device)
 
 
 def attend(
@@ -131,10 +182,13 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = UNSAID,
     softcap: float | None = None,
-    packing: Tensor | None = None,
+    packing: Tensor | Frame | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sequence; query [1, Hq, T, D], key and value [1, Hk, T, D], packing: its ends.
+    """Causal attention inside each sequence; query [1, Hq, T, D], key and value [1, Hk, T, D].
+
+    Args:
+        packing: its ends, or a frame.
 
     Returns:
         ([1, T, Hq, D], None).
@@ -155,15 +209,18 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if torch.compiler.is_compiling():
+        assert isinstance(packing, Tensor)
         return _attend(q, k, v, packing, scale, sliding_window, softcap, unsaid, name)[0][None], None
     known, window = _checked(q, packing, sliding_window, unsaid, name)
     return backend(q, v, softcap)(q, k, v, known, scale, window, softcap)[None], None
 
 
-def _checked(q: Tensor, ends: Tensor, window: int | None, unsaid: int | None, name: str) -> tuple[Packing, int | None]:
+def _checked(
+    q: Tensor, ends: Tensor | Frame, window: int | None, unsaid: int | None, name: str
+) -> tuple[Packing | Frame, int | None]:
     """(the packing, the window or None where no sequence is longer)."""
     packing = _packing(ends, q.device)
-    if len(q) != sum(packing.lengths):
+    if len(q) != packing.tokens:
         raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
     if unsaid is not None and unsaid < packing.longest:
         raise PackingError(
@@ -248,7 +305,7 @@ def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 _attend.register_autograd(_gradients, setup_context=_keep)
 
 
-def _flash_arguments(packing: Packing, window: int | None) -> tuple[Any, ...]:
+def _flash_arguments(packing: Packing | Frame, window: int | None) -> tuple[Any, ...]:
     """Of torch's flash kernel: offsets, longest sequences, dropout, whether it is causal without a window."""
     return packing.offsets, packing.offsets, packing.longest, packing.longest, 0.0, window is None
 
@@ -265,7 +322,7 @@ def _declared_windows(module: nn.Module) -> list[int]:
 
 AttentionInterface.register(NAME, attend)
 
-Backend = Callable[[Tensor, Tensor, Tensor, Packing, float, int | None, float | None], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Packing | Frame, float, int | None, float | None], Tensor]
 
 
 def backend(query: Tensor, value: Tensor, softcap: float | None) -> Backend:
@@ -307,7 +364,7 @@ def _varlen() -> tuple[Any, frozenset[str]] | None:
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None, cap: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None, cap: float | None
 ) -> Tensor:
     """flash_attn's variable-length kernel."""
     at, longest = packing.offsets, packing.longest
@@ -322,7 +379,7 @@ def flash(
 
 
 def varlen(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None, cap: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None, cap: float | None
 ) -> Tensor:
     """torch's variable-length kernel."""
     found = _varlen()
@@ -338,7 +395,7 @@ def varlen(
 
 
 def grouped(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None, cap: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None, cap: float | None
 ) -> Tensor:
     """Attention of each group of similar lengths, on any device and dtype."""
     sizes = [B * L for B, L in packing.groups]
@@ -373,7 +430,7 @@ def _grouped_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packing: Packing,
+    packing: Packing | Frame,
     scale: float,
     window: int | None,
     cap: float | None,

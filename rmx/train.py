@@ -24,6 +24,7 @@ from rmx.checkpoint import Checkpoint, State
 from rmx.config import TrainConfig
 from rmx.distributed import ALONE, Group
 from rmx.errors import RmxError
+from rmx.graphs import Passes
 from rmx.lora_layers import Adapter, Masters
 from rmx.loss import BaseSource, BatchRows, Prepared, prepare, prepared_loss
 from rmx.model import CausalLM
@@ -190,6 +191,7 @@ class _Source:
         self.config, self.seed, self.base, self.group = config, seed, base, group
         self.ahead: tuple[int, int, list[tuple[list[int], Prepared]]] | None = None  # step, token budget, its passes
         self.beside = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
+        self.captured = Passes(lm, adapter, config, max(len(sequence.ids) for sequence in sequences))
 
     def share(self, step: int) -> list[int]:
         """The sequences of a step that this process computes."""
@@ -244,8 +246,12 @@ def _gradients(source: _Source, state: State) -> list[Part]:
             problem = str(fault).splitlines()[0]
         parts.clear()
         state.masters.flat.grad = None
+        had_graphs = source.captured.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if had_graphs:
+            console.print(f"train: out of memory at step {state.step + 1}; goes on without CUDA graphs", markup=False)
+            continue
         if state.token_budget <= max(lengths):
             raise TrainingError(
                 f"train: out of memory at step {state.step + 1} with one sequence of {max(lengths)} tokens alone: set "
@@ -266,7 +272,8 @@ def _pass(source: _Source, own: Sequence[int], prepared: Prepared, state: State)
     if source.adapter.config.dropout:
         torch.manual_seed(int(np.random.default_rng([source.seed, state.step, *own]).integers(2**63)))
     with state.masters.lent(source.lm.weight.dtype, source.config.compile):
-        loss = prepared_loss(source.lm, source.adapter, prepared, source.config)
+        hidden = source.captured.final_hidden
+        loss = prepared_loss(source.lm, source.adapter, prepared, source.config, hidden)
         loss.loss.backward()
     detached = ContrastiveLoss(*(value.detach() for value in loss))
     return Part(prepared.sequences, prepared.rows, prepared.there, detached)

@@ -1,0 +1,178 @@
+"""Training passes as CUDA graphs: the kernels of a forward or a backward pass in one launch.
+
+A pass of a model with 28 layers is some 2000 kernels, which a host launches one by one more slowly than a GPU computes
+them. Captured once, they are replayed together, on tensors that stay where they are. So passes are padded to one of a
+few sizes, and what they read is copied into the frame of their size. The first pass of a size runs plainly, which
+readies all that must not happen while a graph is captured; the second is captured. The loss between the two directions
+is not: its rows differ from pass to pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmx import forward
+from rmx.config import TrainConfig
+from rmx.lora_layers import Adapter
+from rmx.model import CausalLM
+from rmx.packing import Frame
+from rmx.progress import console
+from rmx.quantization import is_quantized
+
+STEPS = 8  # sizes between one power of two and the next
+LEAST = 64  # tokens between two sizes
+
+
+class Graph:
+    """Kernels that ``work`` launches, captured; it runs when it is replayed, not before."""
+
+    def __init__(self, work: Callable[[], None], pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # other threads may wait for their own events meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def step_at(tokens: int) -> int:
+    """Tokens between two sizes of passes, near so many."""
+    return max(LEAST, (1 << (tokens - 1).bit_length()) // (2 * STEPS))
+
+
+def padded(tokens: int) -> int:
+    """The size of a pass of so many tokens: at most an eighth more, or 63 tokens."""
+    step = step_at(tokens)
+    return -(-tokens // step) * step
+
+
+class Passes:
+    """:func:`rmx.forward.final_hidden` of one training, replayed where it can be.
+
+    The adapter's layers must work on the same copies of their weights in each pass, and add the gradients of these to
+    the same sums, as :meth:`rmx.lora_layers.Masters.lent` does.
+    """
+
+    def __init__(self, lm: CausalLM, adapter: Adapter, config: TrainConfig, longest: int) -> None:
+        self.lm, self.first, self.longest = lm, adapter.config.first_layer, longest
+        self.anchor = adapter.parameters()[0]  # the one input of a replayed pass that wants a gradient
+        self.sizes: dict[tuple[int, int], _Size] = {}
+        self.on = capturable(lm, adapter, config)
+        self.pool: Any = None
+
+    def final_hidden(
+        self, lm: CausalLM, sequences: Sequence[Sequence[int]], first_layer: int = 0, entry: Tensor | None = None
+    ) -> Tensor:
+        """As :func:`rmx.forward.final_hidden`; the result is overwritten by the next pass."""
+        if not self.on:
+            return forward.final_hidden(lm, sequences, first_layer, entry)
+        tokens = sum(map(len, sequences))
+        size = self._size(tokens, len(sequences))
+        size.fill(sequences, entry)
+        if not size.ran:
+            size.ran = True
+            states = size.states_of(lm, first_layer)
+            self.on = not size.frame.read_on_host
+            return states[:tokens]
+        if size.forward is None and not self._captured(size):
+            return forward.final_hidden(lm, sequences, first_layer, entry)
+        states = _Replayed.apply(self.anchor, size)
+        return states[:tokens]
+
+    def close(self) -> bool:
+        """Let all graphs and their memory go, for good; whether there were any."""
+        had = self.on and bool(self.sizes)
+        self.on, self.pool = False, None
+        self.sizes.clear()
+        return had
+
+    def _size(self, tokens: int, count: int) -> "_Size":
+        key = padded(tokens), 1 << count.bit_length()  # at least one more than the sequences
+        if key not in self.sizes:
+            self.sizes[key] = _Size(Frame(*key, max(self.longest, step_at(key[0])), self.lm.device))
+        return self.sizes[key]
+
+    def _captured(self, size: "_Size") -> bool:
+        if self.pool is None and self.lm.device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            size.capture(self.lm, self.first, self.pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as fault:
+            self.close()
+            said = f"train: goes on without CUDA graphs ({str(fault).splitlines()[0]})"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            return False
+        return True
+
+
+def capturable(lm: CausalLM, adapter: Adapter, config: TrainConfig) -> bool:
+    """Whether a pass launches the same kernels on the same tensors each time, and its copies of weights stay."""
+    if lm.device.type != "cuda" or not (lm.graphs and lm.packing) or adapter.config.dropout:
+        return False
+    if config.compile or config.activation_checkpointing:
+        return False
+    return not any(is_quantized(layer.base) for layer in adapter.layers.values())
+
+
+class _Size:
+    """The passes of one size: where they read and write, and their two graphs."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame, self.ran = frame, False
+        self.entry: Tensor | None = None  # [T, H], the states that enter the first layer that is visited
+        self.states: Tensor | None = None  # [T, H]
+        self.upstream: Tensor | None = None  # [T, H], the gradient of the states
+        self.forward: Graph | None = None
+        self.backward: Graph | None = None
+
+    def fill(self, sequences: Sequence[Sequence[int]], entry: Tensor | None) -> None:
+        self.frame.fill(sequences)
+        if entry is not None:
+            if self.entry is None:
+                self.entry = entry.new_zeros(self.frame.tokens, entry.shape[1])
+            self.entry[: len(entry)].copy_(entry)  # those behind are finite, and no row of the loss looks there
+
+    def states_of(self, lm: CausalLM, first_layer: int) -> Tensor:
+        return forward.frame_hidden(lm, self.frame, first_layer, self.entry)
+
+    def capture(self, lm: CausalLM, first_layer: int, pool: Any) -> None:
+        def there() -> None:
+            with torch.enable_grad():
+                self.states = self.states_of(lm, first_layer)
+
+        def back() -> None:
+            assert self.states is not None
+            torch.autograd.backward(self.states, self.upstream)
+
+        width = lm.weight.shape[1]
+        self.upstream = lm.weight.new_zeros(self.frame.tokens, width)
+        ahead = Graph(there, pool)
+        self.backward = Graph(back, pool)
+        self.forward = ahead
+        if self.states is not None:
+            self.states = self.states.detach()  # the memory of what the backward pass read is free for other sizes
+
+
+class _Replayed(torch.autograd.Function):
+    """The states [T, H] of a size; their gradient goes into the sums of the adapter's layers."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, size: _Size) -> Tensor:
+        assert size.forward is not None
+        size.forward.replay()
+        assert size.states is not None
+        ctx.size = size
+        return size.states.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        size: _Size = ctx.size
+        assert size.upstream is not None and size.backward is not None
+        size.upstream.copy_(gradient)
+        size.backward.replay()
+        return None, None
