@@ -2,12 +2,15 @@
 
 A pass of a model with 28 layers is some 2000 kernels, which a host launches one by one more slowly than a GPU computes
 them. Captured once, they are replayed together, on tensors that stay where they are. So passes are padded to one of a
-few sizes, and what they read is copied into the frame of their size. The first pass of a size runs plainly, which
-readies all that must not happen while a graph is captured; the second is captured. The loss between the two directions
-is not: its rows differ from pass to pass.
+few sizes, chosen for the whole training, and what they read is copied into the frame of their size. The first pass of
+a size runs plainly, which readies all that must not happen while a graph is captured; the second is captured. The loss
+between the two directions is not: its rows differ from pass to pass.
 """
 
-from collections.abc import Callable, Sequence
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +24,8 @@ from rmx.packing import Frame
 from rmx.progress import console
 from rmx.quantization import is_quantized
 
-STEPS = 8  # sizes between one power of two and the next
-LEAST = 64  # tokens between two sizes
+MULTIPLE = 64  # of a size, in tokens
+PREPARATION = 2.0  # what a size costs once, in passes of that size: its plain pass is slower, and it is captured
 
 
 class Graph:
@@ -38,15 +41,20 @@ class Graph:
         self._graph.replay()
 
 
-def step_at(tokens: int) -> int:
-    """Tokens between two sizes of passes, near so many."""
-    return max(LEAST, (1 << (tokens - 1).bit_length()) // (2 * STEPS))
+def chosen_sizes(tokens: Sequence[int]) -> list[int]:
+    """The sizes to which passes of so many tokens are padded, ascending, so that their time in all is least.
 
-
-def padded(tokens: int) -> int:
-    """The size of a pass of so many tokens: at most an eighth more, or 63 tokens."""
-    step = step_at(tokens)
-    return -(-tokens // step) * step
+    That time is counted in tokens: a size costs itself for each of its passes and :data:`PREPARATION` times once.
+    """
+    needed = Counter(-(-n // MULTIPLE) * MULTIPLE for n in tokens)
+    ends = sorted(needed)
+    before = [0, *itertools.accumulate(needed[size] for size in ends)]  # passes
+    best: list[tuple[float, list[int]]] = [(0.0, [])]  # of the first so many ends
+    for last, size in enumerate(ends):
+        costs = ((best[i][0] + size * (before[last + 1] - before[i] + PREPARATION), i) for i in range(last + 1))
+        cost, i = min(costs)
+        best.append((cost, [*best[i][1], size]))
+    return best[-1][1]
 
 
 class Passes:
@@ -56,21 +64,28 @@ class Passes:
     the same sums, as :meth:`rmx.lora_layers.Masters.lent` does.
     """
 
-    def __init__(self, lm: CausalLM, adapter: Adapter, config: TrainConfig, longest: int) -> None:
-        self.lm, self.first, self.longest = lm, adapter.config.first_layer, longest
-        self.anchor = adapter.parameters()[0]  # the one input of a replayed pass that wants a gradient
-        self.sizes: dict[tuple[int, int], _Size] = {}
+    def __init__(
+        self, lm: CausalLM, adapter: Adapter, config: TrainConfig, passes: Iterable[Sequence[int]] | None = None
+    ) -> None:
+        """``passes``: the lengths of the sequences of each pass of the training."""
+        self.lm, self.first = lm, adapter.config.first_layer
+        self.leaves = [layer.lora_A for layer in adapter.layers.values()]
         self.on = capturable(lm, adapter, config)
+        known = [lengths for lengths in passes or () if lengths] if self.on else []
+        self.chosen = chosen_sizes([sum(lengths) for lengths in known])
+        self.count = 1 + max(map(len, known), default=0)  # and what is left of a size
+        self.longest = max((n for lengths in known for n in lengths), default=0)
+        self.sizes: dict[int, _Size] = {}
         self.pool: Any = None
 
     def final_hidden(
         self, lm: CausalLM, sequences: Sequence[Sequence[int]], first_layer: int = 0, entry: Tensor | None = None
     ) -> Tensor:
         """As :func:`rmx.forward.final_hidden`; the result is overwritten by the next pass."""
-        if not self.on:
-            return forward.final_hidden(lm, sequences, first_layer, entry)
         tokens = sum(map(len, sequences))
-        size = self._size(tokens, len(sequences))
+        size = self._size(tokens)
+        if size is None:
+            return forward.final_hidden(lm, sequences, first_layer, entry)
         size.fill(sequences, entry)
         if not size.ran:
             size.ran = True
@@ -79,7 +94,7 @@ class Passes:
             return states[:tokens]
         if size.forward is None and not self._captured(size):
             return forward.final_hidden(lm, sequences, first_layer, entry)
-        states = _Replayed.apply(self.anchor, size)
+        states = _Replayed.apply(self.leaves[0], size)
         return states[:tokens]
 
     def close(self) -> bool:
@@ -89,17 +104,22 @@ class Passes:
         self.sizes.clear()
         return had
 
-    def _size(self, tokens: int, count: int) -> "_Size":
-        key = padded(tokens), 1 << count.bit_length()  # at least one more than the sequences
-        if key not in self.sizes:
-            self.sizes[key] = _Size(Frame(*key, max(self.longest, step_at(key[0])), self.lm.device))
-        return self.sizes[key]
+    def _size(self, tokens: int) -> "_Size | None":
+        place = bisect.bisect_left(self.chosen, tokens)
+        if not self.on or place == len(self.chosen):
+            return None
+        found = self.chosen[place]
+        if found not in self.sizes:
+            # what is left behind the sequences is less than the way to the size below
+            rest = found - (self.chosen[place - 1] if place else 0)
+            self.sizes[found] = _Size(Frame(found, self.count, max(self.longest, rest), self.lm.device))
+        return self.sizes[found]
 
     def _captured(self, size: "_Size") -> bool:
         if self.pool is None and self.lm.device.type == "cuda":
             self.pool = torch.cuda.graph_pool_handle()
         try:
-            size.capture(self.lm, self.first, self.pool)
+            size.capture(self.lm, self.first, self.leaves, self.pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as fault:
@@ -140,14 +160,15 @@ class _Size:
     def states_of(self, lm: CausalLM, first_layer: int) -> Tensor:
         return forward.frame_hidden(lm, self.frame, first_layer, self.entry)
 
-    def capture(self, lm: CausalLM, first_layer: int, pool: Any) -> None:
+    def capture(self, lm: CausalLM, first_layer: int, leaves: Sequence[Tensor], pool: Any) -> None:
         def there() -> None:
             with torch.enable_grad():
                 self.states = self.states_of(lm, first_layer)
 
         def back() -> None:
             assert self.states is not None
-            torch.autograd.backward(self.states, self.upstream)
+            # not backward(), which would wait for the stream on which a leaf was first used
+            torch.autograd.grad(self.states, leaves, self.upstream, allow_unused=True)
 
         width = lm.weight.shape[1]
         self.upstream = lm.weight.new_zeros(self.frame.tokens, width)

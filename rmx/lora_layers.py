@@ -221,7 +221,7 @@ class Masters:
             parameter.data = own.view_as(parameter)
         for layer, own in zip(self.layers, self.scale.split(self.sizes)[1::2], strict=True):
             own.fill_(layer.scaling)
-        self.kept: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # copies and sums of gradients, used again
+        self.kept: dict[torch.dtype, _Lent] = {}  # used again
 
     @contextmanager
     def lent(self, dtype: torch.dtype, compiled: bool = False) -> Iterator[None]:
@@ -231,16 +231,17 @@ class Masters:
             compiled: whether layers are, which then may count on the shapes of these copies.
         """
         if compiled:  # the gradients come back by way of the graph
-            copies, sums = (self.flat * self.scale).to(dtype), None
+            lent = self._lent((self.flat * self.scale).to(dtype), None)
         else:
             if dtype not in self.kept:
-                self.kept[dtype] = torch.empty_like(self.scale, dtype=dtype), torch.empty_like(self.scale, dtype=dtype)
-            copies, sums = self.kept[dtype]
-            copies.copy_(self.flat.detach() * self.scale)
-            sums.zero_()
-        places = zip(self.layers, self._pairs(copies), self._pairs(sums), strict=True)
+                copies, sums = (torch.empty_like(self.scale, dtype=dtype) for _ in range(2))
+                self.kept[dtype] = self._lent(copies, sums)
+            lent = self.kept[dtype]
+            assert lent.sums is not None
+            lent.copies.copy_(self.flat.detach() * self.scale)
+            lent.sums.zero_()
         try:
-            for layer, own, own_sums in places:
+            for layer, own, own_sums in zip(self.layers, lent.own, lent.own_sums, strict=True):
                 for part in own if compiled and own is not None else ():
                     torch._dynamo.mark_static(part)
                 layer.lent, layer.sums = own, own_sums
@@ -248,9 +249,12 @@ class Masters:
         finally:
             for layer in self.layers:
                 layer.lent = layer.sums = None
-        if sums is not None:
-            gradient = sums * self.scale
+        if lent.sums is not None:
+            gradient = lent.sums * self.scale
             self.flat.grad = gradient if self.flat.grad is None else self.flat.grad.add_(gradient)
+
+    def _lent(self, copies: Tensor, sums: Tensor | None) -> "_Lent":
+        return _Lent(copies, sums, self._pairs(copies), self._pairs(sums))
 
     def _pairs(self, whole: Tensor | None) -> list[tuple[Tensor, Tensor] | None]:
         """The parts (of A, of B) of each layer in a tensor of all."""
@@ -258,3 +262,13 @@ class Masters:
             return [None] * len(self.layers)
         parts = [p.view(shape) for p, shape in zip(whole.split(self.sizes), self.shapes, strict=True)]
         return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+@dataclass(frozen=True)
+class _Lent:
+    """What a pass works on: copies of all weights, sums of their gradients, and the parts of each layer in both."""
+
+    copies: Tensor
+    sums: Tensor | None
+    own: list[tuple[Tensor, Tensor] | None]
+    own_sums: list[tuple[Tensor, Tensor] | None]

@@ -191,11 +191,19 @@ class _Source:
         self.config, self.seed, self.base, self.group = config, seed, base, group
         self.ahead: tuple[int, int, list[tuple[list[int], Prepared]]] | None = None  # step, token budget, its passes
         self.beside = torch.cuda.Stream(lm.device) if lm.device.type == "cuda" else None
-        self.captured = Passes(lm, adapter, config, max(len(sequence.ids) for sequence in sequences))
+        lengths = ([len(sequences[i].ids) for i in own] for step in range(len(order)) for own in self._members(step))
+        self.captured = Passes(lm, adapter, config, lengths)
 
     def share(self, step: int) -> list[int]:
         """The sequences of a step that this process computes."""
         return self.group.share(self.order[step])
+
+    def _members(self, step: int, token_budget: int | None = None) -> list[list[int]]:
+        """The sequences of each pass of a step, here."""
+        mine = self.share(step)
+        budget = self.config.token_budget if token_budget is None else token_budget
+        members = forward.passes(self.lm, [len(self.sequences[i].ids) for i in mine], budget)
+        return [[mine[j] for j in own] for own in members]
 
     def passes(self, step: int, token_budget: int) -> Iterator[tuple[list[int], Prepared]]:
         """The passes of a step, with the numbers of their sequences: those read ahead, else one after the other."""
@@ -223,9 +231,8 @@ class _Source:
             self.ahead = None  # the step itself reads them, one by one
 
     def _read(self, step: int, token_budget: int) -> Iterator[tuple[list[int], Prepared]]:
-        mine, divisor = self.share(step), len(self.order[step])
-        for members in forward.passes(self.lm, [len(self.sequences[i].ids) for i in mine], token_budget):
-            own = [mine[j] for j in members]
+        divisor = len(self.order[step])
+        for own in self._members(step, token_budget):
             draws = [np.random.default_rng([self.seed, step, i]) for i in own]
             batch = [self.sequences[i] for i in own]
             yield own, prepare(self.lm, self.adapter, batch, self.config, divisor, base=self.base, draws=draws)
