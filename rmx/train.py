@@ -262,7 +262,8 @@ def _gradients(source: _Source, state: State) -> list[Part]:
         if state.token_budget <= max(lengths):
             raise TrainingError(
                 f"train: out of memory at step {state.step + 1} with one sequence of {max(lengths)} tokens alone: set "
-                f"train.activation_checkpointing=true or select.max_completion_tokens ({problem})"
+                "train.activation_checkpointing=true (then offload, which keeps more in the host's memory), or "
+                f"select.max_completion_tokens ({problem})"
             )
         state.token_budget = max(max(lengths), min(state.token_budget, sum(lengths)) // 2)
         console.print(
