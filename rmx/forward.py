@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from rmx.config import TrainConfig
 from rmx.fused import fused
 from rmx.model import CausalLM, batches, embedded_leaves, pad, text_decoder
-from rmx.packing import Frame, PackingError, pack, packed, packing_of, sent
+from rmx.packed_attention import packed
+from rmx.packing import Frame, PackingError, pack, packing_of, sent
 from rmx_kernels import native
 from rmx_kernels.dispatch import INTERPRETED
 
@@ -252,7 +253,7 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
         for place in dropouts:
             setattr(*place, 0.0)
         if config.activation_checkpointing:
-            lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpointing(lm.model, "enable")({"use_reentrant": False})
             for layer in layers:  # what transformers asks of a layer; its parts stay in evaluation mode
                 layer.training = True
                 if config.activation_checkpointing == "offload":
@@ -264,12 +265,18 @@ def layer_options(lm: CausalLM, config: TrainConfig) -> Iterator[None]:
             yield
     finally:
         if config.activation_checkpointing:
-            lm.model.gradient_checkpointing_disable()
+            _checkpointing(lm.model, "disable")()
         for layer in layers:
             layer.training = False
             layer._compiled_call_impl = None
         for place, value in zip(dropouts, before, strict=True):
             setattr(*place, value)
+
+
+def _checkpointing(model: PreTrainedModel, way: str) -> Callable[..., None]:
+    """transformers' switch; versions before 5.23 know it by its older name alone."""
+    found: Callable[..., None] | None = getattr(model, f"activation_checkpointing_{way}", None)
+    return found or getattr(model, f"gradient_checkpointing_{way}")
 
 
 def _offloaded(layer: nn.Module) -> Callable[..., Any]:

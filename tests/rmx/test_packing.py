@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from rmx import forward, lora, lora_layers, packing
+from rmx import forward, grouped_attention, lora, lora_layers, packed_attention
 from rmx.config import LoraConfig, TrainConfig
 from rmx.model import CausalLM
 from rmx.packing import Packing, PackingError, pack
@@ -70,7 +69,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("short", [0, 256], ids=["sdpa", "explicit"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_alone_forward_and_backward(family: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "SHORT", short)
+    monkeypatch.setattr(grouped_attention, "SHORT", short)
     lm = wrapped(FAMILIES[family])
     weights = torch.randn(sum(map(len, SEQUENCES)), 32, generator=torch.Generator().manual_seed(1))
     results = []
@@ -141,18 +140,18 @@ def test_the_operator_of_compiled_layers(window: int | None) -> None:
     ends = Packing((5, 1, 7), torch.device("cpu")).ends
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(13, heads, 8, generator=g, requires_grad=True) for heads in (4, 2, 2))
-    torch.library.opcheck(packing._attend, (q, k, v, ends, 0.3, window, None, None, "A"))
-    out = packing._attend(q, k, v, ends, 0.3, window, 2.0, None, "A")[0]
-    expected = packing.grouped(q, k, v, Packing((5, 1, 7), q.device), 0.3, window, 2.0)
+    torch.library.opcheck(packed_attention._attend, (q, k, v, ends, 0.3, window, None, None, "A"))
+    out = packed_attention._attend(q, k, v, ends, 0.3, window, 2.0, None, "A")[0]
+    expected = grouped_attention.grouped(q, k, v, Packing((5, 1, 7), q.device), 0.3, window, 2.0)
     weight = torch.randn(out.shape, generator=g)
     torch.testing.assert_close(out, expected)
     both = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with pytest.raises(PackingError, match="A hands no packing"):
-        packing._attend(q, k, v, ends[:-1], 0.3, window, None, None, "A")
+        packed_attention._attend(q, k, v, ends[:-1], 0.3, window, None, None, "A")
     with pytest.raises(PackingError, match="A does not tell its attention of the window of 6 tokens"):
-        packing._attend(q, k, v, ends, 0.3, None, None, 6, "A")
+        packed_attention._attend(q, k, v, ends, 0.3, None, None, 6, "A")
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -182,7 +181,7 @@ def test_a_model_that_mixes_sequences_is_refused(monkeypatch: pytest.MonkeyPatch
         return F.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "backend", lambda *_: leaking)
+        patch.setattr(packed_attention, "backend", lambda *_: leaking)
         with pytest.raises(PackingError, match=r"Qwen3ForCausalLM: packed sequences give hidden states that differ"):
             forward.check(lm)
     forward.check(lm)
@@ -294,7 +293,7 @@ def test_heads_of_two_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     config = DeepseekV3Config(**sizes, **{**HEADS, "num_key_value_heads": 4}, **heads, **few, first_k_dense_replace=2)
     lm = wrapped(config)
     for short in (0, 256):
-        monkeypatch.setattr(packing, "SHORT", short)
+        monkeypatch.setattr(grouped_attention, "SHORT", short)
         assert error(forward.final_hidden(lm, SEQUENCES), alone(lm, SEQUENCES)) < 1e-5
 
 
@@ -344,10 +343,10 @@ def test_grouped_attention_of_any_lengths(
         return torch.cat(outs)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packing.grouped(q, k, v, Packing(tuple(lengths), q.device), 0.7, window, cap)
+        return grouped_attention.grouped(q, k, v, Packing(tuple(lengths), q.device), 0.7, window, cap)
 
-    before = packing.SHORT
-    packing.SHORT = short
+    before = grouped_attention.SHORT
+    grouped_attention.SHORT = short
     try:
         results = []
         for function in (naive, ours):
@@ -355,7 +354,7 @@ def test_grouped_attention_of_any_lengths(
             out = function(*leaves)
             results.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
     finally:
-        packing.SHORT = before
+        grouped_attention.SHORT = before
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -375,57 +374,31 @@ def test_low_precision_errs_no_more_than_twice_what_sdpa_does() -> None:
         return F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packing.grouped(q, k, v, Packing((90,), q.device), 0.125, None, None)
+        return grouped_attention.grouped(q, k, v, Packing((90,), q.device), 0.125, None, None)
 
     true = gradients(sdpa, torch.float64)
     for t, theirs, mine in zip(true, gradients(sdpa, torch.bfloat16), gradients(ours, torch.bfloat16), strict=True):
         assert (mine - t).norm() <= 2 * (theirs - t).norm()
 
 
-@pytest.mark.parametrize("newer", [False, True])
-def test_torch_varlen_is_called_as_its_version_asks(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins with the two known signatures, which compute with SDPA: heads, borders, scale and window arrive."""
-    calls = []
-
-    def older_fn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
-        assert query.shape[1] == key.shape[1]
-        return stand_in(query, key, value, cu_seq_q, scale, window_size)
-
-    def newer_fn(  # type: ignore[no-untyped-def]
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-    ):
-        assert enable_gqa == (query.shape[1] != key.shape[1])
-        return stand_in(query, key, value, cu_seq_q, scale, window_size)
-
-    def stand_in(q: Tensor, k: Tensor, v: Tensor, at: Tensor, scale: float, window: tuple[int, int]) -> Tensor:
-        calls.append(window)
-        assert at.dtype == torch.int32
-        lengths = tuple(at.diff().tolist())
-        return packing.grouped(
-            q, k, v, Packing(lengths, q.device), scale, None if window[0] < 0 else window[0] + 1, None
-        )
-
-    function = newer_fn if newer else older_fn
-    monkeypatch.setattr(packing, "_varlen", lambda: (function, frozenset(inspect.signature(function).parameters)))
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(9, h, 4, generator=g) for h in (4, 2, 2))
-    p = Packing((5, 4), q.device)
-    for window in (None, 2):
-        expected = packing.grouped(q, k, v, p, 0.5, window, None)
-        torch.testing.assert_close(packing.varlen(q, k, v, p, 0.5, window, None), expected)
-    assert calls == [(-1, 0), (1, 0)]
+@pytest.mark.parametrize("window", [None, 2])
+def test_torch_flash_is_called_as_this_version_asks(window: int | None) -> None:
+    """Its operators check their arguments on tensors without values too."""
+    q, k, v = (torch.empty(9, h, 4, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, 2, 2))
+    out = packed_attention.torch_flash(q, k, v, Packing((5, 4), torch.device("meta")), 0.5, window, None)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert [g.shape for g in gradients] == [x.shape for x in (q, k, v)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["flash", "varlen", "grouped", "compiled"])
+@pytest.mark.parametrize("name", ["flash", "torch_flash", "grouped", "compiled"])
 @pytest.mark.parametrize("window", [None, 7])
 def test_backends_agree_on_a_gpu(name: str, window: int | None) -> None:
     """flash_attn, torch's own kernel and the operator of compiled layers against float64, forward and backward."""
-    if name == "flash" and packing._flash_attn() is None:
+    if name == "flash" and packed_attention._flash_attn() is None:
         pytest.skip("flash_attn is not installed")
-    if name == "varlen" and packing._varlen() is None:
-        pytest.skip("this torch has no varlen_attn with a scale")
     g = torch.Generator().manual_seed(0)
     lengths = (33, 1, 100, 64)
     exact = [torch.randn(sum(lengths), h, 64, generator=g).bfloat16().double().cuda() for h in (8, 2, 2)]
@@ -437,10 +410,13 @@ def test_backends_agree_on_a_gpu(name: str, window: int | None) -> None:
         return [out.double(), *(x.double() for x in torch.autograd.grad(out.sum(), leaves))]
 
     def compiled(q: Tensor, k: Tensor, v: Tensor, p: Packing, scale: float, window: int | None, cap: None) -> Tensor:
-        return packing._attend(q, k, v, p.ends, scale, window, cap, None, "")[0]
+        return packed_attention._attend(q, k, v, p.ends, scale, window, cap, None, "")[0]
 
-    function = compiled if name == "compiled" else getattr(packing, name)
-    true, theirs = gradients(packing.grouped, torch.float64), gradients(packing.grouped, torch.bfloat16)
+    function = compiled if name == "compiled" else getattr(packed_attention, name)
+    true, theirs = (
+        gradients(grouped_attention.grouped, torch.float64),
+        gradients(grouped_attention.grouped, torch.bfloat16),
+    )
     for t, reference, mine in zip(true, theirs, gradients(function, torch.bfloat16), strict=True):
         assert (mine - t).norm() <= 2 * (reference - t).norm() + 1e-3 * t.norm()
 
