@@ -47,6 +47,7 @@ class CausalLM:
     scale: float
     eos_ids: frozenset[int]
     packing: bool = True  # whether sequences run end to end, or padded
+    graphs: bool = True  # whether steps are replayed on a GPU: model.cuda_graphs
     settings: ModelConfig | None = None  # by which it was loaded; None: it was made here
     gguf: bool = False  # whether from a GGUF file
 
@@ -124,7 +125,7 @@ def load(config: ModelConfig, vocabulary: Vocabulary | None = None) -> CausalLM:
         # on some CPUs an evaluated layer would pack its weights into a form that no gradient can be made from
         layer.training = True
     found = wrap(model, tokenizer, config.packing)
-    return replace(found, settings=config, gguf=files.gguf is not None)
+    return replace(found, settings=config, gguf=files.gguf is not None, graphs=config.cuda_graphs)
 
 
 def load_vocabulary(config: ModelConfig) -> Vocabulary:
