@@ -57,9 +57,14 @@ class Graph:
         with torch.cuda.stream(_side(self.device)):  # torch.cuda.graph would stay on this stream after a fault
             self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
-                function()
-            finally:
-                self.graph.capture_end()
+                try:
+                    function()
+                finally:
+                    self.graph.capture_end()
+            except BaseException:  # torch's random numbers would wait for the end of the capture
+                random = torch.cuda.default_generators[self.device.index or 0]
+                random.graphsafe_set_state(random.clone_state())
+                raise
 
     def replay(self) -> None:
         self.graph.replay()
@@ -259,9 +264,9 @@ def plain(lm: CausalLM) -> bool:
     return config._attn_implementation == "sdpa" and together and not (experts or bounded or changing)
 
 
-def _settings(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _settings(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        yield key, value
+        yield str(key), value
         if isinstance(value, dict):
             yield from _settings(value)
 
@@ -283,7 +288,7 @@ def replayed(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) ->
     Args:
         reader: of prompts, with graphs or without.
     """
-    if not (lm.graphs and Graph.serves(lm.device)):
+    if torch.is_grad_enabled() or not (lm.graphs and Graph.serves(lm.device)):  # a replay makes no gradients
         return False
     if MARK not in lm.model.__dict__:
         setattr(lm.model, MARK, plain(lm))
@@ -293,8 +298,8 @@ def replayed(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) ->
 
 
 def replays(lm: CausalLM) -> bool:
-    """What the trial has found, and no fault has ended."""
-    return bool(lm.model.__dict__[MARK])
+    """Whether no trial or capture has said otherwise."""
+    return bool(lm.model.__dict__.get(MARK, True))
 
 
 @torch.no_grad()
