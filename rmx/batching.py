@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rmx.config import Sampling
+from rmx.decode_graphs import rounded
 from rmx.engines import ROOM
 from rmx.model import CausalLM
 from rmx.progress import console
@@ -57,13 +58,21 @@ def _heads(text: Any) -> tuple[int, int]:
     return heads, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
-def sequence_bytes(config: Any, dtype: torch.dtype, length: int) -> int:
+def sequence_bytes(config: Any, dtype: torch.dtype, length: int, graphs: bool = False) -> int:
     """What one more sequence of the batch takes: its cache with room to grow, one layer's keys and values for all
-    query heads, as a masked attention makes them, and a row of logits."""
+    query heads, as a masked attention makes them, and a row of logits.
+
+    Args:
+        graphs: whether CUDA graphs may replay its steps, whose buffers are multiples of 64 tokens.
+    """
     text = config.get_text_config()
     heads, own = _heads(text)
+    held = int((1 + ROOM) * cache_bytes(config, dtype, length))
+    if graphs:
+        length = rounded(length)
+        held = max(held, cache_bytes(config, dtype, length))
     widened = 2 * length * heads * own * dtype.itemsize
-    return int((1 + ROOM) * cache_bytes(config, dtype, length)) + widened + LOGITS * text.vocab_size
+    return held + widened + LOGITS * text.vocab_size
 
 
 def batch_size(lm: CausalLM, sampling: Sampling, longest: int, count: int, models: int = 1) -> BatchSize:
@@ -84,7 +93,7 @@ def batch_size(lm: CausalLM, sampling: Sampling, longest: int, count: int, model
         return BatchSize(min(MOST, enough), "vLLM decodes as many at a time as fit")
     if sampling.engine == "openai" or lm.device.type != "cuda":
         return BatchSize(CPU, "a server's queue" if sampling.engine == "openai" else "a CPU")
-    own = models * sequence_bytes(lm.model.config, lm.weight.dtype, longest + sampling.max_new_tokens)
+    own = models * sequence_bytes(lm.model.config, lm.weight.dtype, longest + sampling.max_new_tokens, lm.graphs)
     free = free_memory(lm.device)
     fits = max(1, int(USABLE * free) // own)
     size = min(MOST, 1 << (fits.bit_length() - 1), enough)

@@ -40,7 +40,9 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; models without sdpa: eager
     quantization: Literal["nf4"] | None = None  # linear layers in 4 bits, by bitsandbytes; not the head
     packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
-    cuda_graphs: bool = True  # on a GPU, decode steps and training passes of one shape are captured once and replayed
+    # On a GPU, decode steps and training passes of one shape are captured once and replayed. Results are the same to
+    # rounding, so no record has it: a run goes on with the other value.
+    cuda_graphs: bool = Field(default=True, exclude=True)
 
 
 class PromptConfig(Section):

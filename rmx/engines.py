@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from rmx.config import Sampling
 from rmx.decode_attention import decoding
+from rmx.decode_graphs import Steps, replayed
 from rmx.errors import RmxError
 from rmx.model import CausalLM, ModelError, embedded_leaves, pad, text_decoder
 from rmx.prompts import Renderer
@@ -28,6 +29,7 @@ from rmx.sampling import SamplingParams, sample_tokens
 from rmx_kernels.native import scratch
 
 SHRINK = 0.75  # finished sequences leave the batch when so few are left that copying the cache pays
+RARELY = 0.5  # the same where a batch of another size needs another graph
 ROOM = 1 / 8  # of its length by which the cache grows at a time; more, and the empty part costs locality
 OTHERS = "use another engine (generate_batch, or openai for a server)"
 PAGE = 256  # tokens of a block of transformers' paged cache, its default
@@ -97,10 +99,14 @@ def loop(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Samp
 
 def _decoded(lm: CausalLM, unit: Unit, uniforms: Tensor, params: SamplingParams) -> list[Completion]:
     """Of one batch; a function of its own, so that nothing of it outlives a fault."""
-    decoder = Decoder(lm, unit.prompts, len(unit.samples))
+    decoder = Decoder(lm, unit.prompts, len(unit.samples), new=uniforms.shape[1])
+    left = (list(range(len(unit.keys))), uniforms)  # on the device; its rows change when some leave
 
     def pick(step: int, rows: list[int]) -> Picked:
-        return sample_tokens(lm, decoder.hidden, uniforms[rows, step], params)
+        nonlocal left
+        if rows != left[0]:
+            left = (rows, uniforms[rows])
+        return sample_tokens(lm, decoder.hidden, left[1][:, step], params)
 
     return decode([decoder], pick, len(unit.keys), uniforms.shape[1], lm.eos_ids)
 
@@ -187,6 +193,7 @@ class _Cache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=lm.model.config)
         own: list[Any] = self.layers
         self.layers: list[Any] = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in own]
+        self.roomy = all(type(layer) is _RoomyLayer for layer in self.layers)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:
@@ -212,6 +219,11 @@ class Decoder:
     Args:
         prompts: token ids; each is read once for its ``repeats`` rows.
         within: entered for each forward pass, as to switch an adapter off.
+        new: tokens that will be read after the prompts, at most; None: not known.
+        graphs: whether CUDA graphs replay the steps; None: where :func:`rmx.decode_graphs.replayed` says so.
+
+    Attributes:
+        steady: whether the last step took as long as the next ones will.
     """
 
     def __init__(
@@ -220,12 +232,21 @@ class Decoder:
         prompts: list[list[int]],
         repeats: int,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
+        new: int | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.lm, self.within, self.cache = lm, within, _Cache(lm)
         parameters = inspect.signature(text_decoder(lm.model).forward).parameters
         if not {"past_key_values", "cache_params"} & set(parameters):
             raise EngineError(f"{type(lm.model).__name__}: engine loop knows no cache for it; {OTHERS}")
         self.inputs = [name for name in ("past_key_values", "cache_params", "position_ids") if name in parameters]
+        if graphs is None:
+            graphs = self.inputs == ["past_key_values", "position_ids"] and self.cache.roomy
+            graphs = graphs and replayed(lm, lambda prompts, graphs: Decoder(lm, prompts, 1, graphs=graphs))
+        self.replays = graphs
+        self.most = None if new is None else max(map(len, prompts)) + new
+        self.steps: Steps | None = None
+        self.reads = 0
         ids, mask = pad(prompts, lm.device, left=True)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self._forward(ids, mask, positions)
@@ -243,14 +264,28 @@ class Decoder:
 
     def read(self, tokens: Tensor) -> None:
         """Go on by one token a row, [B] int64."""
+        self.reads += 1
+        if self.replays:
+            if self.steps is None:
+                self.steps = Steps(self.lm, self.cache, self.mask, self.position, self.hidden, self.most, self.within)
+            self.hidden = self.steps.read(tokens)
+            return
         self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=-1)
         self.position = self.position + 1
         self.hidden = self._forward(tokens[:, None], self.mask, self.position[:, None])
 
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows."""
+        if self.steps is not None:
+            self.steps.keep(rows)
+            self.hidden = self.steps.hidden
+            return
         self.cache.batch_select_indices(rows)
         self.hidden, self.mask, self.position = (x[rows] for x in (self.hidden, self.mask, self.position))
+
+    @property
+    def steady(self) -> bool:
+        return self.reads > 1 if self.steps is None else self.steps.steady
 
 
 def decode(
@@ -266,12 +301,14 @@ def decode(
         pick: (step, which completion each row of the batch is) -> (token ids [B], log p [B]).
     """
     device = decoders[0].lm.device
+    shrink = RARELY if any(decoder.replays for decoder in decoders) else SHRINK
     done = [Completion([], []) for _ in range(count)]
     rows = list(range(count))
     alive = set(rows)
     for step in range(length):
         tokens, logprobs = pick(step, rows)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        both = torch.stack([tokens.double(), logprobs]).tolist()  # one wait for the device
+        for row, token, logprob in zip(rows, map(int, both[0]), both[1], strict=True):
             if row in alive:
                 done[row].ids.append(token)
                 done[row].logprobs.append(logprob)  # type: ignore[union-attr]
@@ -279,7 +316,7 @@ def decode(
                     alive.remove(row)
         if not alive or step + 1 == length:
             break
-        if len(alive) < SHRINK * len(rows):
+        if len(alive) < shrink * len(rows):
             keep = torch.tensor([place for place, row in enumerate(rows) if row in alive], device=device)
             rows = [row for row in rows if row in alive]
             tokens = tokens[keep]

@@ -215,7 +215,8 @@ class _Planner:
         if sampling.engine in ("auto", "loop", "generate_batch"):
             longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
             rows = max((len(unit.keys) for unit in units), default=0)
-            found["memory"] = Figure(rows * sequence_bytes(self.shape, self.dtype, longest), "counted")
+            graphs = self.device.type == "cuda" and self.config.model.cuda_graphs
+            found["memory"] = Figure(rows * sequence_bytes(self.shape, self.dtype, longest, graphs), "counted")
         return found
 
     def _rollouts(self) -> dict[str, Figure]:

@@ -19,6 +19,7 @@ from rmx.score import Keep, score_rollouts
 from rmx.train import train_adapter
 
 FEWEST = 16  # tokens of a measured pass
+MOST_READS = 8  # tokens until a decode step takes its usual time
 SHARE = 0.25  # of a completion's tokens that are decisions in a measured training step
 
 
@@ -90,14 +91,16 @@ def decoding(lm: CausalLM, sampling: Sampling, rows: int, context: int, seconds:
     count, nearest = 1, min(rows, 32)
     while True:
         uniforms = torch.full((count,), 0.5, dtype=torch.float64, device=lm.device)
-        decoder = Decoder(lm, prompt, count)
+        decoder = Decoder(lm, prompt, count, new=MOST_READS)
 
         def step(decoder: Decoder = decoder, uniforms: Tensor = uniforms) -> None:
             decoder.read(sample_tokens(lm, decoder.hidden, uniforms, params)[0])
 
-        first = _timed(lm, step)  # makes room in the cache
-        times[count] = _timed(lm, step)
-        spent += first + times[count]
+        times[count] = _timed(lm, step)  # makes room in the cache, or is recorded
+        spent += times[count]
+        while not decoder.steady:
+            times[count] = _timed(lm, step)
+            spent += times[count]
         if count >= rows or (count >= nearest and spent + 8 * times[count] > seconds):
             break
         count = nearest if count == 1 else min(rows, 4 * count)

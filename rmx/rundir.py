@@ -160,8 +160,7 @@ class RunDirectory:
         tree = self.config.model_dump(mode="json")
         found = {name: tree[name] for name in STAGES[stage]}
         if "model" in found:
-            # graphs change the speed alone
-            found["model"] = self.model_settings.model_dump(mode="json", exclude={"cuda_graphs"})
+            found["model"] = self.model_settings.model_dump(mode="json")
         if stage == "score" and self.config.score.problems == "selected":
             found["select"] = {key: tree["select"][key] for key in CHOICE}
         return {**found, **self.inputs.get(stage, {})}

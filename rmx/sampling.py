@@ -10,6 +10,7 @@ from rmx_kernels import linear_entropy_topk
 
 WIDTHS = (64, 1024)  # tried in turn; only rows whose nucleus is wider go on, at last to a sort of the vocabulary
 ROWS = 32  # sorted at a time
+NOT_FINITE = "sampling: the model gave logits that are not finite"
 
 
 @dataclass(frozen=True)
@@ -42,38 +43,51 @@ def sample_tokens(lm: CausalLM, hidden: Tensor, uniforms: Tensor, params: Sampli
         return greedy.topk_ids[:, 0], greedy.topk_logprobs[:, 0].double()
     V = lm.weight.shape[0]
     limit = V if params.top_k is None else min(params.top_k, V)
-    everything = params.top_p == 1 and limit == V
-    chosen = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    logprobs = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
-    rest = torch.arange(hidden.shape[0], device=hidden.device)
     widths = WIDTHS if limit == V else (limit,) if limit <= WIDTHS[-1] else ()  # the mass of top_k is known at the end
-    for width in () if everything else widths:
-        width = min(width, limit)
-        stats = linear_entropy_topk(hidden[rest], k=width, **lm.head_at(params.temperature))
-        _check(stats.lse)
+    rest = torch.arange(hidden.shape[0], device=hidden.device)
+    chosen, logprobs = torch.empty_like(rest), torch.empty_like(rest, dtype=torch.float64)
+    for number, width in enumerate(widths):
+        rows = hidden if number == 0 else hidden[rest]
+        stats = linear_entropy_topk(rows, k=min(width, limit), **lm.head_at(params.temperature))
         assert stats.topk_logprobs is not None and stats.topk_ids is not None
         p = stats.topk_logprobs.double().exp()
-        done = (p.sum(-1) >= params.top_p) | (width == limit)
-        rows = rest[done]
-        chosen[rows], logprobs[rows] = _draw(p[done], stats.topk_ids[done], uniforms[rows], params)
-        rest = rest[~done]
-        if rest.numel() == 0:
+        chosen[rest], logprobs[rest], decided = _draw(p, stats.topk_ids, uniforms[rest], params, width >= limit)
+        finite, complete = torch.stack([torch.isfinite(stats.lse).all(), decided.all()]).tolist()  # the one wait
+        if not finite:
+            raise ModelError(NOT_FINITE)
+        if complete:
             return chosen, logprobs
-    for rows in rest.split(ROWS):
-        p, ids = _sorted(lm, hidden[rows], params.temperature)
-        chosen[rows], logprobs[rows] = _draw(p[:, :limit], ids[:, :limit], uniforms[rows], params)
+        rest = rest[~decided]
+    for own in rest.split(ROWS):
+        p, ids = _sorted(lm, hidden[own], params.temperature)
+        chosen[own], logprobs[own], _ = _draw(p[:, :limit], ids[:, :limit], uniforms[own], params, True)
     return chosen, logprobs
 
 
-def _draw(p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """(ids [B], log p [B]) by inversion from p [B, K] descending, cut to the nucleus; ids [B, K], uniforms [B]."""
-    whole = 1.0 if params.top_k is None else p.sum(-1, keepdim=True)
-    nucleus = p.masked_fill(p.cumsum(-1) - p >= params.top_p * whole, 0)  # outside: tokens that start beyond top_p
-    kept = nucleus.cumsum(-1)
-    drawn = (kept <= uniforms[:, None] * kept[:, -1:]).sum(-1, keepdim=True)
-    last = (nucleus > 0).sum(-1, keepdim=True) - 1
+def _draw(
+    p: Tensor, ids: Tensor, uniforms: Tensor, params: SamplingParams, complete: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By inversion from p [B, K] descending, cut to the nucleus; ids [B, K], uniforms [B].
+
+    Args:
+        complete: whether no token is left out that could be drawn.
+
+    Returns:
+        (ids [B], their log p [B], whether these K tokens decide the draw [B]). They do where they hold the nucleus, or,
+        if that is the whole vocabulary, where the uniform number lies below their mass. A row of NaN has any token.
+    """
+    kept, nucleus = p.cumsum(-1), p
+    if params.top_p < 1:
+        whole = 1.0 if params.top_k is None else p.sum(-1, keepdim=True)
+        nucleus = p.masked_fill(kept - p >= params.top_p * whole, 0)  # outside: tokens that start beyond top_p
+        kept = nucleus.cumsum(-1)
+    more = params.top_p == 1 and not complete  # the mass of all tokens is 1
+    below = uniforms if more else uniforms * kept[:, -1]
+    drawn = (kept <= below[:, None]).sum(-1, keepdim=True)
+    last = ((nucleus > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     place = torch.minimum(drawn, last)
-    return ids.gather(1, place).squeeze(1), p.gather(1, place).squeeze(1).log()
+    decided = uniforms < kept[:, -1] if more else p.sum(-1) >= params.top_p
+    return ids.gather(1, place).squeeze(1), p.gather(1, place).squeeze(1).log(), decided | complete
 
 
 def _sorted(lm: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -85,4 +99,4 @@ def _sorted(lm: CausalLM, hidden: Tensor, temperature: float) -> tuple[Tensor, T
 
 def _check(values: Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise ModelError("sampling: the model gave logits that are not finite")
+        raise ModelError(NOT_FINITE)

@@ -201,11 +201,11 @@ class _Experiment:
         pair, count = self.pair, len(unit.keys)
         uniforms = unit_uniforms(unit, self.sampling, self.seed).to(pair.base.device)
         dice = unit_uniforms(unit, self.sampling, self.seed + TOKENS).to(pair.base.device)
-        decoders = []
+        decoders, new = [], self.sampling.max_new_tokens
         if name != "other":
-            decoders.append(Decoder(pair.base, unit.prompts, len(unit.samples), pair.as_base))
+            decoders.append(Decoder(pair.base, unit.prompts, len(unit.samples), pair.as_base, new))
         if name != "base" and not (name == "random tokens" and self.tau is not None):  # which need no other model
-            decoders.append(Decoder(pair.other, unit.prompts, len(unit.samples)))
+            decoders.append(Decoder(pair.other, unit.prompts, len(unit.samples), new=new))
         stops = pair.base.eos_ids | pair.other.eos_ids
         taken: list[list[int]] = [[] for _ in range(count)]
         changed: list[list[int]] = [[] for _ in range(count)]

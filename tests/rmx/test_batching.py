@@ -38,17 +38,23 @@ def test_the_count_is_what_the_cache_holds(kind: str) -> None:
         assert held == counted
 
 
-def on_gpu(lm: CausalLM, free: float, monkeypatch: pytest.MonkeyPatch) -> Any:
+def on_gpu(lm: CausalLM, free: float, monkeypatch: pytest.MonkeyPatch, graphs: bool = True) -> Any:
     """Its configuration on a GPU with so much memory left."""
     monkeypatch.setattr(batching, "free_memory", lambda _: int(free))
     weight = SimpleNamespace(dtype=torch.bfloat16)
-    return SimpleNamespace(device=torch.device("cuda"), model=lm.model, weight=weight)
+    return SimpleNamespace(device=torch.device("cuda"), model=lm.model, weight=weight, graphs=graphs)
 
 
 def test_a_gpu_gets_what_fits_its_memory_and_its_work(tiny: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = RolloutsConfig(max_new_tokens=100)
-    own = sequence_bytes(tiny.model.config, torch.bfloat16, 120)
-    assert own == 9 * (120 * 2 * 2 * 2 * 8 * 2) // 8 + 2 * 120 * 32 * 2 + 8 * 21  # layers, K and V, heads, width, bytes
+    plain = sequence_bytes(tiny.model.config, torch.bfloat16, 120)
+    layers = 2 * 2 * 2 * 8 * 2  # layers, K and V, heads, width, bytes
+    assert plain == 9 * (120 * layers) // 8 + 2 * 120 * 32 * 2 + 8 * 21
+    own = sequence_bytes(tiny.model.config, torch.bfloat16, 120, graphs=True)
+    assert own == 9 * (120 * layers) // 8 + 2 * 128 * 32 * 2 + 8 * 21
+    assert sequence_bytes(tiny.model.config, torch.bfloat16, 5, graphs=True) == 64 * (layers + 2 * 32 * 2) + 8 * 21
+    without = on_gpu(tiny, 64 * plain / 0.8 + 1, monkeypatch, graphs=False)
+    assert batch_size(without, sampling, 20, 10_000).size == 64
     sizes = {}
     for sequences in (0.5, 1, 3, 64, 127, 128, 10_000):
         lm = on_gpu(tiny, sequences * own / 0.8 + 1, monkeypatch)

@@ -211,6 +211,35 @@ def test_wide_nuclei_are_looked_up_again_not_cut(monkeypatch: pytest.MonkeyPatch
     assert float(logprob) == pytest.approx(-math.log(300))
 
 
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_draws_from_the_most_probable_tokens_are_those_of_a_full_sort(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of 3000 tokens can be drawn; 5,000 numbers, each below 64 tokens' mass, 1024 tokens' or above."""
+    generator = torch.Generator().manual_seed(1)
+    head, hidden = torch.randn(3000, 8, generator=generator) * spread, torch.randn(1, 8, generator=generator)
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    uniforms = torch.rand(5_000, dtype=torch.float64, generator=generator)
+    sort, left = sampling._sorted, list[int]()
+
+    def once(lm: CausalLM, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        left.append(rows.shape[0])
+        return tuple(x.expand(rows.shape[0], -1) for x in sort(lm, rows[:1], temperature))  # type: ignore[return-value]
+
+    monkeypatch.setattr(sampling, "_sorted", once)
+    drawn, logprobs = sample_tokens(lm, hidden.expand(5_000, -1), uniforms, SamplingParams())
+    p, ids = (hidden @ head.T)[0].double().softmax(-1).sort(descending=True, stable=True)
+    edges = p.cumsum(-1)
+    place = torch.searchsorted(edges, uniforms, right=True)
+    near = ((uniforms - edges[place]).abs() < 1e-5) | ((uniforms - (edges - p)[place]).abs() < 1e-5)  # of rounding
+    assert torch.equal(drawn[~near], ids[place][~near]) and (drawn == ids[place]).double().mean() > 0.99
+    exact = torch.zeros(3000, dtype=torch.float64).scatter(0, ids, p.log())
+    torch.testing.assert_close(logprobs, exact[drawn], atol=1e-5, rtol=1e-5)
+    beyond = int((uniforms > edges[1023]).sum())
+    assert abs(sum(left) - beyond) <= 2 and max(left, default=0) <= sampling.ROWS
+    assert (spread == 3.0) == (beyond < 50)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 0.7), (5, 0.95), (1500, 0.5), (64, 0.3)])
 def test_the_nucleus_is_of_the_top_k_as_in_transformers(top_k: int, top_p: float) -> None:
     """A flat distribution, of which top_k hold little: cut from the whole, the nucleus would be all of them."""
