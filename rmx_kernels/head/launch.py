@@ -2,8 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,40 +27,6 @@ class Rows:
     @property
     def arguments(self) -> tuple[Any, ...]:
         return self.x, max(1, self.x.shape[1]), self.x.stride(0), self.x.stride(1)
-
-
-@functools.cache
-def _second_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device, priority=-1)  # its kernels come first where both wait for a processor
-
-
-class Beside:
-    """Work on a second stream of a CUDA device, each part after what is launched so far; joined at the end.
-
-    What this work reads must live until then, as in ``kept``. On another device the work is done in order.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.kept: list[Any] = []
-
-    def __enter__(self) -> "Beside":
-        return self
-
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        if self.device.type != "cuda":
-            yield
-            return
-        stream = _second_stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            yield
-
-    def __exit__(self, *_: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).wait_stream(_second_stream(self.device))
-        self.kept.clear()
 
 
 _compiled: dict[Any, Any] = {}  # what Triton compiled, by all that it was compiled for

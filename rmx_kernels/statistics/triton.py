@@ -4,14 +4,13 @@ Backward computes the rows anew, turns them into their gradient in place and mul
 head, where one is asked for, takes a second such sweep, by slices of the vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmx_kernels.head import configs
-from rmx_kernels.head.launch import Beside, Rows, launch, power_of_2, scaling
+from rmx_kernels.head.launch import Rows, launch, power_of_2, scaling
 from rmx_kernels.head.reference import VocabTiles
 from rmx_kernels.head.triton import Head, head_gradient, multiple, row_sizes
 from rmx_kernels.logits import Gradients, Logits, Needs, chunks
@@ -26,8 +25,6 @@ BLOCK = 512  # columns that ``finish`` reads at a time where it walks along a ro
 FEW = 16  # tokens of the top-k, up to which chunks are large: a chunk is 16 bytes at a time from places far apart
 LEAST_SEGMENTS = 4  # parts of a row are padded to so many: vocabularies below 160,000 share a compilation
 LANES_A_WARP = 512  # of ``finish``, in which a warp keeps the largest logits of so many lanes in registers
-PIECE_BYTES = 512 << 20  # of logits: ``finish`` of one such piece runs beside ``fold`` of the next
-MOST_PIECES = 8
 
 
 class Statistics:
@@ -49,24 +46,7 @@ class Statistics:
         self.ids = torch.empty(self.N, k, dtype=torch.int64, device=z.x.device)
 
     def compute(self, x: Rows, rows: slice) -> None:
-        """The results of ``rows`` from their logits, the first rows of x.
-
-        ``finish`` mostly waits for single reads. So a large x goes in pieces, and ``finish`` of a piece runs beside
-        ``fold`` of the next one.
-        """
-        n, own = rows.stop - rows.start, x.x[0]
-        nbytes = n * x.columns * x.x.element_size()
-        pieces = min(MOST_PIECES, nbytes // PIECE_BYTES) if 0 < self.k <= MAX_K else 1
-        if pieces <= 1 or len(x.x) > 1 or self.several is not None:
-            self._compute(x, rows, nullcontext())
-            return
-        with Beside(own.device) as beside:
-            for part in chunks(n, -(-n // pieces)):
-                place = slice(rows.start + part.start, rows.start + part.stop)
-                beside.kept.append(self._compute(Rows(own[part]), place, beside.work()))
-
-    def _compute(self, x: Rows, rows: slice, finishing: AbstractContextManager[None]) -> list[Tensor | None]:
-        """``finishing``: inside, the second kernel is launched. Returns what it reads."""
+        """The results of ``rows`` from their logits, the first rows of x."""
         n, V, device, itemsize = rows.stop - rows.start, x.columns, self.m.device, x.x.element_size()
         setting = configs.config(device)
         sweep, shape = setting.statistics, setting.statistics.shape(itemsize)
@@ -91,23 +71,20 @@ class Statistics:
             **shape,
         )
         segments = max(LEAST_SEGMENTS, power_of_2(S))
-        scratch = [parts, peaks, lanes, lists, keys]
-        with finishing:
-            launch(
-                *(kernels.finish, n, device, *x.arguments, self._own(self.target, rows), *scratch),
-                *(self._own(of, rows) for of in (self.m, self.log_d, self.lse, self.entropy, self.logprob)),
-                *(self._own(of, rows) for of in (self.values, self.ids)),
-                *(n, V, S, C, steps, log_u, self.k, room, c, per_temperature, softcap),
-                warps=max(1, segments * sweep.lanes // LANES_A_WARP),
-                SEGMENTS=segments,
-                BLOCK=BLOCK,
-                **shape,
-            )
+        launch(
+            *(kernels.finish, n, device, *x.arguments, self._own(self.target, rows), parts, peaks, lanes, lists, keys),
+            *(self._own(of, rows) for of in (self.m, self.log_d, self.lse, self.entropy, self.logprob)),
+            *(self._own(of, rows) for of in (self.values, self.ids)),
+            *(n, V, S, C, steps, log_u, self.k, room, c, per_temperature, softcap),
+            warps=max(1, segments * sweep.lanes // LANES_A_WARP),
+            SEGMENTS=segments,
+            BLOCK=BLOCK,
+            **shape,
+        )
         if self.k > MAX_K:
             self._sort(x.x.reshape(-1, V)[:n], rows)
         if self.several is not None:
             self._pick(x.x.reshape(-1, V)[:n], self.several[rows], rows)
-        return scratch
 
     def results(self) -> Forward:
         lse, entropy, m, log_d = (x.view(self.lead) for x in (self.lse, self.entropy, self.m, self.log_d))

@@ -1,14 +1,12 @@
 """entropy_topk against the fp64 oracle: sizes, ties, offsets, -inf, NaN."""
 
-import importlib
 import math
-from typing import Any
 
 import cases
 import oracles
 import pytest
 import torch
-from cases import SCALED, assert_same_bits, randint, randn, tiny_tiles, unless_interpreted
+from cases import SCALED, randint, randn, tiny_tiles, unless_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -240,24 +238,3 @@ def test_ids_stay_differentiable_constants(device: str, impl: str) -> None:
     assert not result.topk_ids.requires_grad
     assert all(v.requires_grad for v in result if v.is_floating_point())
     assert isinstance(result, rmx_kernels.VocabStats)
-
-
-@pytest.mark.parametrize("k", [0, 3, 20])
-def test_pieces_of_the_rows_are_the_whole(device: str, impl: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large logits go in pieces of rows where the kernels are Triton's; elsewhere nothing is told to."""
-    x, target = randn(11, 37, device=device), randint(37, 11, device=device)
-    whole = [part for part in entropy_topk(x, target, k=k, impl=impl) if part is not None]
-    if impl == "triton":
-        implementation = importlib.import_module("rmx_kernels.statistics.triton")
-        monkeypatch.setattr(implementation, "PIECE_BYTES", 4 * x[0].nbytes)
-        launched = spy(implementation, "launch", monkeypatch)
-    assert_same_bits([p for p in entropy_topk(x, target, k=k, impl=impl) if p is not None], whole)
-    if impl == "triton":
-        assert len(launched) == (2 * 2 if k else 2)
-
-
-def spy(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments of the calls of a function from now on."""
-    calls, function = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **kwargs: (calls.append(args), function(*args, **kwargs))[1])
-    return calls

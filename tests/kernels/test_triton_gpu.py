@@ -48,25 +48,6 @@ def loss_and_gradient(given: cases.Arguments) -> list[Tensor]:
     return [result.loss.detach(), result.logprob, result.kl, torch.autograd.grad(result.loss, hidden)[0]]
 
 
-@pytest.mark.parametrize("k", [8, 64])
-def test_pieces_on_two_streams_are_the_whole(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second kernel of a piece runs beside the first of the next, and everything is there when the call returns."""
-    implementation = importlib.import_module("rmx_kernels.statistics.triton")
-    logits = torch.empty(8192, V, dtype=torch.bfloat16, device="cuda").normal_(std=4.0)
-    target = torch.randint(V, (8192,), device="cuda")
-
-    def results() -> list[Tensor]:
-        stats = rmx_kernels.entropy_topk(logits, target, k=k, impl="triton")
-        return [x.clone() for x in stats if x is not None]
-
-    monkeypatch.setattr(implementation, "MOST_PIECES", 1)
-    expected = results()
-    monkeypatch.setattr(implementation, "MOST_PIECES", 8)
-    for piece in (512 << 20, 256 << 20, 512 << 20):
-        monkeypatch.setattr(implementation, "PIECE_BYTES", piece)
-        assert_same_bits(results(), expected)
-
-
 def test_statistics_of_more_than_2_to_the_31_logits() -> None:
     N = 2**31 // V + 512
     logits = torch.empty(N, V, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
