@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 import zoo
+from test_pipeline import changed
 from torch import Tensor
 
 from rmx import decode_graphs, engines, lora
@@ -16,6 +18,7 @@ from rmx.config import LoraConfig, ModelConfig, PromptConfig, RolloutsConfig
 from rmx.decode_graphs import MARK, Graph, capacity, plain
 from rmx.engines import Decoder, EngineError, check_decoding
 from rmx.model import CausalLM, load, wrap
+from rmx.pipeline import Run
 from rmx.prompts import Renderer
 from rmx.records import Problem, Rollout
 from rmx.rollouts import generate_rollouts
@@ -65,10 +68,12 @@ class Again:
         if Again.fault is not None:
             Again.fault()
         Again.captured += 1
-        self.function = function
+        self.function = weakref.WeakMethod(function)  # kernels know no Python object
 
     def replay(self) -> None:
-        self.function()
+        function = self.function()
+        assert function is not None
+        function()
 
 
 @pytest.fixture
@@ -156,6 +161,17 @@ def test_what_a_mask_hides_stays_hidden(tiny: CausalLM, again: type[Again]) -> N
         decoder.read(torch.tensor([6, 7]))
         found.append(decoder.hidden.clone())
     assert torch.equal(*found)
+
+
+def test_graphs_and_buffers_go_with_the_decoder(tiny: CausalLM, again: type[Again]) -> None:
+    """At once: their memory is wanted for the next batch, and nobody waits for the garbage collector."""
+    decoder = Decoder(tiny, [[5, 6, 7]], 2, new=5)
+    for token in (3, 4, 5):
+        decoder.read(torch.tensor([token, token]))
+    assert decoder.steps is not None and decoder.steps.graph is not None
+    left = [weakref.ref(x) for x in (decoder.steps, decoder.steps.graph, decoder.steps.cache.layers[0].keys)]
+    del decoder
+    assert [ref() for ref in left] == [None] * 3
 
 
 def test_an_adapter_is_on_or_off_as_it_was_when_the_step_was_recorded(tiny: CausalLM, again: type[Again]) -> None:
@@ -252,7 +268,14 @@ def test_the_setting_reaches_the_model(tiny: CausalLM, again: type[Again]) -> No
     without = load(settings.model_copy(update={"cuda_graphs": False}))
     assert not without.graphs and not Decoder(without, [[5]], 1).replays
     assert Decoder(tiny, [[5]], 1).replays
-    assert "cuda_graphs" not in settings.model_dump()  # so that a run goes on with another value
+
+
+def test_a_run_goes_on_with_the_other_value(finished: Run) -> None:
+    for cuda_graphs in (True, False):
+        run = Run(changed(finished.config, model={"cuda_graphs": cuda_graphs}))
+        assert run.config.model.cuda_graphs == cuda_graphs
+        assert run.is_done("rollouts") and run.is_done("evaluate")
+    assert "cuda_graphs" not in finished.path("stages.json").read_text()
 
 
 def test_rows_leave_less_often_where_each_size_is_recorded(tiny: CausalLM, again: type[Again]) -> None:
