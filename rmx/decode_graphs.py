@@ -8,7 +8,6 @@ One graph serves the steps of one batch size and one width. A model of another k
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from rmx.cuda_graph import Graph, raise_full_memory
 from rmx.decode_attention import decoding
 from rmx.forward import changing_rotation
 from rmx.model import CausalLM
@@ -26,54 +26,6 @@ SMALL = 1024  # tokens; up to here the buffers have room for all from the start
 BOUNDED = ("window", "chunk", "local")  # in the names of settings by which a layer sees its last tokens alone
 MARK = "_rmx_graphs"  # attribute of a model that was tried: whether its steps are replayed
 ENDLESS = 1 << 62  # tokens
-
-
-class Graph:
-    """The kernels of a function, recorded once. Graphs of one pool share their memory."""
-
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        self.device, self.pool, self.graph = device, pool, torch.cuda.CUDAGraph()
-
-    @staticmethod
-    def serves(device: torch.device) -> bool:
-        return device.type == "cuda"
-
-    @staticmethod
-    def new_pool() -> Any:
-        return torch.cuda.graph_pool_handle()
-
-    @staticmethod
-    def first(device: torch.device, function: Callable[[], None]) -> None:
-        """Call a function that is recorded later: libraries choose kernels and take their workspaces now."""
-        side, current = _side(device), torch.cuda.current_stream(device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            function()
-        current.wait_stream(side)
-
-    def capture(self, function: Callable[[], None]) -> None:
-        """Record what ``function`` launches; nothing of it runs. RuntimeError: it does what cannot be recorded."""
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(_side(self.device)):  # torch.cuda.graph would stay on this stream after a fault
-            self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                try:
-                    function()
-                finally:
-                    self.graph.capture_end()
-            except BaseException:  # torch's random numbers would wait for the end of the capture
-                random = torch.cuda.default_generators[self.device.index or 0]
-                random.graphsafe_set_state(random.clone_state())
-                raise
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-@cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all: each that multiplies matrices keeps a workspace."""
-    return torch.cuda.Stream(device)
 
 
 def rounded(tokens: int) -> int:
@@ -221,24 +173,13 @@ class Steps:
         try:
             graph.capture(self._step)
         except RuntimeError as fault:
-            _raise_full_memory(fault)
+            raise_full_memory(fault)
             _refuse(self.lm, str(fault))
             self._forget()
             return False
         self.graph, self.graph_width = graph, self.width
         self.captured += 1
         return True
-
-
-def _raise_full_memory(fault: RuntimeError) -> None:
-    """A fault during a capture is followed by one of its end; the first one counts."""
-    found: BaseException | None = fault
-    while found is not None:
-        if isinstance(found, torch.OutOfMemoryError):
-            raise found
-        if "out of memory" in str(found):  # of the driver
-            raise torch.OutOfMemoryError(str(found)) from fault
-        found = found.__context__
 
 
 def _refuse(lm: CausalLM, reason: str) -> None:

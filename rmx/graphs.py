@@ -10,7 +10,7 @@ between the two directions is not: its rows differ from pass to pass.
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +18,16 @@ from torch import Tensor
 
 from rmx import forward
 from rmx.config import TrainConfig
-from rmx.lora_layers import Adapter
+from rmx.cuda_graph import Graph, raise_full_memory
+from rmx.lora_layers import Adapter, LoraLinear
 from rmx.model import CausalLM
 from rmx.packing import Frame
 from rmx.progress import console
 from rmx.quantization import is_quantized
 
 MULTIPLE = 64  # of a size, in tokens
+TRIES = 2  # captures that may fail: what a library does once, on its first calls, cannot be captured
 PREPARATION = 2.0  # what a size costs once, in passes of that size: its plain pass is slower, and it is captured
-
-
-class Graph:
-    """Kernels that ``work`` launches, captured; it runs when it is replayed, not before."""
-
-    def __init__(self, work: Callable[[], None], pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        # other threads may wait for their own events meanwhile
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            work()
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 def chosen_sizes(tokens: Sequence[int]) -> list[int]:
@@ -69,7 +58,7 @@ class Passes:
     ) -> None:
         """``passes``: the lengths of the sequences of each pass of the training."""
         self.lm, self.first = lm, adapter.config.first_layer
-        self.leaves = [layer.lora_A for layer in adapter.layers.values()]
+        self.layer = next(iter(adapter.layers.values()))
         self.on = capturable(lm, adapter, config)
         known = [lengths for lengths in passes or () if lengths] if self.on else []
         self.chosen = chosen_sizes([sum(lengths) for lengths in known])
@@ -77,6 +66,7 @@ class Passes:
         self.longest = max((n for lengths in known for n in lengths), default=0)
         self.sizes: dict[int, _Size] = {}
         self.pool: Any = None
+        self.faults = 0
 
     def final_hidden(
         self, lm: CausalLM, sequences: Sequence[Sequence[int]], first_layer: int = 0, entry: Tensor | None = None
@@ -91,10 +81,10 @@ class Passes:
             size.ran = True
             states = size.states_of(lm, first_layer)
             self.on = not size.frame.read_on_host
-            return states[:tokens]
-        if size.forward is None and not self._captured(size):
-            return forward.final_hidden(lm, sequences, first_layer, entry)
-        states = _Replayed.apply(self.leaves[0], size)
+        elif size.forward is not None or self._captured(size):
+            states = _Replayed.apply(self.layer.wants, size)
+        else:
+            states = size.states_of(lm, first_layer)
         return states[:tokens]
 
     def close(self) -> bool:
@@ -116,16 +106,20 @@ class Passes:
         return self.sizes[found]
 
     def _captured(self, size: "_Size") -> bool:
-        if self.pool is None and self.lm.device.type == "cuda":
-            self.pool = torch.cuda.graph_pool_handle()
+        if Graph.serves(self.lm.device):
+            torch.cuda.empty_cache()  # of the plain pass, whose memory a graph cannot take
+        if self.pool is None:
+            self.pool = Graph.new_pool()
         try:
-            size.capture(self.lm, self.first, self.leaves, self.pool)
-        except torch.OutOfMemoryError:
-            raise
+            size.capture(self.lm, self.first, self.layer, self.pool)
         except RuntimeError as fault:
-            self.close()
-            said = f"train: goes on without CUDA graphs ({str(fault).splitlines()[0]})"
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            raise_full_memory(fault)
+            self.faults += 1
+            self.pool = None  # which ended with the graph that failed, unless it has others
+            if self.faults == TRIES:
+                self.close()
+                said = f"train: goes on without CUDA graphs: {(str(fault).splitlines() or [''])[0]}"
+                console.print(said, markup=False, highlight=False, soft_wrap=True)
             return False
         return True
 
@@ -160,30 +154,33 @@ class _Size:
     def states_of(self, lm: CausalLM, first_layer: int) -> Tensor:
         return forward.frame_hidden(lm, self.frame, first_layer, self.entry)
 
-    def capture(self, lm: CausalLM, first_layer: int, leaves: Sequence[Tensor], pool: Any) -> None:
+    def capture(self, lm: CausalLM, first_layer: int, layer: LoraLinear, pool: Any) -> None:
+        """``layer``: any that is adapted; all of them share the leaf of a pass."""
+        ahead, back = Graph(lm.device, pool), Graph(lm.device, pool)
+        self.upstream = lm.weight.new_zeros(self.frame.tokens, lm.weight.shape[1])
+
         def there() -> None:
             with torch.enable_grad():
                 self.states = self.states_of(lm, first_layer)
 
-        def back() -> None:
-            assert self.states is not None
-            # not backward(), which would wait for the stream on which a leaf was first used
-            torch.autograd.grad(self.states, leaves, self.upstream, allow_unused=True)
+        def and_back() -> None:
+            assert self.states is not None and layer.wants is not None
+            torch.autograd.grad(self.states, layer.wants, self.upstream, allow_unused=True)
 
-        width = lm.weight.shape[1]
-        self.upstream = lm.weight.new_zeros(self.frame.tokens, width)
-        ahead = Graph(there, pool)
-        self.backward = Graph(back, pool)
-        self.forward = ahead
-        if self.states is not None:
-            self.states = self.states.detach()  # the memory of what the backward pass read is free for other sizes
+        try:
+            ahead.capture(there)
+            back.capture(and_back)
+        finally:
+            if self.states is not None:
+                self.states = self.states.detach()  # what the backward pass read is free for other sizes
+        self.forward, self.backward = ahead, back
 
 
 class _Replayed(torch.autograd.Function):
     """The states [T, H] of a size; their gradient goes into the sums of the adapter's layers."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, size: _Size) -> Tensor:
+    def forward(ctx: Any, wants: Tensor, size: _Size) -> Tensor:
         assert size.forward is not None
         size.forward.replay()
         assert size.states is not None

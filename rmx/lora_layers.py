@@ -33,6 +33,7 @@ class LoraLinear(nn.Module):
         self.place = 0  # in it
         self.lent: tuple[Tensor, Tensor] | None = None  # A and alpha / r B for one pass: see Masters
         self.sums: tuple[Tensor, Tensor] | None = None  # and where their gradients are added up
+        self.wants: Tensor | None = None  # then, what makes autograd ask for them
         bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
@@ -67,7 +68,7 @@ class _Adapted(torch.autograd.Function):
     """y_i = W_i x + b_i + B_i A_i x' of layers of one input; x' is x after dropout, or None for x.
 
     Sums are made inside the products, forward and backward, so that no tensor is read for an addition alone. Where the
-    layers have ``sums``, the gradients of A and B are added to them, and ``flat`` has them computed at all.
+    layers have ``sums``, the gradients of A and B are added to them, and ``wants`` has them computed at all.
     """
 
     @staticmethod
@@ -75,7 +76,7 @@ class _Adapted(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        flat: Tensor | None,
+        wants: Tensor | None,
         layers: list[LoraLinear],
         A: Tensor,
         *Bs: Tensor,
@@ -138,9 +139,8 @@ def adapted(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
     A = _stacked_A(layers, x.dtype)
     dropout = layers[0].dropout
     dropped = F.dropout(x, dropout) if dropout else None
-    flat = None if layers[0].sums is None else layers[0].lora_A
     Bs = [layer.B(x.dtype) for layer in layers]
-    results: tuple[Tensor, ...] = _Adapted.apply(x, dropped, flat, layers, A, *Bs)
+    results: tuple[Tensor, ...] = _Adapted.apply(x, dropped, layers[0].wants, layers, A, *Bs)
     return results
 
 
@@ -240,15 +240,17 @@ class Masters:
             assert lent.sums is not None
             lent.copies.copy_(self.flat.detach() * self.scale)
             lent.sums.zero_()
+        # a new leaf in each pass: autograd waits for the stream on which it first met a leaf
+        wants = None if lent.sums is None else torch.empty((), device=self.flat.device, requires_grad=True)
         try:
             for layer, own, own_sums in zip(self.layers, lent.own, lent.own_sums, strict=True):
                 for part in own if compiled and own is not None else ():
                     torch._dynamo.mark_static(part)
-                layer.lent, layer.sums = own, own_sums
+                layer.lent, layer.sums, layer.wants = own, own_sums, wants
             yield
         finally:
             for layer in self.layers:
-                layer.lent = layer.sums = None
+                layer.lent = layer.sums = layer.wants = None
         if lent.sums is not None:
             gradient = lent.sums * self.scale
             self.flat.grad = gradient if self.flat.grad is None else self.flat.grad.add_(gradient)

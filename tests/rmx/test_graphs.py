@@ -29,8 +29,17 @@ PLACES = ["cpu", pytest.param("cuda", marks=GPU)]
 class Repeated:
     """Stands for a captured graph where there is no GPU: the same work on the same tensors."""
 
-    def __init__(self, work: Callable[[], None], pool: Any) -> None:
-        self.replay = work
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        pass
+
+    @staticmethod
+    def serves(device: torch.device) -> bool:
+        return False
+
+    new_pool = staticmethod(object)
+
+    def capture(self, function: Callable[[], None]) -> None:
+        self.replay = function
 
 
 def model(folder: Path, device: str, **config: Any) -> CausalLM:
@@ -79,9 +88,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
 
     class Counted(graphs.Graph if torch.cuda.is_available() else Repeated):  # type: ignore[misc]
-        def __init__(self, work: Callable[[], None], pool: Any) -> None:
+        def capture(self, function: Callable[[], None]) -> None:
+            super().capture(function)
             counts["captured"] += 1
-            super().__init__(work, pool)
             replay = self.replay
             self.replay = lambda: (counts.update(["replayed"]), replay())[1]
 
