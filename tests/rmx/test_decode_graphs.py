@@ -252,6 +252,12 @@ def test_which_models_are_plain(tiny: CausalLM) -> None:
     assert not plain(tiny)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt", "phi", "olmo2", "cohere", "stablelm", "minicpm3"])
+def test_models_of_other_makes_pass_the_trial(kind: str, again: type[Again]) -> None:
+    assert Decoder(zoo.wrapped(kind), [[5, 6, 7]], 1).replays
+    assert again.captured == 1
+
+
 def test_others_decode_as_before(tiny: CausalLM, again: type[Again], capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("gemma2", "mixtral", "mamba"):
         lm = zoo.wrapped(kind)

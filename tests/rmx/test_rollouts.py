@@ -4,12 +4,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from rmx import engines, model, sampling
@@ -19,6 +21,7 @@ from rmx.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
 from rmx.rollouts import generate_rollouts
 from rmx.sampling import SamplingParams, sample_tokens
+from rmx_kernels import linear_entropy_topk
 
 PROBLEMS = [Problem(f"p{i}", "sum of " + " and ".join("123456789"[: i + 1]), "1") for i in range(5)]
 
@@ -238,6 +241,35 @@ def test_draws_from_the_most_probable_tokens_are_those_of_a_full_sort(
     beyond = int((uniforms > edges[1023]).sum())
     assert abs(sum(left) - beyond) <= 2 and max(left, default=0) <= sampling.ROWS
     assert (spread == 3.0) == (beyond < 50)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what has a GPU's host wait for a number: reading one, and choosing rows by a mask."""
+
+    found = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+        indices = args[1] if call.overloadpacket.__name__ in ("index", "index_put", "index_put_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.found += by_mask or call.overloadpacket.__name__ in names
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.6, 0.95), SamplingParams(1.0, 1.0, 5)], ids=str)
+def test_a_draw_that_the_first_tokens_decide_waits_for_the_device_once(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For whether it is decided; a read of a list is no operation that could be counted."""
+    head = 3 * torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    stats = linear_entropy_topk(torch.ones(5, 8), k=64 if params.top_k is None else 5, **lm.head_at(params.temperature))
+    monkeypatch.setattr(sampling, "linear_entropy_topk", lambda *_, **__: stats)
+    lists, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: (lists.append(self.shape), tolist(self))[1])
+    with _Waits() as waits:
+        sample_tokens(lm, torch.ones(5, 8), torch.full((5,), 0.9, dtype=torch.float64), params)
+    assert (waits.found, lists) == (0, [(2,)])
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 0.7), (5, 0.95), (1500, 0.5), (64, 0.3)])
