@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -69,6 +70,22 @@ class GatedActivation(torch.autograd.Function):
         return *_kernels(gate).gated_gradients(g.contiguous(), gate, up, ctx.gelu), None
 
 
+class TwoProducts(torch.autograd.Function):
+    """x V^T and x W^T of frozen weights; d x = g V + h W is one sum, made inside the second product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(V, W)
+        return F.linear(x, V), F.linear(x, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> Any:
+        V, W = ctx.saved_tensors
+        dx = g.flatten(0, -2) @ V
+        return dx.addmm_(h.flatten(0, -2), W).view(*g.shape[:-1], -1), None, None
+
+
 class Rotation(torch.autograd.Function):
     """x [B, heads, T, 2 D] rotated by cos and sin [B or 1, T, 2 D], whose halves go with the halves of x."""
 
@@ -114,9 +131,19 @@ def _gated_forms(module: nn.Module) -> list[Form]:
     gate, up, down = (cast(nn.Module, getattr(module, name)) for name in ("gate_proj", "up_proj", "down_proj"))
 
     def form(gelu: bool) -> Form:
-        return lambda x: down(GatedActivation.apply(gate(x), up(x), gelu))
+        return lambda x: down(GatedActivation.apply(*_both(gate, up, x), gelu))
 
     return [form(False), form(True)]
+
+
+def _both(gate: nn.Module, up: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    if not all(type(module) is nn.Linear and module.bias is None for module in (gate, up)):
+        return gate(x), up(x)
+    weights = [cast(nn.Linear, module).weight for module in (gate, up)]
+    if any(weight.requires_grad for weight in weights):
+        return gate(x), up(x)
+    products: tuple[Tensor, Tensor] = TwoProducts.apply(x, *weights)
+    return products
 
 
 KINDS: dict[str, Callable[[nn.Module], list[Form]]] = {"norms": _norm_forms, "feed-forward": _gated_forms}
@@ -150,7 +177,8 @@ def _probe(module: nn.Module) -> nn.Module:
     widths = {"gate_proj": (WIDTH, 2 * WIDTH), "up_proj": (WIDTH, 2 * WIDTH), "down_proj": (2 * WIDTH, WIDTH)}
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        narrow = {name: nn.Linear(*sizes, bias=False).to(parameter) for name, sizes in widths.items()}
+        linear = {name: nn.Linear(*sizes, bias=False) for name, sizes in widths.items()}
+        narrow = {name: module.to(parameter).requires_grad_(False) for name, module in linear.items()}
     probe._modules = module._modules | narrow
     return probe
 

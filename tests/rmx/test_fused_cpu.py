@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import save_tiny_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from rmx import forward, fused
 from rmx.config import LoraConfig, ModelConfig, TrainConfig
-from rmx.fused import GatedActivation, RMSNorm, Rotation
+from rmx.fused import GatedActivation, RMSNorm, Rotation, TwoProducts
 from rmx.lora import attach
 from rmx.model import load
 from rmx_kernels import native
@@ -91,6 +92,42 @@ def test_gradients_in_float64() -> None:
     heads = torch.randn(2, 3, 2, 8, generator=generator).double().requires_grad_()
     angle = torch.randn(1, 2, 8, generator=generator).double()
     assert torch.autograd.gradcheck(lambda x: Rotation.apply(x, angle.cos(), angle.sin()), heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_products_of_frozen_weights(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, V, W = (torch.randn(*shape, generator=generator) for shape in ((2, 5, 24), (40, 24), (40, 24)))
+
+    def eager(x: Tensor) -> Tensor:
+        return F.linear(x, V.to(x)) * F.linear(x, W.to(x))
+
+    def ours(x: Tensor) -> Tensor:
+        y, z = TwoProducts.apply(x, V.to(x), W.to(x))
+        return y * z
+
+    V, W = V.to(dtype), W.to(dtype)
+    assert_as_good(ours, eager, x.to(dtype))
+    assert torch.autograd.gradcheck(lambda x: TwoProducts.apply(x, V.double(), W.double()), x.double().requires_grad_())
+
+
+def test_the_gradients_of_gate_and_up_are_added_inside_a_product() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+    embedded = torch.randn(1, 7, SIZES["hidden_size"])
+
+    def additions() -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            rounding.with_gradients(lambda x: model.model(inputs_embeds=x).last_hidden_state, embedded)
+        return sum(
+            event.count for event in seen.key_averages() if event.key == "aten::add_" or event.key == "aten::add"
+        )
+
+    with fused.fused(model):
+        ours = additions()
+        layers = [layer.mlp for layer in model.model.layers]
+        for mlp in layers:
+            mlp.gate_proj.bias = nn.Parameter(torch.zeros(48), requires_grad=False)  # then each is a product alone
+        assert additions() == ours + len(layers)
 
 
 @pytest.mark.parametrize("config", [Gemma2Config, LlamaConfig, Qwen3Config])
