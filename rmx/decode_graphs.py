@@ -54,6 +54,7 @@ class Graph:
     def capture(self, function: Callable[[], None]) -> None:
         """Record what ``function`` launches; nothing of it runs. RuntimeError: it does what cannot be recorded."""
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # within a capture torch frees none of what it keeps for later, and would be out of it
         with torch.cuda.stream(_side(self.device)):  # torch.cuda.graph would stay on this stream after a fault
             self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
@@ -230,7 +231,7 @@ class Steps:
         return True
 
 
-def _raise_full_memory(fault: RuntimeError) -> None:
+def _raise_full_memory(fault: Exception) -> None:
     """A fault during a capture is followed by one of its end; the first one counts."""
     found: BaseException | None = fault
     while found is not None:
@@ -291,9 +292,10 @@ def replayed(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) ->
     if torch.is_grad_enabled() or not (lm.graphs and Graph.serves(lm.device)):  # a replay makes no gradients
         return False
     if MARK not in lm.model.__dict__:
-        setattr(lm.model, MARK, plain(lm))
-        if replays(lm) and (reason := _trial(lm, reader)):
+        served = plain(lm)
+        if served and (reason := _trial(lm, reader)):
             _refuse(lm, reason)
+        lm.model.__dict__.setdefault(MARK, served)  # a capture of the trial may have failed
     return replays(lm)
 
 
@@ -314,9 +316,8 @@ def _trial(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) -> s
             for step in range(3):
                 made.read(torch.tensor([(2 * step + 3) % V, (7 * step + 4) % V], device=lm.device))
             states.append(made.hidden.double())
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
+        _raise_full_memory(fault)
         return repr(fault)
     error = float((states[1] - states[0]).norm() / states[0].norm())
     limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2
