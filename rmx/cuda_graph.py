@@ -33,6 +33,7 @@ class Graph:
     def capture(self, function: Callable[[], None]) -> None:
         """Record what ``function`` launches; nothing of it runs. RuntimeError: it does what cannot be recorded."""
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # within a capture torch frees none of what it keeps for later, and would be out of it
         with torch.cuda.stream(_side(self.device)):  # torch.cuda.graph would stay on this stream after a fault
             self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:

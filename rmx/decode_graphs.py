@@ -232,9 +232,10 @@ def replayed(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) ->
     if torch.is_grad_enabled() or not (lm.graphs and Graph.serves(lm.device)):  # a replay makes no gradients
         return False
     if MARK not in lm.model.__dict__:
-        setattr(lm.model, MARK, plain(lm))
-        if replays(lm) and (reason := _trial(lm, reader)):
+        served = plain(lm)
+        if served and (reason := _trial(lm, reader)):
             _refuse(lm, reason)
+        lm.model.__dict__.setdefault(MARK, served)  # a capture of the trial may have failed
     return replays(lm)
 
 
@@ -255,9 +256,8 @@ def _trial(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) -> s
             for step in range(3):
                 made.read(torch.tensor([(2 * step + 3) % V, (7 * step + 4) % V], device=lm.device))
             states.append(made.hidden.double())
-    except torch.OutOfMemoryError:
-        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
+        _raise_full_memory(fault)
         return repr(fault)
     error = float((states[1] - states[0]).norm() / states[0].norm())
     limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2

@@ -142,7 +142,7 @@ def check_decoding(lm: CausalLM, padded: bool) -> None:
         decoder.read(torch.tensor([steps[0][1], steps[1][1]], device=lm.device))
         whole = [torch.tensor([a + b], device=lm.device) for a, b in zip(prompts, steps, strict=True)]
         alone = torch.cat([lm.hidden(ids, use_cache=False)[:, -1] for ids in whole]).float()
-    except EngineError:
+    except (EngineError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
         said = f"{name}: engine loop cannot keep its states from token to token ({fault!r})"

@@ -106,8 +106,6 @@ class Passes:
         return self.sizes[found]
 
     def _captured(self, size: "_Size") -> bool:
-        if Graph.serves(self.lm.device):
-            torch.cuda.empty_cache()  # of the plain pass, whose memory a graph cannot take
         if self.pool is None:
             self.pool = Graph.new_pool()
         try:

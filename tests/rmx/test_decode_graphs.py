@@ -220,6 +220,11 @@ def test_full_memory_is_never_taken_for_another_fault(where: str, tiny: CausalLM
     with pytest.raises(EngineError, match="no memory for 1 sequences at a time"):
         sampled(tiny, samples=1)
     assert tiny.model.__dict__[MARK]
+    del tiny.model.__dict__[MARK], tiny.model.__dict__["_rmx_decodes"]
+    with pytest.raises(torch.OutOfMemoryError):  # in the trial, which is made again
+        check_decoding(tiny, padded=False)
+    again.fault = None
+    assert MARK not in tiny.model.__dict__ and Decoder(tiny, [[5]], 1).replays
 
 
 @pytest.mark.parametrize("fault", ["another state", "an error"])
