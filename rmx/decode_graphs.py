@@ -257,7 +257,7 @@ def _trial(lm: CausalLM, reader: Callable[[list[list[int]], bool], Reader]) -> s
                 made.read(torch.tensor([(2 * step + 3) % V, (7 * step + 4) % V], device=lm.device))
             states.append(made.hidden.double())
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
-        _raise_full_memory(fault)
+        raise_full_memory(fault)
         return repr(fault)
     error = float((states[1] - states[0]).norm() / states[0].norm())
     limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2
