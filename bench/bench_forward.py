@@ -18,13 +18,13 @@ from train_steps import DEVICE, synthetic
 
 import rmx
 from rmx.config import load_config
-from rmx.engines import Decoder
-from rmx.model import CausalLM, load
-from rmx.problems import build_problems
-from rmx.prompts import renderer_for
+from rmx.grading.problems import build_problems
+from rmx.models.model import CausalLM, load
+from rmx.models.prompts import renderer_for
 from rmx.records import Rollout
-from rmx.sampling import SamplingParams, sample_tokens
-from rmx.score import Keep, score_rollouts
+from rmx.sampling.engines import Decoder
+from rmx.sampling.nucleus import SamplingParams, sample_tokens
+from rmx.training.score import Keep, score_rollouts
 
 DEMO = load_config(Path(rmx.__file__).with_name("demo.yaml"))
 PROMPTS, SAMPLES, STEPS, PASSES = 16, 8, 12, 3

@@ -1,4 +1,4 @@
-"""One optimiser step of the method (arXiv 2605.06241): rmx.train against the way its released code works.
+"""One optimiser step of the method (arXiv 2605.06241): rmx.training.train against the way its released code works.
 
 * ours: one step of ``train_adapter`` as the pipeline runs it: one copy of the model, sequences packed, base states kept
   by the scoring pass (made before the clock starts: once, where a training takes several epochs), no logits.
@@ -52,12 +52,12 @@ from train_steps import (
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rmx
-from rmx import train
 from rmx.config import LoraConfig, TrainConfig, load_config
-from rmx.lora import detach
-from rmx.model import CausalLM, load
+from rmx.models.lora import detach
+from rmx.models.model import CausalLM, load
 from rmx.records import TrainingSequence
-from rmx.train import train_adapter
+from rmx.training import train
+from rmx.training.train import train_adapter
 from rmx_kernels import __version__
 
 ROUNDS = int(os.environ.get("RMX_BENCH_ROUNDS", 7))

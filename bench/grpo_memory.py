@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import add_fused_lm_head, entropy_from_logits, selective_log_softmax
 
 from rmx.config import ModelConfig
-from rmx.model import CausalLM, load
+from rmx.models.model import CausalLM, load
 from rmx_kernels import head_of, token_logprobs
 
 WAYS = ("logits", "trl", "rmx")

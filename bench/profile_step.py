@@ -26,10 +26,10 @@ from report import device_name
 from torch.profiler import ProfilerActivity, profile
 from train_steps import DEVICE, Pair, make_pair, peak_flops, released, step_flops, synthetic
 
-from rmx import train
 from rmx.config import LoraConfig, TrainConfig
-from rmx.model import CausalLM
+from rmx.models.model import CausalLM
 from rmx.records import TrainingSequence
+from rmx.training import train
 
 TINY = {"vocab_size": 997, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 SHAPES: dict[str, tuple[dict[str, int], tuple[int, int, int, float]]] = {  # model; sequences, prompt, completion, gated

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
-from rmx import forward, loss
 from rmx.config import LoraConfig, TrainConfig
-from rmx.lora import Adapter, attach
-from rmx.loss import sequence_weights
-from rmx.model import CausalLM
+from rmx.models import forward
+from rmx.models.lora import Adapter, attach
+from rmx.models.model import CausalLM
 from rmx.records import BaseStates, Rollout, TrainingSequence
-from rmx.score import Keep, score_rollouts
-from rmx.train import train_adapter
+from rmx.training import loss
+from rmx.training.loss import sequence_weights
+from rmx.training.score import Keep, score_rollouts
+from rmx.training.train import train_adapter
 from rmx_kernels import backends, linear_gated_contrastive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,7 +106,7 @@ def ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> 
 
 def ours_reference(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
     operator = functools.partial(linear_gated_contrastive_loss, impl="reference")
-    with mock.patch("rmx.loss.linear_gated_contrastive_loss", operator):
+    with mock.patch("rmx.training.loss.linear_gated_contrastive_loss", operator):
         return ours(pair, sequences, config)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rmx.config import ModelConfig
-from rmx.model import load, pad
+from rmx.models.model import load, pad
 from rmx_kernels import head_of, linear_logprob_kl
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from rmx.config import ModelConfig
-from rmx.model import load, pad
+from rmx.models.model import load, pad
 from rmx_kernels import token_logprobs
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from rmx.config import ModelConfig
-from rmx.model import load
+from rmx.models.model import load
 from rmx_kernels import head_of, in_forward, linear_entropy_topk, linear_gated_contrastive_loss
 
 

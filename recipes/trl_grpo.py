@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
 from rmx.config import ModelConfig
-from rmx.model import load
+from rmx.models.model import load
 from rmx_kernels import in_forward, token_logprobs
 
 

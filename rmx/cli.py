@@ -19,7 +19,7 @@ from rmx.errors import Interrupted, RmxError, visible
 from rmx.openmp import let_threads_sleep
 
 if TYPE_CHECKING:  # commands import what they use: `rmx --help` needs no torch
-    from rmx.pipeline import Run
+    from rmx.runs.pipeline import Run
 
 app = typer.Typer(
     help="Train an adapter that makes a language model reason better, from the model's own rollouts (ReasonMaxxer).",
@@ -69,11 +69,11 @@ Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 def _open(config: Path, overrides: list[str] | None) -> "Run":
     """Errors of the configuration first: what comes after them imports torch, which takes seconds."""
     from rmx.config import load_config
-    from rmx.source import locate
+    from rmx.models.source import locate
 
     settings = load_config(config, overrides)
     locate(settings.located_model)
-    from rmx.pipeline import Run
+    from rmx.runs.pipeline import Run
 
     return Run(settings)
 
@@ -82,9 +82,9 @@ def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) 
     from rmx.config import load_config
 
     settings = load_config(config, overrides)
-    from rmx.distributed import processes
     from rmx.progress import console
-    from rmx.rundir import RunDirectory
+    from rmx.runs.rundir import RunDirectory
+    from rmx.training.distributed import processes
 
     directory = RunDirectory(settings)
     with processes() as group:
@@ -100,7 +100,7 @@ def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) 
                 return
             if group.leads:
                 directory.check_order(name)
-            from rmx.pipeline import Run  # imports torch, which takes seconds
+            from rmx.runs.pipeline import Run  # imports torch, which takes seconds
 
             run = Run(directory.config)
             if group.leads:
@@ -147,7 +147,8 @@ _stage("report", "Write report.html and report.png from the files of the run.")
 def _run(run: "Run") -> None:
     from rich.console import Console
 
-    from rmx import cost, report
+    from rmx import cost
+    from rmx.reports import report
     from rmx.tables import show
 
     result = run.run()
@@ -175,8 +176,8 @@ def plan(
 ) -> None:
     """Print what each stage of `rmx run` will take here, and what to change if it does not fit. Runs nothing."""
     run = _open(config, set_)
-    from rmx import plan_table
-    from rmx.plan import make
+    from rmx.runs import plan_table
+    from rmx.runs.plan import make
     from rmx.tables import show
 
     made = make(run, seconds)
@@ -205,8 +206,8 @@ def export_command(
 ) -> None:
     """Write problems, scored rollouts and training set as the JSON files of the method's released code."""
     run = _open(config, set_)
+    from rmx.interchange.transfer import export_run
     from rmx.progress import console
-    from rmx.transfer import export_run
 
     for path in export_run(run, out):
         console.print(f"export: wrote {path}", markup=False, soft_wrap=True)
@@ -223,7 +224,7 @@ def import_command(
 ) -> None:
     """Start a run from JSON files of the method's released code. `rmx run` continues from there."""
     run = _open(config, set_)
-    from rmx.transfer import import_run
+    from rmx.interchange.transfer import import_run
 
     import_run(run, source, any_prompt=any_prompt)
 
@@ -314,7 +315,7 @@ def benchmark_command(
 ) -> None:
     """Measure the accuracy of the model on benchmarks, without and with an adapter."""
     run = _open(config, set_)
-    from rmx.benchmarks import run_benchmarks, table
+    from rmx.analyses.benchmarks import run_benchmarks, table
     from rmx.tables import show
 
     show(
@@ -412,7 +413,7 @@ def demo(
         raise RmxError(f"--size {size}: expected auto, full or small")
     with as_file(files("rmx") / "demo.yaml") as path:
         config = demo_config(path, seed, run_dir or f"runs/demo-{seed}", set_ or [], size)  # type: ignore[arg-type]
-        from rmx.pipeline import Run
+        from rmx.runs.pipeline import Run
 
         _run(Run(config))
 
@@ -422,7 +423,8 @@ def cache_command(
     clear: Annotated[bool, typer.Option("--clear", help="delete all kept models")] = False,
 ) -> None:
     """List the models that were converted from GGUF files and are kept in the cache, or delete them."""
-    from rmx import converted, digests
+    from rmx import digests
+    from rmx.models import converted
 
     cache = digests.place()
     if cache is None:

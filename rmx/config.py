@@ -92,7 +92,7 @@ class Sampling(Section):
     top_p: Probability = 0.95
     top_k: PositiveInt | None = None
     max_new_tokens: PositiveInt = 8192
-    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at once; auto: by the memory, rmx.batching
+    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at once; auto: by the memory, rmx.sampling.batching
     engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"
     base_url: str | None = None  # address of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # name of the model on the server; default: model.name
@@ -108,7 +108,7 @@ class Sampling(Section):
     def batch(self) -> int:
         """``batch_size``, where it is a number already."""
         if isinstance(self.batch_size, str):
-            raise ValueError("batch_size is auto: rmx.batching.settled makes it a number")
+            raise ValueError("batch_size is auto: rmx.sampling.batching.settled makes it a number")
         return self.batch_size
 
     @pydantic.field_validator("temperature")
@@ -153,7 +153,7 @@ class SelectConfig(Section):
     min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # problems are used whose pass rate is strictly between
     max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     advantage_clip: PositiveFloat = 2.5
-    # The gate is base entropy > tau, and exactly one of these three says tau; see rmx.select.gate_threshold.
+    # The gate is base entropy > tau, and exactly one of these three says tau; see rmx.training.select.gate_threshold.
     tau: PositiveFloat | None = None  # nats
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the entropies of all scored tokens
     budget: Probability | None = None  # share of the training set's completion tokens to gate
@@ -199,7 +199,9 @@ class TrainConfig(Section):
     anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
     anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
     negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative; 0: positives only
-    negatives: Literal["ce", "ratio", "hinge"] = "ce"  # how wrong rollouts are pushed down: see rmx.loss.contrastive
+    negatives: Literal["ce", "ratio", "hinge"] = (
+        "ce"  # how wrong rollouts are pushed down: see rmx.training.loss.contrastive
+    )
     ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # for ratio: until p is 1 - ratio_clip times the base's p
     hinge_margin: PositiveFloat = 1.0  # for hinge: until log p is this many nats below the base's
     negative_floor: Annotated[float, Field(lt=0)] | None = (

@@ -23,6 +23,10 @@ class RmxError(ValueError):
     """An error that the user can fix. The message says what was expected, what came, and what to do."""
 
 
+class AnalysisError(RmxError):
+    """Two models, or a model and a text, do not go together."""
+
+
 class Interrupted(RmxError):
     """A signal stopped the work. The message says what is kept."""
 

@@ -20,7 +20,7 @@ from tiny import save_tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from rmx.model import pad
+from rmx.models.model import pad
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32
 LENGTHS = (9, 6, 4, 9)

@@ -15,18 +15,18 @@ import numpy as np
 import safetensors
 from rich.table import Table
 
-from rmx.analyses.pair import AnalysisError
 from rmx.artefacts import write_json
 from rmx.config import Config
-from rmx.metrics import bootstrap, pass_rates
-from rmx.pipeline import Run
+from rmx.errors import AnalysisError
+from rmx.grading.metrics import bootstrap, pass_rates
+from rmx.models.quantization import parameter_count
 from rmx.progress import console
-from rmx.quantization import parameter_count
 from rmx.records import Interval
-from rmx.report import BASE, GATE, TUNED, new_figure, save_png
-from rmx.rundir import OUTPUTS, STAGES
-from rmx.select import gated_share
+from rmx.reports.report import BASE, GATE, TUNED, new_figure, save_png
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import OUTPUTS, STAGES
 from rmx.tables import new_table
+from rmx.training.select import gated_share
 
 OWN = "own"  # the run's settings as they are
 SHARED = ("problems", "rollouts", "verify", "score")

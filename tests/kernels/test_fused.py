@@ -25,9 +25,9 @@ NORMS = {"Gemma2": 9, "Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9}
 
 
 def functions() -> Any:
-    import rmx.fused
+    import rmx.fused.layers
 
-    return rmx.fused
+    return rmx.fused.layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,7 @@
 """The table of answers: what a model wrote, the ground truth, whether it is right, and what math-verify makes of it.
 
 ``alone`` is the verdict of math-verify by itself, ``verify(parse(f"${truth}$"), parse(text))``, measured with the
-version named below. ``left`` marks the rows that rmx.answers gets wrong knowingly; docs/answers.md says why.
+version named below. ``left`` marks the rows that rmx.grading.answers gets wrong knowingly; docs/answers.md says why.
 """
 
 from typing import NamedTuple

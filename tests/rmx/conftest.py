@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny_model, tiny_run
 
-from rmx import model
 from rmx.config import Config, ModelConfig
-from rmx.pipeline import Run
+from rmx.models import model
+from rmx.runs.pipeline import Run
 
 
 @pytest.fixture(scope="session")

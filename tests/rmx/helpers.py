@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rmx.model import CausalLM
+from rmx.models.model import CausalLM
 
 
 def full_logits(lm: CausalLM, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -9,13 +9,12 @@ from rich.console import Console
 from test_pipeline import changed, command, write_yaml
 
 from rmx.analyses.ablate import OWN, TRAINED, Ablation, Outcome, ablate, table, variants
-from rmx.analyses.pair import AnalysisError
 from rmx.config import Config
-from rmx.errors import Interrupted
-from rmx.lora import load_adapter
-from rmx.pipeline import Run
+from rmx.errors import AnalysisError, Interrupted
+from rmx.models.lora import load_adapter
 from rmx.records import Interval
-from rmx.rundir import RunError
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import RunError
 
 
 @pytest.fixture

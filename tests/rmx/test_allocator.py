@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmx.allocator import keeping_freed_memory
+from rmx.training.allocator import keeping_freed_memory
 
 MIB = 1 << 20
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
-from rmx.answers import extract_answer, same_answer
-from rmx.numerals import number
+from rmx.grading.answers import extract_answer, same_answer
+from rmx.grading.numerals import number
+from rmx.grading.verify import judge
 from rmx.records import Problem
-from rmx.verify import judge
 
 PAGE = Path(__file__).parents[2] / "docs" / "answers.md"
 

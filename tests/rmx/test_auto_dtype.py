@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_pipeline import changed
 
-from rmx import model
+from rmx.analyses.benchmarks import run_benchmarks
 from rmx.artefacts import read_meta
-from rmx.benchmarks import run_benchmarks
 from rmx.config import Config, ModelConfig
-from rmx.pipeline import Run
-from rmx.rundir import STAGES, RunError
+from rmx.models import model
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import STAGES, RunError
 from rmx_kernels import precision
 from rmx_kernels.precision import Precision
 

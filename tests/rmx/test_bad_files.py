@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from test_config import MINIMAL
 from test_converted import write_gguf
 
-from rmx import model, source
 from rmx.artefacts import ArtefactError, replacing
 from rmx.cli import app
 from rmx.config import Config, ConfigError, ModelConfig, ProblemsConfig, load_config
-from rmx.pipeline import Run
-from rmx.problems import ProblemsError, build_problems, folded, generate, read_jsonl
+from rmx.grading.problems import ProblemsError, build_problems, folded, generate, read_jsonl
+from rmx.models import model, source
+from rmx.models.source import ModelError
 from rmx.records import Problem
-from rmx.rundir import RunError
-from rmx.source import ModelError
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import RunError
 
 GOOD = '{"question": "q", "answer": "1"}'
 

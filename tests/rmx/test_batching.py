@@ -10,16 +10,16 @@ import torch
 import zoo
 from test_pipeline import changed
 
-from rmx import batching, engines
-from rmx.batching import batch_size, cache_bytes, sequence_bytes, settled
 from rmx.config import Config, ConfigError, PromptConfig, RolloutsConfig, load_config
-from rmx.engines import Decoder, EngineError
-from rmx.model import CausalLM
-from rmx.pipeline import Run
-from rmx.prompts import Renderer
+from rmx.models.model import CausalLM
+from rmx.models.prompts import Renderer
 from rmx.records import Problem, Rollout
-from rmx.rollouts import generate_rollouts
-from rmx.rundir import RunError
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import RunError
+from rmx.sampling import batching, engines
+from rmx.sampling.batching import batch_size, cache_bytes, sequence_bytes, settled
+from rmx.sampling.engines import Decoder, EngineError
+from rmx.sampling.rollouts import generate_rollouts
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "deepseek_v3", "gpt2"])

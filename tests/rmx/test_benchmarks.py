@@ -12,16 +12,18 @@ from rich.console import Console
 from test_pipeline import changed, command, write_yaml
 from tiny import save_tiny_model
 
-from rmx import lora, model, report, rollouts
+from rmx.analyses.benchmarks import BENCHMARKS, BenchmarkError, Result, plot, read_benchmark, run_benchmarks, table
 from rmx.artefacts import ArtefactError
-from rmx.benchmarks import BENCHMARKS, BenchmarkError, Result, plot, read_benchmark, run_benchmarks, table
 from rmx.config import Config, LoraConfig, ModelConfig
 from rmx.errors import Interrupted
-from rmx.lora import AdapterError
-from rmx.pipeline import Run
-from rmx.problems import ProblemsError
+from rmx.grading.problems import ProblemsError
+from rmx.models import lora, model
+from rmx.models.lora import AdapterError
 from rmx.records import Accuracy, Interval, Rollout
-from rmx.rundir import RunError
+from rmx.reports import report
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import RunError
+from rmx.sampling import rollouts
 
 # A row of each benchmark as its data set on the hub has it, and the ground truth in it.
 ROWS: dict[str, tuple[dict[str, object], str]] = {

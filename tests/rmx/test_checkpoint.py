@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmx import lora, train
-from rmx.checkpoint import Checkpoint, Interrupted
 from rmx.config import LoraConfig, TrainConfig
-from rmx.lora import Adapter
-from rmx.model import CausalLM
+from rmx.models import lora
+from rmx.models.lora import Adapter
+from rmx.models.model import CausalLM
 from rmx.records import TrainingSequence
-from rmx.train import MetricsLog, StepMetrics, TrainingError, train_adapter
+from rmx.training import train
+from rmx.training.checkpoint import Checkpoint, Interrupted
+from rmx.training.train import MetricsLog, StepMetrics, TrainingError, train_adapter
 
 SETTINGS: dict[str, object] = {
     "epochs": 4, "sequences_per_step": 4, "learning_rate": 0.01, "warmup_steps": 2, "anchor_fraction": 0.5,
@@ -212,8 +213,8 @@ def test_two_processes_under_torchrun_equal_one(tiny_path: Path, tmp_path: Path)
         "from test_checkpoint import CONFIG, sequences\n"
         "from rmx import lora, model\n"
         "from rmx.config import LoraConfig, ModelConfig\n"
-        "from rmx.distributed import processes\n"
-        "from rmx.train import train_adapter\n"
+        "from rmx.training.distributed import processes\n"
+        "from rmx.training.train import train_adapter\n"
         f"lm = model.load(ModelConfig(name={str(tiny_path)!r}, dtype='float32', device='cpu'))\n"
         "adapter = lora.attach(lm.model, LoraConfig(r=2, alpha=4), seed=0)\n"
         "with processes() as group:\n"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from test_pipeline import changed
 
-from rmx.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
 from rmx.config import Config
-from rmx.metrics import EvaluationError
-from rmx.pipeline import Run
+from rmx.grading.metrics import EvaluationError
 from rmx.records import Interval, Problem, Rollout, Verdict
-from rmx.rundir import STAGES, RunError
+from rmx.runs.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import STAGES, RunError
 
 
 @pytest.fixture

@@ -7,15 +7,17 @@ import pytest
 import torch
 from test_pipeline import command, write_yaml
 
-from rmx import lora
 from rmx.analyses.compare import KINDS, Comparison
 from rmx.analyses.compare import compare_models as join
-from rmx.analyses.pair import AnalysisError, paired, score_text
+from rmx.analyses.pair import paired
 from rmx.config import Config, LoraConfig, ScoreConfig
-from rmx.lora import Adapter, AdapterError
-from rmx.model import CausalLM
-from rmx.pipeline import Run
+from rmx.errors import AnalysisError
+from rmx.models import lora
+from rmx.models.lora import Adapter, AdapterError
+from rmx.models.model import CausalLM
 from rmx.records import Rollout
+from rmx.runs.pipeline import Run
+from rmx.training.text_scores import score_text
 
 
 def rollouts(count: int = 12) -> list[Rollout]:
@@ -103,8 +105,8 @@ def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, 
     vocabulary.write_text(vocabulary.read_text().replace('"sum"', '"SUM"'))
     with pytest.raises(AnalysisError, match="deeper: has another tokenizer"):
         compare_models(tiny, str(deeper), rollouts(), tmp_path)
-    from rmx import model
     from rmx.config import ModelConfig
+    from rmx.models import model
 
     other = model.load(ModelConfig(name=str(save_tiny_model(tmp_path / "d", num_hidden_layers=3)), dtype="float32"))
     with pytest.raises(AdapterError, match="belongs to another model"):

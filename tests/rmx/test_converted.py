@@ -14,9 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rmx import cli, converted, model, source
+from rmx import cli
 from rmx.config import ModelConfig, PromptConfig
-from rmx.prompts import Renderer
+from rmx.models import converted, model, source
+from rmx.models.prompts import Renderer
 
 TEXT = "12 + 30 = 42, said <|im_end|> he\n"
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -289,7 +290,7 @@ def test_where_it_cannot_be_kept_this_is_said_and_the_model_loads(
 
 LOADS = """
 import sys
-from rmx import model
+from rmx.models import model
 from rmx.config import ModelConfig
 
 load = model._Files.model

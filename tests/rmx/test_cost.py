@@ -10,9 +10,9 @@ from test_pipeline import changed
 
 from rmx.config import Config, CostConfig
 from rmx.cost import GIB, StageCost, metered, stage_costs, table, total
-from rmx.pipeline import Run
-from rmx.rundir import STAGES
-from rmx.score import ScoreStore
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import STAGES
+from rmx.training.score import ScoreStore
 
 
 def test_a_run_counts_what_it_reads_and_samples(finished: Run) -> None:

@@ -10,10 +10,10 @@ import torch
 from test_pipeline import command, write_yaml
 
 from rmx.analyses.coverage import DRAWS, KEYS, Coverage, Curve, cover
-from rmx.analyses.pair import AnalysisError
 from rmx.config import Config
-from rmx.pipeline import Run
+from rmx.errors import AnalysisError
 from rmx.records import Interval, Rollout, Scores
+from rmx.runs.pipeline import Run
 
 TAU = 1.0
 Text = tuple[list[Rollout], list[Scores]]

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from tiny import save_tiny_model
 from torch import Tensor
 
-from rmx import decode_attention, engines
+from rmx.attention import decode as decode_attention
+from rmx.attention.decode import decode, fits
 from rmx.config import ModelConfig
-from rmx.decode_attention import decode, fits
-from rmx.engines import Decoder
-from rmx.model import CausalLM, load
+from rmx.models.model import CausalLM, load
+from rmx.sampling import engines
+from rmx.sampling.engines import Decoder
 from rmx_kernels import native
 
 needs_native = pytest.mark.skipif(bool(native.missing()), reason="the native kernels were not built")

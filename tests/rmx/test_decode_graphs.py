@@ -13,15 +13,16 @@ import zoo
 from test_pipeline import changed
 from torch import Tensor
 
-from rmx import decode_graphs, engines, lora
 from rmx.config import LoraConfig, ModelConfig, PromptConfig, RolloutsConfig
-from rmx.decode_graphs import MARK, Graph, capacity, plain
-from rmx.engines import Decoder, EngineError, check_decoding
-from rmx.model import CausalLM, load, wrap
-from rmx.pipeline import Run
-from rmx.prompts import Renderer
+from rmx.models import lora
+from rmx.models.model import CausalLM, load, wrap
+from rmx.models.prompts import Renderer
 from rmx.records import Problem, Rollout
-from rmx.rollouts import generate_rollouts
+from rmx.runs.pipeline import Run
+from rmx.sampling import decode_graphs, engines
+from rmx.sampling.decode_graphs import MARK, Graph, capacity, plain
+from rmx.sampling.engines import Decoder, EngineError, check_decoding
+from rmx.sampling.rollouts import generate_rollouts
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FULL: dict[str, Any] = {

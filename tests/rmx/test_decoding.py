@@ -7,11 +7,11 @@ import torch
 import transformers as hf
 
 from rmx.config import PromptConfig, RolloutsConfig
-from rmx.engines import Decoder, EngineError, check_decoding
-from rmx.model import CausalLM, wrap
-from rmx.prompts import Renderer
+from rmx.models.model import CausalLM, wrap
+from rmx.models.prompts import Renderer
 from rmx.records import Problem
-from rmx.rollouts import check_rotation, generate_rollouts
+from rmx.sampling.engines import Decoder, EngineError, check_decoding
+from rmx.sampling.rollouts import check_rotation, generate_rollouts
 
 PLAIN: dict[str, Any] = {"vocab_size": 21, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
 FULL = {**PLAIN, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -9,7 +9,7 @@ import torch
 from rmx import demo
 from rmx.config import Config
 from rmx.demo import SMALL, demo_config, flops, product_rate, seconds
-from rmx.pipeline import Run
+from rmx.runs.pipeline import Run
 
 PATH = Path(str(files("rmx") / "demo.yaml"))
 
@@ -87,7 +87,7 @@ def test_the_count_is_that_of_the_model(demo_lm: object) -> None:
     """Per token, against torch's own counter of the products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from rmx.model import CausalLM
+    from rmx.models.model import CausalLM
 
     assert isinstance(demo_lm, CausalLM)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 from test_pipeline import changed
 
-from rmx import lora
 from rmx.config import Config
-from rmx.pipeline import Run
-from rmx.plan import make
-from rmx.rundir import STAGES
+from rmx.models import lora
+from rmx.runs.pipeline import Run
+from rmx.runs.plan import make
+from rmx.runs.rundir import STAGES
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),

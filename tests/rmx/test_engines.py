@@ -20,14 +20,15 @@ import pytest
 import torch
 from transformers.utils.import_utils import is_serve_available
 
-from rmx import lora, model, remote
 from rmx.config import LoraConfig, ModelConfig, PromptConfig, RolloutsConfig
-from rmx.engines import EngineError
-from rmx.model import CausalLM, ModelError
-from rmx.prompts import Renderer
+from rmx.models import lora, model
+from rmx.models.model import CausalLM, ModelError
+from rmx.models.prompts import Renderer
 from rmx.records import Problem, Rollout
-from rmx.remote import ServerError
-from rmx.rollouts import _engine, generate_rollouts
+from rmx.sampling import remote
+from rmx.sampling.engines import EngineError
+from rmx.sampling.remote import ServerError
+from rmx.sampling.rollouts import _engine, generate_rollouts
 
 PROBLEMS = [Problem(f"p{i}", "sum of " + " and ".join("123456789"[: i + 1]), "1") for i in range(5)]
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from rmx import report
-from rmx.evaluate import compare
-from rmx.metrics import EvaluationError, bootstrap
+from rmx.grading.metrics import EvaluationError, bootstrap
 from rmx.records import Accuracy, Evaluation, Interval, Problem, Rollout, Verdict
-from rmx.train import StepMetrics
+from rmx.reports import report
+from rmx.runs.evaluate import compare
+from rmx.training.train import StepMetrics
 
 PROBLEMS = [Problem(f"p{i}", f"q{i}", "1", "even" if i % 2 == 0 else "odd", "evaluate") for i in range(40)]
 

@@ -16,11 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from rmx import forward, fused
 from rmx.config import LoraConfig, ModelConfig, TrainConfig
-from rmx.fused import GatedActivation, RMSNorm, Rotation, TwoProducts
-from rmx.lora import attach
-from rmx.model import load
+from rmx.fused import layers as fused
+from rmx.fused.layers import GatedActivation, RMSNorm, Rotation, TwoProducts
+from rmx.models import forward
+from rmx.models.lora import attach
+from rmx.models.model import load
 from rmx_kernels import native
 from rmx_kernels.dispatch import INTERPRETED
 

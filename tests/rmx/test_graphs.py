@@ -12,15 +12,16 @@ import pytest
 import torch
 from tiny import save_tiny_model
 
-from rmx import forward, graphs, lora
+from rmx.attention.packing import Frame
 from rmx.config import LoraConfig, ModelConfig, TrainConfig
-from rmx.lora_layers import Masters
-from rmx.loss import prepare, prepared_loss
-from rmx.model import CausalLM, load
-from rmx.packing import Frame
+from rmx.models import forward, lora
+from rmx.models.lora_layers import Masters
+from rmx.models.model import CausalLM, load
 from rmx.records import BaseStates, Rollout, StepMetrics, TrainingSequence
-from rmx.score import Keep, score_rollouts
-from rmx.train import train_adapter
+from rmx.training import graphs
+from rmx.training.loss import prepare, prepared_loss
+from rmx.training.score import Keep, score_rollouts
+from rmx.training.train import train_adapter
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PLACES = ["cpu", pytest.param("cuda", marks=GPU)]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from rmx import charts, html, report
 from rmx.config import Config
 from rmx.cost import StageCost
 from rmx.records import Accuracy, Evaluation, Interval, Problem, Rollout, Scores, TrainingSequence, Verdict
-from rmx.train import StepMetrics
+from rmx.reports import charts, html, report
+from rmx.training.train import StepMetrics
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 TEXTS = ("It is 7 – 3 = 4.\n\tDone", "Na ja, vielleicht 🙂 5", "<script>alert(1)</script> \"'&\x00\u202e", "so 4")

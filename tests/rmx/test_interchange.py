@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from rmx import score
 from rmx.artefacts import ArtefactError
 from rmx.config import Config
 from rmx.errors import Interrupted
-from rmx.interchange import (
+from rmx.interchange.files import (
     ScoredRollouts,
     export_records,
     export_rollouts,
@@ -23,10 +22,11 @@ from rmx.interchange import (
     import_rollouts,
     import_training_set,
 )
-from rmx.pipeline import Run
+from rmx.interchange.transfer import export_run, import_run
 from rmx.records import Problem, Rollout, TrainingSequence, Verdict
-from rmx.rundir import STAGES, RunError
-from rmx.transfer import export_run, import_run
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import STAGES, RunError
+from rmx.training import score
 
 RECORDS = """{"records": [
     {"problem_id": "MATH/train/7", "problem_text": "sum of 1 and 2", "ground_truth": "3", "category": "Algebra"},

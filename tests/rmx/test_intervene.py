@@ -10,15 +10,17 @@ from rich.console import Console
 from test_compare import adapter_path  # noqa: F401  a fixture
 from test_pipeline import changed, command, write_yaml
 
-from rmx import lora
 from rmx.analyses import intervene as module
 from rmx.analyses.intervene import ARMS, Arm, Gate, Intervened, Intervention, intervene, summarise, table
-from rmx.analyses.pair import TOP, AnalysisError, paired
+from rmx.analyses.pair import paired
 from rmx.config import Config
-from rmx.engines import stream_key
-from rmx.model import CausalLM
-from rmx.pipeline import Run
+from rmx.errors import AnalysisError
+from rmx.models import lora
+from rmx.models.model import CausalLM
 from rmx.records import Interval, Rollout
+from rmx.runs.pipeline import Run
+from rmx.sampling.engines import stream_key
+from rmx.training.text_scores import TOP
 
 
 @pytest.fixture

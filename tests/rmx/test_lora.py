@@ -11,9 +11,9 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from rmx import lora, lora_layers, model
 from rmx.config import LoraConfig, ModelConfig
-from rmx.lora import AdapterError
+from rmx.models import lora, lora_layers, model
+from rmx.models.lora import AdapterError
 
 IDS = torch.tensor([[1, 5, 6, 7, 8]])
 SMALL = LoraConfig(r=2, alpha=6.0, targets=["o_proj", "q_proj"])

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmx.metrics import EvaluationError, accuracy, bootstrap, has_box, majority, pass_at_k, pass_rates, share_of_gap
+from rmx.grading.metrics import (
+    EvaluationError,
+    accuracy,
+    bootstrap,
+    has_box,
+    majority,
+    pass_at_k,
+    pass_rates,
+    share_of_gap,
+)
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
 
 PROBLEMS = [Problem(f"p{i}", "q", "1") for i in range(6)]

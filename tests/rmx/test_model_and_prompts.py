@@ -11,10 +11,10 @@ import transformers
 from helpers import full_logits
 from safetensors.torch import load_file, save_file
 
-from rmx import model
 from rmx.config import ModelConfig, PromptConfig
-from rmx.model import ModelError
-from rmx.prompts import Renderer
+from rmx.models import model
+from rmx.models.model import ModelError
+from rmx.models.prompts import Renderer
 from rmx_kernels import causal_lm, linear_entropy_topk
 
 SIZES: dict[str, Any] = {"vocab_size": 21, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

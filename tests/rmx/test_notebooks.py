@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import full_logits
 
-from rmx.model import CausalLM
-from rmx.pipeline import Run
+from rmx.models.model import CausalLM
+from rmx.runs.pipeline import Run
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 

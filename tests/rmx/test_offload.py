@@ -9,11 +9,11 @@ import torch
 from test_checkpoint import CONFIG, sequences
 from torch import nn
 
-from rmx import forward, lora
+from rmx.attention.packing import PackingError
 from rmx.config import ConfigError, LoraConfig, TrainConfig, load_config
-from rmx.model import CausalLM
-from rmx.packing import PackingError
-from rmx.train import train_adapter
+from rmx.models import forward, lora
+from rmx.models.model import CausalLM
+from rmx.training.train import train_adapter
 
 
 @pytest.fixture

@@ -34,10 +34,12 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from rmx import forward, grouped_attention, lora, lora_layers, packed_attention
+from rmx.attention import grouped as grouped_attention
+from rmx.attention import packed as packed_attention
+from rmx.attention.packing import Packing, PackingError, pack
 from rmx.config import LoraConfig, TrainConfig
-from rmx.model import CausalLM
-from rmx.packing import Packing, PackingError, pack
+from rmx.models import forward, lora, lora_layers
+from rmx.models.model import CausalLM
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 512}
@@ -433,8 +435,8 @@ def test_packs_hold_every_sequence_once_within_the_budget(lengths: list[int], bu
 
 
 def test_training_and_scoring_take_the_check(tiny_path: Path) -> None:
-    from rmx import model
     from rmx.config import ModelConfig
+    from rmx.models import model
 
     lm = model.load(ModelConfig(name=str(tiny_path), dtype="float32", device="cpu", packing=False))
     assert lm.packing is False

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import yaml
 
-from rmx import artefacts, model, pipeline
+from rmx import artefacts
 from rmx.artefacts import ArtefactError
 from rmx.config import Config, load_config
-from rmx.lora import AdapterError
-from rmx.pipeline import Run
-from rmx.prompts import PromptError
-from rmx.rundir import STAGES, RunError
-from rmx.select import SelectionError
-from rmx.train import TrainingError
+from rmx.models import model
+from rmx.models.lora import AdapterError
+from rmx.models.prompts import PromptError
+from rmx.runs import pipeline
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import STAGES, RunError
+from rmx.training.select import SelectionError
+from rmx.training.train import TrainingError
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:

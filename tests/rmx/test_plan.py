@@ -10,19 +10,20 @@ from test_pipeline import changed, write_yaml
 from torch import nn
 from typer.testing import CliRunner
 
-from rmx import model, plan
 from rmx.cli import app
 from rmx.config import Config, CostConfig
 from rmx.cost import GIB, stage_costs
-from rmx.model import CausalLM
-from rmx.pipeline import Run
-from rmx.plan import make
-from rmx.plan_table import Figure, Plan, StagePlan, say, table, total
-from rmx.prompts import PromptError
-from rmx.rates import Training, training
-from rmx.rundir import STAGES, RunError
+from rmx.models import model
+from rmx.models.model import CausalLM
+from rmx.models.prompts import PromptError
+from rmx.runs import plan
+from rmx.runs.pipeline import Run
+from rmx.runs.plan import make
+from rmx.runs.plan_table import Figure, Plan, StagePlan, say, table, total
+from rmx.runs.rates import Training, training
+from rmx.runs.rundir import STAGES, RunError
 from rmx.tables import show
-from rmx.train import TrainingError
+from rmx.training.train import TrainingError
 
 QUICK = 0.1  # seconds of a measurement
 

@@ -7,7 +7,7 @@ import pytest
 
 from rmx.artefacts import ArtefactError
 from rmx.config import ProblemsConfig
-from rmx.problems import ProblemsError, build_problems, generate, read_jsonl
+from rmx.grading.problems import ProblemsError, build_problems, generate, read_jsonl
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

@@ -12,9 +12,10 @@ from rich.console import Console
 from test_evaluate_and_report import evaluation
 from tqdm.auto import tqdm
 
-from rmx import cost, progress, report, tables
+from rmx import cost, progress, tables
 from rmx.config import CostConfig
 from rmx.records import Evaluation, Interval
+from rmx.reports import report
 
 
 @pytest.fixture

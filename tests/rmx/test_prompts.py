@@ -8,13 +8,13 @@ from typing import Any, get_args
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rmx.answers import extract_answer
 from rmx.artefacts import ArtefactError
 from rmx.config import Config, PromptConfig
-from rmx.model import CausalLM
-from rmx.pipeline import Run
-from rmx.prompts import CHAT, TEXTS, PromptError, Renderer, auto_style
-from rmx.transfer import import_run
+from rmx.grading.answers import extract_answer
+from rmx.interchange.transfer import import_run
+from rmx.models.model import CausalLM
+from rmx.models.prompts import CHAT, TEXTS, PromptError, Renderer, auto_style
+from rmx.runs.pipeline import Run
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "prompts.md"
 STYLES = [style for style in get_args(PromptConfig.model_fields["style"].annotation) if style != "auto"]

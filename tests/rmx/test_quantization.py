@@ -12,15 +12,16 @@ from test_pipeline import changed
 from tiny import save_tiny_model
 from torch import nn
 
-from rmx import lora, model, rates
 from rmx.config import Config, LoraConfig, ModelConfig
-from rmx.lora import AdapterError
-from rmx.lora_layers import Masters
-from rmx.model import CausalLM, ModelError
-from rmx.pipeline import Run
-from rmx.plan import _weight_bytes
-from rmx.quantization import dense, is_quantized, parameter_count, quantized
-from rmx.score import Keep
+from rmx.models import lora, model
+from rmx.models.lora import AdapterError
+from rmx.models.lora_layers import Masters
+from rmx.models.model import CausalLM, ModelError
+from rmx.models.quantization import dense, is_quantized, parameter_count, quantized
+from rmx.runs import rates
+from rmx.runs.pipeline import Run
+from rmx.runs.plan import _weight_bytes
+from rmx.training.score import Keep
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -12,7 +12,7 @@ import yaml
 
 from rmx.cli import app
 from rmx.config import Config
-from rmx.model import CausalLM
+from rmx.models.model import CausalLM
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

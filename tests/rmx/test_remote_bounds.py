@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from rmx import calls, remote
-from rmx.calls import Calls, ServerError
 from rmx.config import PromptConfig, RolloutsConfig
-from rmx.engines import EngineError
-from rmx.model import CausalLM
-from rmx.prompts import Renderer
+from rmx.models.model import CausalLM
+from rmx.models.prompts import Renderer
 from rmx.records import Problem
-from rmx.rollouts import generate_rollouts
+from rmx.sampling import calls, remote
+from rmx.sampling.calls import Calls, ServerError
+from rmx.sampling.engines import EngineError
+from rmx.sampling.rollouts import generate_rollouts
 
 KEY = "sk-very-secret"
 Serve = Callable[[BaseHTTPRequestHandler], None]
@@ -270,10 +270,10 @@ def test_ctrl_c_ends_requests_under_way(serve: Callable[[Serve], str], tiny_path
 
     script = f"""
         from rmx.config import ModelConfig, PromptConfig, RolloutsConfig
-        from rmx import model
-        from rmx.prompts import Renderer
+        from rmx.models import model
+        from rmx.models.prompts import Renderer
         from rmx.records import Problem
-        from rmx.rollouts import generate_rollouts
+        from rmx.sampling.rollouts import generate_rollouts
         lm = model.load(ModelConfig(name={str(tiny_path)!r}, dtype="float32", device="cpu"))
         sampling = RolloutsConfig(engine="openai", base_url={serve(answer)!r}, samples=2, max_new_tokens=12)
         problems = [Problem(f"p{{i}}", f"sum of {{i}}", "1") for i in range(4)]

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from rmx import engines, model, sampling
 from rmx.config import ModelConfig, PromptConfig, RolloutsConfig
-from rmx.model import CausalLM, ModelError
-from rmx.prompts import PromptError, Renderer
+from rmx.models import model
+from rmx.models.model import CausalLM, ModelError
+from rmx.models.prompts import PromptError, Renderer
 from rmx.records import Problem, Rollout
-from rmx.rollouts import generate_rollouts
-from rmx.sampling import SamplingParams, sample_tokens
+from rmx.sampling import engines
+from rmx.sampling import nucleus as sampling
+from rmx.sampling.nucleus import SamplingParams, sample_tokens
+from rmx.sampling.rollouts import generate_rollouts
 from rmx_kernels import linear_entropy_topk
 
 PROBLEMS = [Problem(f"p{i}", "sum of " + " and ".join("123456789"[: i + 1]), "1") for i in range(5)]

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from rmx.artefacts import ArtefactError
 from rmx.config import ScoreConfig, SelectConfig
-from rmx.model import CausalLM, ModelError
+from rmx.models.model import CausalLM, ModelError
 from rmx.records import Rollout, Scores, Verdict
-from rmx.score import Keep, ScoreStore, affordable, score_rollouts
-from rmx.select import (
+from rmx.training.score import Keep, ScoreStore, affordable, score_rollouts
+from rmx.training.select import (
     SelectionError,
     advantages,
     decisions,
@@ -127,7 +127,7 @@ def test_shards_round_trip_and_only_the_absent_and_the_torn_are_made_again(
         assert made.keys() == contents[n].keys()
         assert all(torch.equal(made[name], tensor) for name, tensor in contents[n].items())  # bit for bit
     assert again.file(0).stat().st_mtime_ns == then
-    monkeypatch.setattr("rmx.score.score_rollouts", lambda *_, **__: pytest.fail("nothing is missing"))
+    monkeypatch.setattr("rmx.training.score.score_rollouts", lambda *_, **__: pytest.fail("nothing is missing"))
     assert store(tmp_path).fill(tiny, settings, KEEP) == 0
 
 

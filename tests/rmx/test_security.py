@@ -10,14 +10,14 @@ import yaml
 from test_html import page, written  # noqa: F401  # a fixture
 from test_html import page as _page
 
-from rmx import html, report
-from rmx.analyses.pair import AnalysisError, paired
+from rmx.analyses.pair import paired
 from rmx.artefacts import ArtefactError, remove
 from rmx.cli import main
 from rmx.config import Config, ModelConfig, load_config
-from rmx.errors import visible
-from rmx.model import CausalLM
-from rmx.rundir import RunDirectory
+from rmx.errors import AnalysisError, visible
+from rmx.models.model import CausalLM
+from rmx.reports import html, report
+from rmx.runs.rundir import RunDirectory
 from rmx.tables import new_table, show
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"

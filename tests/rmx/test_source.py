@@ -15,9 +15,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rmx import digests, model, source
+from rmx import digests
 from rmx.config import ModelConfig
-from rmx.source import ModelError
+from rmx.models import model, source
+from rmx.models.source import ModelError
 
 
 def config(name: object, **more: object) -> ModelConfig:

@@ -28,13 +28,15 @@ from test_pipeline import changed, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from rmx import artefacts, cli, lora, pipeline
+from rmx import artefacts, cli
 from rmx.artefacts import ArtefactError, Journal
-from rmx.checkpoint import Checkpoint, Interrupted
 from rmx.config import Config
-from rmx.pipeline import SPENT, Run
-from rmx.rundir import OUTPUTS, STAGES, RunError
-from rmx.train import MetricsLog, StepMetrics
+from rmx.models import lora
+from rmx.runs import pipeline
+from rmx.runs.pipeline import SPENT, Run
+from rmx.runs.rundir import OUTPUTS, STAGES, RunError
+from rmx.training.checkpoint import Checkpoint, Interrupted
+from rmx.training.train import MetricsLog, StepMetrics
 
 KILLS = int(os.environ.get("RMX_KILLS", "6"))
 PER_RUN = 3  # kills of one run, before it is left to finish
@@ -320,7 +322,7 @@ def test_shards_of_a_killed_start_do_not_count_against_the_room_on_the_disk(
     times = [shard.stat().st_mtime_ns for shard in shards[:2]]
     need = run.wanted().bytes(run.to_score(), run.lm.weight.shape[1], torch.bfloat16)
     usage = shutil.disk_usage(tmp_path)._replace(free=int(need / 0.9) - shards[0].stat().st_size)
-    monkeypatch.setattr("rmx.score.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("rmx.training.score.shutil.disk_usage", lambda _: usage)
     run.execute("score")
     assert [shard.stat().st_mtime_ns for shard in shards[:2]] == times
     assert run.kept_scores()[1] == run.wanted()

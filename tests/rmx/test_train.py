@@ -12,14 +12,14 @@ from tiny import save_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmx import forward, lora
 from rmx.config import LoraConfig, ModelConfig, TrainConfig
-from rmx.lora import Adapter
-from rmx.loss import BaseSource, batch_loss, sequence_weights
-from rmx.model import CausalLM, load
+from rmx.models import forward, lora
+from rmx.models.lora import Adapter
+from rmx.models.model import CausalLM, load
 from rmx.records import Rollout, TrainingSequence
-from rmx.score import Keep, score_rollouts
-from rmx.train import TrainingError, learning_rate, step_order, train_adapter
+from rmx.training.loss import BaseSource, batch_loss, sequence_weights
+from rmx.training.score import Keep, score_rollouts
+from rmx.training.train import TrainingError, learning_rate, step_order, train_adapter
 
 CONFIGS = [
     TrainConfig(anchor="completion", anchor_weight=0.3),

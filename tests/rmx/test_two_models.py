@@ -10,15 +10,15 @@ import pytest
 from test_engines import Handler, Stub, by_ids
 from test_pipeline import changed
 
-from rmx import remote
 from rmx.analyses.ablate import ablate
-from rmx.analyses.pair import AnalysisError
-from rmx.benchmarks import run_benchmarks
+from rmx.analyses.benchmarks import run_benchmarks
 from rmx.config import Config, EvaluateConfig
-from rmx.engines import EngineError
-from rmx.model import CausalLM
-from rmx.pipeline import Run
-from rmx.remote import check_served
+from rmx.errors import AnalysisError
+from rmx.models.model import CausalLM
+from rmx.runs.pipeline import Run
+from rmx.sampling import remote
+from rmx.sampling.engines import EngineError
+from rmx.sampling.remote import check_served
 
 BASE, TUNED = "base-7b", "tuned"
 Listed = Callable[[list[str] | None], Stub]

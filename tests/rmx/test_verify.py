@@ -15,10 +15,10 @@ import math_verify
 import pytest
 from answers import MATH_VERIFY, ROWS, Row
 
-from rmx.answers import extract_answer
-from rmx.problems import generate
+from rmx.grading.answers import extract_answer
+from rmx.grading.problems import generate
+from rmx.grading.verify import Judgement, judge, verify
 from rmx.records import Problem, Rollout
-from rmx.verify import Judgement, judge, verify
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_worker_dies_with_a_parent_that_is_killed() -> None:
         import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_verify import busy
         from rmx.records import Problem, Rollout
-        from rmx.verify import verify
+        from rmx.grading.verify import verify
         if __name__ == "__main__":
             verify([Problem("p", "q", "1")], [Rollout("p", 0, [1], [2], "stop", "a")], timeout_s=60, judge=busy)
     """

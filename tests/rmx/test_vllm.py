@@ -16,14 +16,15 @@ from peft import PeftModel
 from test_pipeline import changed
 from transformers import AutoModelForCausalLM
 
-from rmx import lora, model, vllm_engine
 from rmx.config import Config, LoraConfig, ModelConfig, PromptConfig, RolloutsConfig
-from rmx.engines import EngineError
-from rmx.model import CausalLM
-from rmx.pipeline import Run
-from rmx.prompts import Renderer
+from rmx.models import lora, model
+from rmx.models.model import CausalLM
+from rmx.models.prompts import Renderer
 from rmx.records import Problem, Rollout
-from rmx.rollouts import generate_rollouts
+from rmx.runs.pipeline import Run
+from rmx.sampling import vllm_engine
+from rmx.sampling.engines import EngineError
+from rmx.sampling.rollouts import generate_rollouts
 
 PROBLEMS = [Problem(f"p{i}", "sum of " + " and ".join("123456789"[: i + 1]), "1") for i in range(3)]
 

@@ -14,10 +14,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rmx import engines, forward, lora, model
 from rmx.config import LoraConfig
 from rmx.errors import RmxError
-from rmx.model import CausalLM
+from rmx.models import forward, lora, model
+from rmx.models.model import CausalLM
+from rmx.sampling import engines
 from rmx_kernels import token_logprobs
 
 V, H, LAYERS, HEADS = 61, 32, 2, 4

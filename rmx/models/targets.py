@@ -1,0 +1,120 @@
+"""Which layers an adapter is on, and whether PEFT finds the same ones by its settings."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rmx.config import LoraConfig
+from rmx.errors import RmxError
+from rmx.models.forward import decoder_layers
+from rmx.models.model import text_decoder
+from rmx.models.quantization import is_quantized
+
+# Of PEFT's Mamba rule, tuners_utils.py of 0.21: it adapts none of these layers in models of these types.
+STATE_SPACE, NOT_THERE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
+# Names that PEFT 0.21 takes for the experts of models whose experts are one tensor.
+OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+WHOLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of weights that are not quantised
+
+
+class AdapterError(RmxError):
+    """The adapter does not fit the model, cannot be read, or is not worth saving."""
+
+
+def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:
+    """Each linear layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on, by its path.
+
+    Raises:
+        AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head; the
+            model has no layer ``first_layer``.
+    """
+    below = ""
+    if config.first_layer:
+        path, stack = decoder_layers(model)
+        if config.first_layer >= len(stack):
+            raise AdapterError(f"lora.first_layer={config.first_layer}: the model has layers 0 to {len(stack) - 1}")
+        below = rf"{re.escape(path)}\.({'|'.join(map(str, range(config.first_layer)))})\."
+    found: dict[str, nn.Module] = {}
+    # the text decoder and the head: vision or audio towers are not trained on text
+    inside = {id(m) for m in text_decoder(model).modules()} | {id(model.get_output_embeddings())}
+    modules = {n: m for n, m in model.named_modules() if id(m) in inside}
+    for target in config.targets:
+        matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
+        if not matches:
+            linear = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
+            raise AdapterError(
+                f"lora.targets: {target!r} names no layer; this model's linear layers: {', '.join(linear)}"
+            )
+        found |= matches
+    layers = {}
+    for name, module in modules.items():  # the order of the model, whatever that of the targets
+        if name not in found or (below and re.match(below, name)):
+            continue
+        if not isinstance(module, nn.Linear):
+            raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
+        if not (module.weight.dtype in WHOLE or is_quantized(module)):
+            raise AdapterError(
+                f"lora.targets: {name} is a {type(module).__name__} with weights in {module.weight.dtype}, of which no "
+                "gradient is made here: use the model without that quantisation, or model.quantization=nf4"
+            )
+        if module is model.get_output_embeddings():
+            raise AdapterError(f"lora.targets: {name} is the output head, which stays frozen here")
+        if why := _unfit(model, name):
+            raise AdapterError(f"lora.targets: {name} {why}; leave it out of the targets")
+        layers[name] = module
+    return layers
+
+
+def _unfit(model: PreTrainedModel, name: str) -> str:
+    """Why an adapter on this layer would not act, or not be what PEFT loads; empty where it would."""
+    path, _, last = name.rpartition(".")
+    parent, kind = model.get_submodule(path), model.config.get_text_config().model_type
+    if kind in STATE_SPACE and last in NOT_THERE:
+        return f"is a layer that PEFT adapts in no model of type {kind}"
+    if last in OF_EXPERTS and any(p.dim() == 3 and "experts." in n for n, p in model.named_parameters()):
+        return "has a name of the experts, which are one tensor in this model: PEFT would adapt them in its place"
+    try:
+        source = inspect.getsource(type(parent))
+    except (OSError, TypeError):  # a class that was made at run time
+        return ""
+    reads = re.search(rf"self\.{re.escape(last)}\.weight\b(?!\.(dtype|device))", source)
+    # A state space may call a layer on one device and read its weight on another.
+    if reads and (hasattr(parent, "A_log") or f"self.{last}(" not in source):
+        return f"is not called by {type(parent).__name__}, which reads its weight alone: an adapter would not act"
+    return ""
+
+
+def spelled_for_peft(model: PreTrainedModel, config: LoraConfig, names: list[str]) -> dict[str, Any]:
+    """The adapted layers for PEFT: by the targets, or by whole names where the targets mean other layers there.
+
+    Raises:
+        AdapterError: neither means the same layers.
+    """
+    numbers = layer_numbers(names) if config.first_layer else []
+    given = {"target_modules": list(config.targets)} | ({"layers_to_transform": numbers} if numbers else {})
+    for spelled in (given, {"target_modules": list(names)}):
+        if _peft_matches(model, **spelled) == set(names):
+            return spelled
+    raise AdapterError(f"lora.targets: {', '.join(config.targets)}: PEFT would adapt other layers by these names")
+
+
+def _peft_matches(
+    model: PreTrainedModel, target_modules: list[str], layers_to_transform: list[int] | None = None
+) -> set[str]:
+    """The modules that PEFT adapts, by its check_target_module_exists."""
+    found = {n for n, _ in model.named_modules() if any(n == t or n.endswith(f".{t}") for t in target_modules)}
+    if layers_to_transform is None:
+        return found
+    numbers = {name: re.match(r".*?\.[^.]*\.(\d+)\.", name) for name in found - set(target_modules)}
+    kept = {name for name, number in numbers.items() if number and int(number[1]) in layers_to_transform}
+    return kept | found & set(target_modules)
+
+
+def layer_numbers(names: Iterable[str]) -> list[int]:
+    """The decoder layers of these modules, by the first number in each path (as PEFT reads it)."""
+    return sorted({int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))})
