@@ -17,7 +17,7 @@ from torch import nn
 from train_steps import DEVICE, synthetic
 
 import rmx
-from rmx.config import load_config
+from rmx.config_file import load_config
 from rmx.grading.problems import build_problems
 from rmx.models.model import CausalLM, load
 from rmx.models.prompts import renderer_for

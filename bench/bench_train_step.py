@@ -52,7 +52,8 @@ from train_steps import (
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rmx
-from rmx.config import LoraConfig, TrainConfig, load_config
+from rmx.config import LoraConfig, TrainConfig
+from rmx.config_file import load_config
 from rmx.models.lora import detach
 from rmx.models.model import CausalLM, load
 from rmx.records import TrainingSequence

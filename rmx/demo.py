@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rmx.config import Config, load_config
+from rmx.config import Config
+from rmx.config_file import load_config
 from rmx.progress import console, duration
 
 if TYPE_CHECKING:

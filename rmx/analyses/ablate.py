@@ -24,7 +24,7 @@ from rmx.progress import console
 from rmx.records import Interval
 from rmx.reports.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import OUTPUTS, STAGES
+from rmx.runs.stages import STAGES
 from rmx.tables import new_table
 from rmx.training.select import gated_share
 
@@ -171,7 +171,11 @@ def _training(run: Run, out: Path, name: str, variant: Variant, seed: int) -> Ru
         _share(run, made)
         for stage in TRAINED:
             record = made.stages().get(stage)
-            if record is None or record["settings"] != made.settings(stage) or not made.path(OUTPUTS[stage]).exists():
+            if (
+                record is None
+                or record["settings"] != made.settings(stage)
+                or not made.path(STAGES[stage].output).exists()
+            ):
                 console.print(f"ablate: {name}, seed {seed}", markup=False, highlight=False)
                 made.execute(stage)
     return made
@@ -180,7 +184,7 @@ def _training(run: Run, out: Path, name: str, variant: Variant, seed: int) -> Ru
 def _share(run: Run, made: Run) -> None:
     """Let ``made`` read the stages before selection from ``run``; its own stages count only if those are the same."""
     made.dir.mkdir(parents=True, exist_ok=True)
-    for name in [*(OUTPUTS[stage].split("/")[0] for stage in SHARED), "evaluation.base.jsonl"]:
+    for name in [*(STAGES[stage].output.split("/")[0] for stage in SHARED), "evaluation.base.jsonl"]:
         link, target = made.path(name), os.path.relpath(run.path(name).resolve(), made.dir.resolve())
         if not link.is_symlink() or os.readlink(link) != target:
             link.unlink(missing_ok=True)

@@ -30,7 +30,8 @@ from rmx.interchange.files import (
 from rmx.progress import console
 from rmx.records import Rollout
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import STAGES, RunDirectory, RunError
+from rmx.runs.rundir import RunDirectory, RunError
+from rmx.runs.stages import STAGES
 
 
 def export_run(run: RunDirectory, out: Path) -> list[Path]:

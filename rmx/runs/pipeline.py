@@ -7,8 +7,6 @@ was: at the batch of rollouts, the shard of scores or the checkpoint of training
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -29,35 +27,20 @@ from rmx.cost import Meter, metered, stage_costs
 from rmx.grading.problems import build_problems
 from rmx.grading.verify import Judgement, verify
 from rmx.models import forward, lora, model
-from rmx.models.quantization import parameter_count
 from rmx.models.targets import matching, spelled_for_peft
 from rmx.progress import console, progress
-from rmx.records import Evaluation, Problem, Rollout, Split, StepMetrics, Verdict
+from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
 from rmx.reports import html, report
 from rmx.runs import evaluate
-from rmx.runs.choose import Choice, candidate_path, candidate_steps, choose, saved_steps
-from rmx.runs.rundir import STAGES, RunDirectory, RunError, meant
+from rmx.runs.choose import Choice, candidate_path, choose
+from rmx.runs.rundir import RunDirectory, RunError, meant
+from rmx.runs.stages import STAGES
+from rmx.runs.training_stage import train_stage
 from rmx.sampling import rollouts, vllm_engine
 from rmx.sampling.batching import settled
 from rmx.sampling.remote import check_served
 from rmx.training import score, select, train
-from rmx.training.checkpoint import Checkpoint
 from rmx.training.distributed import ALONE, Group
-
-PARTIAL = {  # what a stage leaves behind when it is killed, and takes up again
-    "rollouts": ("rollouts.journal.jsonl",),
-    "score": ("scores",),
-    "train": ("checkpoint.safetensors",),
-    "choose": ("choosing",),
-    "evaluate": tuple(f"evaluation.{side}{kind}.jsonl" for side in ("base", "tuned") for kind in ("", ".journal")),
-}
-
-SPENT = {  # of these, what has no use once the stage is done
-    "rollouts": PARTIAL["rollouts"],
-    "train": PARTIAL["train"],
-    "choose": PARTIAL["choose"],
-    "evaluate": tuple(name for name in PARTIAL["evaluate"] if ".journal" in name),
-}
 
 
 class Run(RunDirectory):
@@ -87,13 +70,13 @@ class Run(RunDirectory):
         )
         # with new settings, what still fits them is kept
         if again and (stage != "evaluate" or (old is not None and old["settings"] == self.settings(stage))):
-            for name in PARTIAL.get(stage, ()):
+            for name in STAGES[stage].partial:
                 remove(self.path(name))
         summary = self.perform(stage, group)
         record = {"settings": self.settings(stage), "seconds": round(self.meter.seconds, 1), **summary}
         write_json(self.path("stages.json"), {**self.stages(), stage: record})
         for finished in order[: order.index(stage) + 1]:  # an earlier one may have been killed before it came here
-            for name in SPENT.get(finished, ()):
+            for name in STAGES[finished].spent:
                 remove(self.path(name))
         self.under_way = ""
         words = ", ".join(f"{key} {value}" for key, value in summary.items())
@@ -258,76 +241,7 @@ class Run(RunDirectory):
         return len(train.step_order(len(self.training_set()), self.config.train, self.config.train_seed))
 
     def _train(self, group: Group = ALONE) -> dict[str, Any]:
-        sequences, settings = self.training_set(), self.config.train
-        train.check_warmup(settings, self.steps())
-        if not group.leads:
-            group.wait()  # for files that have to be made again
-        base, keep = self.base_source()
-        if group.leads:
-            group.wait()
-        adapter = lora.attach(self.lm.model, self.config.lora, self.config.train_seed)
-        try:
-            share = adapter.size / parameter_count(self.lm.model)
-            origin = {
-                "training_set": fingerprint(self.path("training_set.jsonl").read_bytes()),
-                "settings": {**self.settings("train"), "checkpoint_seconds": None},
-                "model": self.model_settings.model_dump(),
-                "weights": self.weights,
-                "base": None if base is None else dataclasses.asdict(keep),
-            }
-            mark = fingerprint(json.dumps(origin, sort_keys=True).encode())
-            path = self.path("checkpoint.safetensors")
-            checkpoint = Checkpoint(path, mark, settings.checkpoint_seconds, write=group.leads)
-            steps = self.steps()
-            with ExitStack() as stack:
-                on_step = self._training_log(stack, checkpoint, steps, adapter) if group.leads else lambda *_: None
-                train.train_adapter(
-                    self.lm,
-                    adapter,
-                    sequences,
-                    settings,
-                    self.config.train_seed,
-                    base=base,
-                    checkpoint=checkpoint,
-                    group=group,
-                    on_step=on_step,
-                )
-            if group.leads:
-                self._save(adapter, self.path("adapter"))
-                if settings.candidates > 1:
-                    self._save(adapter, candidate_path(self.dir, self.history()[-1].step))
-        finally:
-            lora.detach(self.lm.model, adapter)
-        made = self.history()[-1].step if group.leads else steps  # fewer where it stopped early
-        return {"steps": made, "adapter": f"{adapter.size:,} parameters ({share:.2%})"}
-
-    def _save(self, adapter: lora.Adapter, path: Path) -> None:
-        name, dtype = self.config.located_model.name, self.dtype[0]
-        lora.save_adapter(adapter, path, name, prompt=self.meta()["prompt"], dtype=dtype)
-
-    def _training_log(
-        self, stack: ExitStack, checkpoint: Checkpoint, steps: int, adapter: lora.Adapter
-    ) -> Callable[[StepMetrics, int], None]:
-        made = checkpoint.peek()
-        if made:
-            console.print(f"train: goes on after step {made} of {steps}")
-        for step in saved_steps(self.dir):
-            if step > made:  # of an earlier training, or of steps that are made again
-                remove(candidate_path(self.dir, step))
-        kept = candidate_steps(steps, self.config.train.candidates)[:-1]
-        log = train.MetricsLog(self.path("metrics.jsonl"), made)
-        stack.callback(log.close)
-        update = stack.enter_context(progress("train", steps, "steps"))
-        update(made, "")
-
-        def on_step(metrics: StepMetrics, total: int) -> None:
-            log(metrics)
-            self.meter.read += metrics.tokens
-            if metrics.step in kept:
-                self._save(adapter, candidate_path(self.dir, metrics.step))
-            update(metrics.step, f"loss {metrics.loss:+.3f} KL {metrics.anchor_kl:.4f}")
-
-        return on_step
+        return train_stage(self, group)
 
     def follow_training(self, group: Group) -> None:
         """What a process that does not lead does while the leading one runs the stage."""

@@ -21,7 +21,7 @@ from rmx.records import Problem, Rollout
 from rmx.runs import rates
 from rmx.runs.pipeline import Run
 from rmx.runs.plan_table import Figure, Kind, Plan, StagePlan, weaker
-from rmx.runs.rundir import STAGES
+from rmx.runs.stages import STAGES
 from rmx.sampling.batching import CPU, batch_size, cache_bytes, sequence_bytes
 from rmx.sampling.rollouts import check_length, cut_units
 from rmx.training import select

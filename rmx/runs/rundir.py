@@ -20,35 +20,13 @@ from rmx.models import source
 from rmx.models.prompts import Renderer, renderer_for
 from rmx.progress import console
 from rmx.records import Evaluation, Problem, Rollout, Scores, StepMetrics, TrainingSequence, Verdict
+from rmx.runs.stages import STAGES
 from rmx.training import select
 
 if TYPE_CHECKING:  # torch is imported by what uses it: what a run has done is known without it
     from rmx.models import model
     from rmx.training import loss, score
 
-# Each stage in order, with the settings that it depends on beyond those of the stages before it.
-OUTPUTS = {
-    "problems": "problems.jsonl",
-    "rollouts": "rollouts.jsonl",
-    "verify": "verdicts.jsonl",
-    "score": "scores/index.json",
-    "select": "training_set.jsonl",
-    "train": "adapter/adapter_model.safetensors",
-    "choose": "choice.json",
-    "evaluate": "evaluation.json",
-    "report": "report.html",
-}
-STAGES: dict[str, tuple[str, ...]] = {
-    "problems": ("seed", "problems"),
-    "rollouts": ("seed", "model", "prompt", "rollouts"),
-    "verify": ("verify",),
-    "score": ("score",),
-    "select": ("seed", "training_seed", "select"),
-    "train": ("seed", "training_seed", "lora", "train"),
-    "choose": ("seed", "evaluate"),
-    "evaluate": ("seed", "evaluate"),
-    "report": (),
-}
 CHOICE = ("max_problems", "max_sequences", "max_completion_tokens", "min_pass_rate", "max_pass_rate")  # of rollouts
 
 FIRST_AUTO = "bfloat16"  # what model.dtype=auto was on every device, before it was kept
@@ -160,7 +138,7 @@ class RunDirectory:
         if stage == "choose" and self.config.train.candidates == 1:
             return {}  # nothing is sampled
         tree = self.config.model_dump(mode="json")
-        found = {name: tree[name] for name in STAGES[stage]}
+        found = {name: tree[name] for name in STAGES[stage].settings}
         if "model" in found:
             found["model"] = self.model_settings.model_dump(mode="json")
         if stage == "score" and self.config.score.problems == "selected":
@@ -192,7 +170,7 @@ class RunDirectory:
             RunError: it was finished with other settings; the message names them.
         """
         record = self.stages().get(stage)
-        if record is None or not self.path(OUTPUTS[stage]).exists():
+        if record is None or not self.path(STAGES[stage].output).exists():
             return False
         old, now = meant(record["settings"]), self.settings(stage)
         if self.config.evaluates_as_long and old.get("evaluate", {}).get("max_new_tokens") == FIRST_LENGTH:

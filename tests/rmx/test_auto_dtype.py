@@ -13,7 +13,8 @@ from rmx.artefacts import read_meta
 from rmx.config import Config, ModelConfig
 from rmx.models import model
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import STAGES, RunError
+from rmx.runs.rundir import RunError
+from rmx.runs.stages import STAGES
 from rmx_kernels import precision
 from rmx_kernels.precision import Precision
 

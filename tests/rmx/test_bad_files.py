@@ -14,7 +14,8 @@ from test_converted import write_gguf
 
 from rmx.artefacts import ArtefactError, replacing
 from rmx.cli import app
-from rmx.config import Config, ConfigError, ModelConfig, ProblemsConfig, load_config
+from rmx.config import Config, ConfigError, ModelConfig, ProblemsConfig
+from rmx.config_file import load_config
 from rmx.grading.problems import ProblemsError, build_problems, folded, generate, read_jsonl
 from rmx.models import model, source
 from rmx.models.source import ModelError

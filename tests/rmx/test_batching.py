@@ -10,7 +10,8 @@ import torch
 import zoo
 from test_pipeline import changed
 
-from rmx.config import Config, ConfigError, PromptConfig, RolloutsConfig, load_config
+from rmx.config import Config, ConfigError, PromptConfig, RolloutsConfig
+from rmx.config_file import load_config
 from rmx.models.model import CausalLM
 from rmx.models.prompts import Renderer
 from rmx.records import Problem, Rollout

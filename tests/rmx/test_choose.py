@@ -12,7 +12,8 @@ from rmx.grading.metrics import EvaluationError
 from rmx.records import Interval, Problem, Rollout, Verdict
 from rmx.runs.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import STAGES, RunError
+from rmx.runs.rundir import RunError
+from rmx.runs.stages import STAGES
 
 
 @pytest.fixture

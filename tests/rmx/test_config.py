@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rmx.config import ConfigError, load_config
+from rmx.config import ConfigError
+from rmx.config_file import load_config
 
 MINIMAL = "run_dir: r\nmodel: {name: m}\nproblems: {sources: [{jsonl: p.jsonl}]}\n"
 

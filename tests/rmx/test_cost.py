@@ -11,7 +11,7 @@ from test_pipeline import changed
 from rmx.config import Config, CostConfig
 from rmx.cost import GIB, StageCost, metered, stage_costs, table, total
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import STAGES
+from rmx.runs.stages import STAGES
 from rmx.training.score import ScoreStore
 
 

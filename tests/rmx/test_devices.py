@@ -17,7 +17,7 @@ from rmx.config import Config
 from rmx.models import lora
 from rmx.runs.pipeline import Run
 from rmx.runs.plan import make
-from rmx.runs.rundir import STAGES
+from rmx.runs.stages import STAGES
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),

@@ -25,7 +25,8 @@ from rmx.interchange.files import (
 from rmx.interchange.transfer import export_run, import_run
 from rmx.records import Problem, Rollout, TrainingSequence, Verdict
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import STAGES, RunError
+from rmx.runs.rundir import RunError
+from rmx.runs.stages import STAGES
 from rmx.training import score
 
 RECORDS = """{"records": [

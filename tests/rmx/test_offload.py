@@ -10,7 +10,8 @@ from test_checkpoint import CONFIG, sequences
 from torch import nn
 
 from rmx.attention.packing import PackingError
-from rmx.config import ConfigError, LoraConfig, TrainConfig, load_config
+from rmx.config import ConfigError, LoraConfig, TrainConfig
+from rmx.config_file import load_config
 from rmx.models import forward, lora
 from rmx.models.model import CausalLM
 from rmx.training.train import train_adapter

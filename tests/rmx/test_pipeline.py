@@ -16,13 +16,15 @@ import yaml
 
 from rmx import artefacts
 from rmx.artefacts import ArtefactError
-from rmx.config import Config, load_config
+from rmx.config import Config
+from rmx.config_file import load_config
 from rmx.models import model
 from rmx.models.lora import AdapterError
 from rmx.models.prompts import PromptError
 from rmx.runs import pipeline
 from rmx.runs.pipeline import Run
-from rmx.runs.rundir import STAGES, RunError
+from rmx.runs.rundir import RunError
+from rmx.runs.stages import STAGES
 from rmx.training.select import SelectionError
 from rmx.training.train import TrainingError
 

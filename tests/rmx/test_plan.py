@@ -21,7 +21,8 @@ from rmx.runs.pipeline import Run
 from rmx.runs.plan import make
 from rmx.runs.plan_table import Figure, Plan, StagePlan, say, table, total
 from rmx.runs.rates import Training, training
-from rmx.runs.rundir import STAGES, RunError
+from rmx.runs.rundir import RunError
+from rmx.runs.stages import STAGES
 from rmx.tables import show
 from rmx.training.train import TrainingError
 

@@ -13,7 +13,8 @@ from test_html import page as _page
 from rmx.analyses.pair import paired
 from rmx.artefacts import ArtefactError, remove
 from rmx.cli import main
-from rmx.config import Config, ModelConfig, load_config
+from rmx.config import Config, ModelConfig
+from rmx.config_file import load_config
 from rmx.errors import AnalysisError, visible
 from rmx.models.model import CausalLM
 from rmx.reports import html, report

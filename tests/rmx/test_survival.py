@@ -33,8 +33,9 @@ from rmx.artefacts import ArtefactError, Journal
 from rmx.config import Config
 from rmx.models import lora
 from rmx.runs import pipeline
-from rmx.runs.pipeline import SPENT, Run
-from rmx.runs.rundir import OUTPUTS, STAGES, RunError
+from rmx.runs.pipeline import Run
+from rmx.runs.rundir import RunError
+from rmx.runs.stages import STAGES
 from rmx.training.checkpoint import Checkpoint, Interrupted
 from rmx.training.train import MetricsLog, StepMetrics
 
@@ -146,7 +147,7 @@ class Kept:
     def __post_init__(self) -> None:
         path = self.folder / "stages.json"
         done = json.loads(path.read_text()) if path.exists() else {}
-        names = [OUTPUTS[stage] for stage in done if stage != "report"]
+        names = [STAGES[stage].output for stage in done if stage != "report"]
         names += [f"scores/{shard.name}" for shard in self.folder.glob("scores/shard-*")]
         names += [f"evaluation.{side}.jsonl" for side in ("base", "tuned")]
         self.times = {n: (self.folder / n).stat().st_mtime_ns for n in names if (self.folder / n).exists()}
@@ -255,7 +256,7 @@ def test_work_is_not_lost_between_an_artefact_and_the_note_that_it_is_done(
         Run(config).run()
     monkeypatch.undo()
     run = Run(config)
-    assert run.path(OUTPUTS[stage]).exists() and stage not in run.stages()
+    assert run.path(STAGES[stage].output).exists() and stage not in run.stages()
     append = Journal.append
 
     def forbidden(self: Journal[Any] | MetricsLog, unit: Any) -> None:
@@ -266,7 +267,7 @@ def test_work_is_not_lost_between_an_artefact_and_the_note_that_it_is_done(
         for cls, name in ((Journal, "append"), (MetricsLog, "__call__")):
             patch.setattr(cls, name, forbidden)
         run.execute(stage)
-    assert not any(run.path(name).exists() for names in SPENT.values() for name in names)
+    assert not any(run.path(name).exists() for each in STAGES.values() for name in each.spent)
     assert list(run.stages()) == list(STAGES)[: list(STAGES).index(stage) + 1]
 
 

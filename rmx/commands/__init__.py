@@ -1,0 +1,1 @@
+"""The commands of ``rmx``; :mod:`rmx.cli` starts them."""

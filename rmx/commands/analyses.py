@@ -1,0 +1,181 @@
+"""The commands of the analyses of a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmx.commands.shared import PANELS, ConfigPath, Overrides, TrustOther, app, open_run
+from rmx.errors import RmxError
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx compare config.yaml")
+def compare(
+    config: Annotated[
+        Path, typer.Argument(metavar="BASE", help="YAML file of a run, whose model and rollouts are used")
+    ],
+    other: Annotated[
+        str, typer.Argument(help="directory of an adapter, or name of a model; default: the run's own adapter")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="directory to write; default: compare/ in the run directory")] = None,
+    set_: Overrides = None,
+    trust_other: TrustOther = False,
+) -> None:
+    """Find where the most probable token of OTHER differs from that of BASE: how often, at which entropy and rank."""
+    run = open_run(config, set_)
+    from rmx.analyses import compare
+    from rmx.analyses.pair import paired
+    from rmx.tables import show
+
+    folder = out or run.path("compare")
+    run.need("rollouts")
+    if not other:
+        run.check_adapter()
+    theirs, prompt = other or run.path("adapter"), run.meta()["prompt"]
+    with run.locked(), paired(run.lm, theirs, run.model_settings, prompt, trust=trust_other) as pair:
+        with pair.as_base():
+            base = run.base_scores()
+        result = compare.compare_models(pair, base, run.rollouts(), folder, run.config)
+    compare.write(result, folder, run.meta())
+    show(compare.table(result))
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx coverage config.yaml --draws 500")
+def coverage(
+    config: ConfigPath,
+    tau: Annotated[
+        float | None, typer.Option(help="entropy in nats above which a token is a decision; default: the run's tau")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="number of random small sets of each size")] = 200,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: coverage/ in the run directory")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Count how many of the decision points of all rollouts a few of the rollouts already contain."""
+    run = open_run(config, set_)
+    from rmx.analyses import coverage
+    from rmx.tables import show
+
+    with run.locked():
+        result = coverage.cover_run(run, tau, draws)
+    coverage.write(result, out or run.path("coverage"), run.meta())
+    show(coverage.table(result))
+
+
+@app.command(
+    "benchmark",
+    rich_help_panel=PANELS[2],
+    epilog="Example: rmx benchmark config.yaml gsm8k gym:gcd --tuned --limit 100",
+)
+def benchmark_command(
+    config: ConfigPath,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...",
+            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK (reasoning-gym), or a JSONL file",
+        ),
+    ],
+    tuned: Annotated[bool, typer.Option("--tuned", help="evaluate with the run's own adapter, too")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="evaluate with the adapter in this directory, too")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="number of problems of each benchmark, by a fixed shuffle; default: all")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="completions of each problem; default: 8 for aime24 and amc23, 1 for the other named ones, else "
+            "evaluate.samples"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="directory with NAME.jsonl, which is read instead of the hub")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: benchmarks/ in the run directory")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Measure the accuracy of the model on benchmarks, without and with an adapter."""
+    run = open_run(config, set_)
+    from rmx.analyses.benchmarks import run_benchmarks, table
+    from rmx.tables import show
+
+    show(
+        table(
+            run_benchmarks(run, names, tuned=tuned, adapter=adapter, limit=limit, samples=samples, data=data, out=out)
+        )
+    )
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx ablate config.yaml --only budget --only random --seeds 3")
+def ablate(
+    config: ConfigPath,
+    only: Annotated[
+        list[str] | None, typer.Option(help="variant to train; may be given several times; default: all variants")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="share of gated tokens in the variants budget, random and lowest")
+    ] = 0.2,
+    quantile: Annotated[float, typer.Option(help="quantile of the scored entropies in the variant quantile")] = 0.5,
+    seeds: Annotated[int, typer.Option(help="number of trainings of each variant")] = 1,
+    out: Annotated[Path | None, typer.Option(help="directory to write; default: ablate/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Repeat the training with one change: another gate, shuffled advantages, positives only, another adapter."""
+    run = open_run(config, set_)
+    from rmx.analyses import ablate
+    from rmx.tables import show
+
+    folder = out or run.path("ablate")
+    with run.locked():
+        result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
+    ablate.write(result, folder)
+    show(ablate.table(result))
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx intervene config.yaml --gate entropy --tau 2.5")
+def intervene(
+    config: Annotated[
+        Path, typer.Argument(metavar="BASE", help="YAML file of a run, whose model and held-out problems are used")
+    ],
+    other: Annotated[
+        str, typer.Argument(help="directory of an adapter, or name of a model; default: the run's own adapter")
+    ] = "",
+    gate: Annotated[
+        str, typer.Option(help="where tokens are replaced: disagreement (of the two models) or entropy (of the base)")
+    ] = "disagreement",
+    tau: Annotated[
+        float | None, typer.Option(help="threshold of --gate entropy in nats; default: the run's tau")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: intervene/ in the run directory")
+    ] = None,
+    set_: Overrides = None,
+    trust_other: TrustOther = False,
+) -> None:
+    """Measure how much accuracy BASE gains if it takes the tokens of OTHER at a few positions, against controls."""
+    from rich.console import Console
+
+    if gate not in ("disagreement", "entropy"):
+        raise RmxError(f"--gate {gate}: expected disagreement or entropy")
+    run = open_run(config, set_)
+    from rmx.analyses import intervene
+    from rmx.analyses.pair import paired
+    from rmx.tables import show
+
+    folder = out or run.path("intervene")
+    run.need("problems")
+    if gate == "entropy" and tau is None:
+        run.need("select", ", or give --tau")
+        tau = run.tau()
+    if not other:
+        run.check_adapter()
+    theirs = other or run.path("adapter")
+    prompt = run.renderer.fingerprint
+    with run.locked(), paired(run.lm, theirs, run.model_settings, prompt, trust=trust_other) as pair:
+        result = intervene.intervene(run, pair, folder, gate, tau)  # type: ignore[arg-type]
+    intervene.write(result, folder)
+    show(intervene.table(result))
+    Console().print(intervene.verdict(result), highlight=False)

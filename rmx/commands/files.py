@@ -1,0 +1,69 @@
+"""Commands that write or read files beside a run: merged models, the released code's JSON, the cache of models."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmx.commands.shared import PANELS, ConfigPath, Overrides, app, open_run
+
+
+@app.command(rich_help_panel=PANELS[3], epilog="Example: rmx merge config.yaml merged")
+def merge(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+    adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write the model with the adapter merged into its weights: a plain Hugging Face model."""
+    open_run(config, set_).merged(out, adapter)
+
+
+@app.command("export", rich_help_panel=PANELS[3], epilog="Example: rmx export config.yaml exported")
+def export_command(
+    config: ConfigPath, out: Annotated[Path, typer.Argument(help="directory to write")], set_: Overrides = None
+) -> None:
+    """Write problems, scored rollouts and training set as the JSON files of the method's released code."""
+    run = open_run(config, set_)
+    from rmx.interchange.transfer import export_run
+    from rmx.progress import console
+
+    for path in export_run(run, out):
+        console.print(f"export: wrote {path}", markup=False, soft_wrap=True)
+
+
+@app.command("import", rich_help_panel=PANELS[3], epilog="Example: rmx import config.yaml released")
+def import_command(
+    config: ConfigPath,
+    source: Annotated[Path, typer.Argument(help="directory with records.json, rollouts.json, training_set.json")],
+    set_: Overrides = None,
+    any_prompt: Annotated[
+        bool, typer.Option(help="accept prompts that differ from those that this configuration would render")
+    ] = False,
+) -> None:
+    """Start a run from JSON files of the method's released code. `rmx run` continues from there."""
+    run = open_run(config, set_)
+    from rmx.interchange.transfer import import_run
+
+    import_run(run, source, any_prompt=any_prompt)
+
+
+@app.command("cache", rich_help_panel=PANELS[3], epilog="Example: rmx cache --clear")
+def cache_command(
+    clear: Annotated[bool, typer.Option("--clear", help="delete all kept models")] = False,
+) -> None:
+    """List the models that were converted from GGUF files and are kept in the cache, or delete them."""
+    from rmx import digests
+    from rmx.models import converted
+
+    cache = digests.place()
+    if cache is None:
+        print("off: RMX_CACHE=off")
+        return
+    kept = converted.listed(cache)
+    for entry in kept:
+        print(f"{entry.bytes / 2**20:8,.0f} MiB  {entry.dtype:<9} {entry.path.name}  {entry.source}")
+    total = f"{sum(entry.bytes for entry in kept) / 2**20:,.0f} MiB in {cache}"
+    if clear:
+        converted.clear(cache)
+    print(f"deleted: {total}" if clear else total)

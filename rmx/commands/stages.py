@@ -1,0 +1,125 @@
+"""The commands of the stages, of all of them, and of the plan."""
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rmx.commands.shared import PANELS, Again, BaseUrl, ConfigPath, Engine, Overrides, app, open_run
+from rmx.errors import RmxError, visible
+from rmx.runs.stages import STAGES, Stage
+
+if TYPE_CHECKING:
+    from rmx.runs.pipeline import Run
+
+
+def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) -> None:
+    from rmx.config_file import load_config
+
+    settings = load_config(config, overrides)
+    from rmx.progress import console
+    from rmx.runs.rundir import RunDirectory
+    from rmx.training.distributed import processes
+
+    directory = RunDirectory(settings)
+    with processes() as group:
+        if group.size > 1 and name != "train":
+            raise RmxError(
+                f"rmx {name} runs in one process, but torchrun started {group.size}; only rmx train runs in several"
+            )
+        with directory.locked() if group.leads else nullcontext():
+            done = group.leads and not again and name != "report" and directory.is_done(name)
+            if group.largest(int(done)):
+                if group.leads:
+                    console.print(f"{directory.dir}: {name} is done; --again redoes it", markup=False, soft_wrap=True)
+                return
+            if group.leads:
+                directory.check_order(name)
+            from rmx.runs.pipeline import Run  # imports torch, which takes seconds
+
+            run = Run(directory.config)
+            if group.leads:
+                with run.stoppable():
+                    run.execute(name, again, group)
+            else:
+                run.follow_training(group)
+
+
+def _with_engine(overrides: list[str] | None, engine: str | None, base_url: str | None) -> list[str]:
+    given = {"engine": engine, "base_url": base_url}
+    return [*(overrides or []), *(f"rollouts.{key}={json.dumps(v)}" for key, v in given.items() if v is not None)]
+
+
+def _stage(stage: Stage) -> None:
+    def command(config: ConfigPath, set_: Overrides = None, again: Again = False) -> None:
+        _execute(stage.name, config, set_, again)
+
+    app.command(
+        stage.name, help=stage.help, rich_help_panel=PANELS[1], epilog=f"Example: rmx {stage.name} config.yaml"
+    )(command)
+
+
+def _sampling_stage(stage: Stage) -> None:
+    def command(
+        config: ConfigPath,
+        set_: Overrides = None,
+        again: Again = False,
+        engine: Engine = None,
+        base_url: BaseUrl = None,
+    ) -> None:
+        _execute(stage.name, config, _with_engine(set_, engine, base_url), again)
+
+    example = f"Example: rmx {stage.name} config.yaml --engine openai --base-url http://localhost:8000/v1"
+    app.command(stage.name, help=stage.help, rich_help_panel=PANELS[1], epilog=example)(command)
+
+
+for _each in STAGES.values():
+    (_sampling_stage if _each.name == "rollouts" else _stage)(_each)
+
+
+def finish(run: "Run") -> None:
+    from rich.console import Console
+
+    from rmx import cost
+    from rmx.reports import report
+    from rmx.tables import show
+
+    result = run.run()
+    out = Console()
+    show(report.table(result))
+    out.print(report.verdict(result), highlight=False)
+    show(cost.table(cost.stage_costs(run.path("costs.jsonl"), list(run.stages()), run.config.cost), run.config.cost))
+    out.print(f"adapter: {run.path('adapter')}   report: {run.path('report.html')}", highlight=False, soft_wrap=True)
+
+
+@app.command("run", rich_help_panel=PANELS[0], epilog="Example: rmx run config.yaml --set train.epochs=2")
+def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
+    """Run all stages. Started again, it continues where it was stopped."""
+    finish(open_run(config, _with_engine(set_, engine, base_url)))
+
+
+@app.command(rich_help_panel=PANELS[0], epilog="Example: rmx plan config.yaml --set rollouts.samples=16")
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan as JSON")] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=600, help="time limit of each of the four measurements, in seconds")
+    ] = 2.0,
+) -> None:
+    """Print what each stage of `rmx run` will take here, and what to change if it does not fit. Runs nothing."""
+    run = open_run(config, set_)
+    from rmx.runs import plan_table
+    from rmx.runs.plan import make
+    from rmx.tables import show
+
+    made = make(run, seconds)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(made), indent=2))
+        return
+    show(plan_table.table(made))
+    for line in plan_table.say(made):
+        print(visible(line))
