@@ -1,0 +1,1 @@
+"""The element-wise work of a decoder layer in one kernel each."""

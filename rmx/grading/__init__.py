@@ -1,0 +1,1 @@
+"""Problems, and whether an answer is right."""

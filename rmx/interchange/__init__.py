@@ -1,0 +1,1 @@
+"""The files of the method's released code."""

@@ -1,0 +1,1 @@
+"""Loading a model, its prompts, its forward passes and its adapters."""

@@ -1,0 +1,1 @@
+"""A run directory, its stages one after the other, and a plan of them."""

@@ -1,0 +1,1 @@
+"""Scores of rollouts, the tokens that decide, the loss and the training loop."""

@@ -9,7 +9,9 @@ from test_pipeline import changed
 
 from rmx.config import Config
 from rmx.grading.metrics import EvaluationError
+from rmx.models.lora_layers import Adapter
 from rmx.records import Interval, Problem, Rollout, Verdict
+from rmx.runs import training_stage
 from rmx.runs.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
 from rmx.runs.pipeline import Run
 from rmx.runs.rundir import RunError
@@ -75,15 +77,15 @@ def test_candidates_of_an_interrupted_training_are_those_of_an_undisturbed_one(
     run = Run(config)
     for stage in list(STAGES)[:5]:
         run.execute(stage)
-    save = Run._save
+    save = training_stage._save
 
-    def full(self: Run, adapter: object, path: Path) -> None:
+    def full(run: Run, adapter: Adapter, path: Path) -> None:
         if path == candidate_path(run.dir, second):
             raise OSError(28, "No space left on device", str(path))
-        save(self, adapter, path)  # type: ignore[arg-type]
+        save(run, adapter, path)
 
     second = saved_steps(whole.dir)[1]
-    monkeypatch.setattr(Run, "_save", full)
+    monkeypatch.setattr(training_stage, "_save", full)
     with pytest.raises(OSError, match="No space left"):
         run.execute("train")
     monkeypatch.undo()
