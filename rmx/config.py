@@ -65,11 +65,26 @@ class ProblemSource(Section):
     task: str | None = None  # a reasoning-gym data set
     params: dict[str, Any] = {}  # its settings
     split: Literal["train", "choose", "evaluate", "both"] = "both"  # both: divided among all three
+    dataset: str | None = None  # name on the hub, a directory, or a file (Parquet, JSON, CSV): rmx.grading.data
+    dataset_config: str | None = None  # its configuration
+    dataset_split: str | None = None  # its split; default: train
+    revision: str | None = None  # of a data set on the hub
+    question: str | None = None  # column, or an expression as "{passage} {question}"; default: question
+    answer: str | None = None  # column, or an expression as "answer: after ####"; default: answer
+    category: str | None = None  # column of the categories that the report tells apart; default: the data set's name
+    limit: PositiveInt | None = None  # rows to take, by a shuffle with the run's seed; default: all
+    streaming: bool | None = None  # read rows over the network, without a download of the whole
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "ProblemSource":
-        if (self.jsonl is None) == (self.task is None):
-            raise ValueError("expected exactly one of jsonl and task")
+        if sum(kind is not None for kind in (self.jsonl, self.task, self.dataset)) != 1:
+            raise ValueError("expected exactly one of jsonl, task and dataset")
+        of_dataset = ("dataset_config", "dataset_split", "revision", "question", "answer", "category", "limit")
+        given = [name for name in (*of_dataset, "streaming") if getattr(self, name) is not None]
+        if given and self.dataset is None:
+            raise ValueError(f"{given[0]} is a setting of a dataset")
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming needs a limit: the number of rows to take")
         return self
 
 

@@ -102,7 +102,8 @@ def _start_here(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
         value = node.get(name)
         if not isinstance(value, str) or not any(f"{slot}.".startswith(f"{key}.") for key in keys):
             continue
-        if name != "name" or value.startswith(".") or Path(value).exists():  # a model's name may be one of the hub
+        on_hub = name in ("name", "dataset") and not value.startswith(".") and not Path(value).exists()
+        if not on_hub:
             node[name] = os.path.abspath(Path(value).expanduser())
 
 
@@ -114,7 +115,7 @@ def _path_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
     sources = problems.get("sources") if isinstance(problems := tree.get("problems"), dict) else None
     for number, source in enumerate(sources if isinstance(sources, list) else []):
         if isinstance(source, dict):
-            yield source, "jsonl", f"problems.sources.{number}.jsonl"
+            yield from ((source, name, f"problems.sources.{number}.{name}") for name in ("jsonl", "dataset"))
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -22,6 +22,7 @@ from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, remove
 from rmx.config import EvaluateConfig
 from rmx.errors import RmxError, close_to
 from rmx.grading import metrics
+from rmx.grading.data import DataError, load_rows
 from rmx.grading.problems import folded, generate, read_jsonl
 from rmx.models import lora
 from rmx.progress import console
@@ -176,17 +177,9 @@ def _rows(name: str, source: Source, data: Path | None) -> Iterator[tuple[str, A
 
 def _from_hub(hub: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     try:
-        import datasets  # only the hub and directories need it
-    except ImportError as fault:
-        raise BenchmarkError(
-            f"{hub}: needs one more package: pip install 'rmx[benchmarks]'; or name a folder of JSONL files with --data"
-        ) from fault
-    try:
-        if Path(hub).is_dir() and config not in datasets.get_dataset_config_names(hub):
-            config = None  # plain files in a folder have no configurations
-        rows = datasets.load_dataset(hub, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as fault:
-        raise BenchmarkError(f"{hub}: cannot be loaded: {fault}; --data DIR takes the problems from files") from fault
+        rows = load_rows(hub, config, split=split)
+    except DataError as fault:
+        raise BenchmarkError(f"{fault}; --data DIR takes the problems from files") from fault
     yield from ((f"{hub} {split}:{number}", row) for number, row in enumerate(rows, start=1))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rmx.artefacts import ArtefactError, fingerprint, read_lines
 from rmx.config import ProblemsConfig, ProblemSource
 from rmx.errors import RmxError, close_to
+from rmx.grading.data import content, read_dataset
 from rmx.grading.numerals import number, plain
 from rmx.records import Problem, Split
 
@@ -46,7 +47,7 @@ def build_problems(config: ProblemsConfig, seed: int, locate: Callable[[str], Pa
     kinds: list[str] = []
     # Files with a split of their own speak first: a shared source may not take a question away from them.
     for source in sorted(config.sources, key=lambda s: s.split == "both"):
-        kind = source.task or Path(source.jsonl or "").stem
+        kind = source.task or Path(source.jsonl or source.dataset or "").stem
         fresh = _unique(_read(source, total, seed, kinds.count(kind), locate), seen)
         kinds.append(kind)
         random.Random(seed).shuffle(fresh)
@@ -116,6 +117,8 @@ def _read(source: ProblemSource, limit: int, seed: int, repeat: int, locate: Cal
     """repeat: how many sources of the same task or file name came before; keeps their draws and ids apart."""
     if source.jsonl is not None:
         problems = read_jsonl(locate(source.jsonl), consistent=True)
+    elif source.dataset is not None:
+        problems = read_dataset(source, seed, locate)
     else:
         assert source.task is not None
         problems = generate(source.task, source.params, limit, seed * SEED_STRIDE + repeat * SOURCE_STRIDE)
@@ -130,11 +133,14 @@ def fingerprints(config: ProblemsConfig, locate: Callable[[str], Path] = Path) -
     """
     found = {}
     for source in config.sources:
-        if source.jsonl is not None:
-            try:
-                found[source.jsonl] = fingerprint(locate(source.jsonl).read_bytes())
-            except OSError as fault:
-                raise ArtefactError(f"{locate(source.jsonl)}: cannot be read: {fault.strerror}") from fault
+        name = source.jsonl or source.dataset
+        if name is None or (source.dataset is not None and not locate(name).exists()):
+            continue  # of the hub: its name and revision tell it from others
+        try:
+            file = locate(name).read_bytes() if source.jsonl else b"".join(content(locate(name)))
+        except OSError as fault:
+            raise ArtefactError(f"{locate(name)}: cannot be read: {fault.strerror}") from fault
+        found[name] = fingerprint(file)
     return found
 
 

@@ -262,7 +262,9 @@ def test_a_data_set_in_a_folder_is_loaded_as_from_the_hub(
 
 def test_without_the_package_the_hub_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BenchmarkError, match=r"pip install 'rmx\[benchmarks\]'; or name a folder .* with --data"):
+    with pytest.raises(
+        BenchmarkError, match=r"pip install 'rmx\[benchmarks\]'; --data DIR takes the problems from files"
+    ):
         read_benchmark("gsm8k")
 
 
