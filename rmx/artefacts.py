@@ -122,7 +122,16 @@ def write_records(path: Path, records: Iterable[Any], meta: dict[str, Any]) -> N
     with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"meta": meta}, ensure_ascii=False) + "\n")
         for record in records:
-            file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_written(record), ensure_ascii=False) + "\n")
+
+
+def _written(record: Any) -> dict[str, Any]:
+    """Without the fields that have the value at which they are not written."""
+    value = dataclasses.asdict(record)
+    for own in dataclasses.fields(record):
+        if "unwritten" in own.metadata and value[own.name] == own.metadata["unwritten"]:
+            del value[own.name]
+    return value
 
 
 def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:

@@ -141,6 +141,7 @@ class RolloutsConfig(Sampling):
 class VerifyConfig(Section):
     workers: PositiveInt = 2
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    reward: str | None = None  # module:function or FILE.py:function; rmx.grading.rewards says what it gets and returns
 
 
 class ScoreConfig(Section):

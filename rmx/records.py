@@ -49,10 +49,13 @@ class Verdict:
     outcome: Outcome
     answer: str | None  # what was extracted
     reason: str = ""  # why, where the outcome is not "right"
+    score: float | None = field(default=None, metadata={"unwritten": None})  # of a reward function, in [0, 1]
 
     @property
     def reward(self) -> float | None:
-        """1 or 0; None where the verifier itself failed, which says nothing about the answer."""
+        """In [0, 1], without a reward function 1 or 0; None where the verifier itself failed, which says nothing."""
+        if self.score is not None:
+            return self.score
         return {"right": 1.0, "wrong": 0.0, "no_answer": 0.0}.get(self.outcome)
 
 

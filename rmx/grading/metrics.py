@@ -30,7 +30,7 @@ def accuracy(
     With c of a problem's n judged samples right, pass@1 is the mean of c / n, its standard error the sample standard
     deviation of c / n over the root of the number of problems, pass@k the mean of :func:`pass_at_k` and maj@k that of
     :func:`majority`. A problem with fewer than k judged samples is left out of pass@k, and votes with all that it has
-    in maj@k.
+    in maj@k. Where a reward function gives parts of 1, pass@1 is the mean reward, and right is a reward of 1.
 
     Args:
         draws: resamples of the problems behind each 95 % interval. seed: of these draws.
@@ -43,7 +43,7 @@ def accuracy(
     if not own:
         raise EvaluationError("no problem has a judged sample; raise verify.timeout_s")
     counts = [(len(those), sum(v.outcome == "right" for v in those)) for those in own]
-    rates = np.array([right / n for n, right in counts])
+    rates = np.array([sum(v.reward or 0.0 for v in those) / len(those) for those in own])
     samples = max(v.sample for v in verdicts) + 1
     sizes = sorted({*(2**i for i in range(samples.bit_length())), samples})
     passed = {k: [pass_at_k(n, right, k) for n, right in counts if n >= k] for k in sizes}

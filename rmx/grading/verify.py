@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 
 from rmx.errors import RmxError
 from rmx.grading.answers import HASHES, extract_answer, same_answer
+from rmx.grading.rewards import PythonReward, RewardError
 from rmx.records import Outcome, Problem, Rollout, Verdict
 
 
@@ -27,8 +28,8 @@ class VerifierError(RmxError):
     """The verifier itself cannot run."""
 
 
-# (verdict outcome, extracted answer, reason)
-Judgement = tuple[Outcome, str | None, str]
+# (verdict outcome, extracted answer, reason), and the reward where a function gave one
+Judgement = tuple[Outcome, str | None, str] | tuple[Outcome, str | None, str, float | None]
 LONGEST_ANSWER = 1000  # characters, where the truth is shorter
 MEMORY_BYTES = 1 << 30  # of address space, for one answer
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -76,7 +77,9 @@ def verify(
     jobs = list(dict.fromkeys((rollout.problem_id, rollout.text) for rollout in rollouts))
     found: dict[tuple[str, str], Judgement] = {}
     todo = iter(jobs)
-    modules = tuple({"reasoning_gym" if _is_gym(problem) else "math_verify" for problem in problems})
+    modules: tuple[str, ...] = ()
+    if not isinstance(judge, PythonReward):
+        modules = tuple({"reasoning_gym" if _is_gym(problem) else "math_verify" for problem in problems})
     pool = [_Worker(judge, modules) for _ in range(min(workers, len(jobs)))]
     idle = list(pool)
     try:
@@ -121,6 +124,8 @@ class _Worker:
             ready = self.pipe.poll(START_LIMIT_S) and self.pipe.recv()
         except EOFError:
             ready = False
+        if isinstance(ready, RewardError):
+            raise ready
         if not ready:
             self.process.kill()
             raise VerifierError("verify: a verifier process did not start; its own message stands above")
@@ -142,7 +147,9 @@ class _Worker:
             self.spawn()
             return "timeout", None, f"no verdict within {self.timeout_s:g} s"
         try:
-            judgement: Judgement = self.pipe.recv()
+            judgement: Judgement | RewardError = self.pipe.recv()
+            if isinstance(judgement, RewardError):
+                raise judgement
             return judgement
         except (EOFError, OSError):
             self.process.join()
@@ -163,6 +170,12 @@ def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each call that its own timeout is off
     for module in modules:  # imported before the first job's clock starts
         importlib.import_module(module)
+    if isinstance(judge, PythonReward):
+        try:
+            judge.prepare()
+        except RewardError as fault:
+            pipe.send(fault)
+            return
     _limit_memory()
     pipe.send("ready")
     while True:
@@ -172,6 +185,8 @@ def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules
             return
         try:
             pipe.send(judge(problem, text))
+        except RewardError as fault:  # the function is wrong, not what it judged
+            pipe.send(fault)
         except MemoryError:
             pipe.send(("crash", None, f"no verdict within {MEMORY_BYTES >> 20} MiB of memory"))
         except Exception as fault:  # whatever a parser throws at model output is this rollout's outcome, kept in full

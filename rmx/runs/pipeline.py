@@ -25,8 +25,10 @@ from rmx.artefacts import (
 from rmx.config import Config, Sampling
 from rmx.cost import Meter, metered, stage_costs
 from rmx.grading.problems import build_problems
+from rmx.grading.rewards import PythonReward
 from rmx.grading.verify import Judgement, verify
 from rmx.models import forward, lora, model
+from rmx.models.prompts import CHAT
 from rmx.models.targets import matching, spelled_for_peft
 from rmx.progress import console, progress
 from rmx.records import Evaluation, Problem, Rollout, Split, Verdict
@@ -192,11 +194,13 @@ class Run(RunDirectory):
         keys = [(*asked[r.problem_id], r.text) for r in found]
         fresh = [r for r, key in zip(found, keys, strict=True) if key not in self.judged]
         if fresh:
-            limits = {"workers": self.config.verify.workers, "timeout_s": self.config.verify.timeout_s}
+            options: dict[str, Any] = {"workers": self.config.verify.workers, "timeout_s": self.config.verify.timeout_s}
+            if self.config.verify.reward is not None:
+                options["judge"] = PythonReward(self.reward_name, chat=self.renderer.style in CHAT)
             with progress(title, len({(r.problem_id, r.text) for r in fresh}), "answers") as update:
-                verdicts = verify(problems, fresh, on_done=lambda n: update(n, ""), **limits)  # type: ignore[arg-type]
+                verdicts = verify(problems, fresh, on_done=lambda n: update(n, ""), **options)
             for r, v in zip(fresh, verdicts, strict=True):
-                self.judged[(*asked[r.problem_id], r.text)] = v.outcome, v.answer, v.reason
+                self.judged[(*asked[r.problem_id], r.text)] = v.outcome, v.answer, v.reason, v.score
         return [Verdict(r.problem_id, r.sample, *self.judged[key]) for r, key in zip(found, keys, strict=True)]
 
     def _score(self) -> dict[str, Any]:

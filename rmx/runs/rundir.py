@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from rmx.artefacts import ArtefactError, lock_file, parser, read_lines, read_meta, read_records, write_json
+from rmx.artefacts import ArtefactError, fingerprint, lock_file, parser, read_lines, read_meta, read_records, write_json
 from rmx.config import Config, ModelConfig
 from rmx.errors import Interrupted, RmxError
 from rmx.grading.problems import fingerprints
+from rmx.grading.rewards import RewardError, split_name
 from rmx.models import source
 from rmx.models.prompts import Renderer, renderer_for
 from rmx.progress import console
@@ -148,10 +149,25 @@ class RunDirectory:
     @cached_property
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The content of files that settings name, so that a change of theirs is noticed too."""
-        return {
+        found: dict[str, dict[str, Any]] = {
             "problems": {"files": fingerprints(self.config.problems, self.config.path)},
             "rollouts": {"weights": self.weights},
         }
+        file = self.reward_name.rpartition(":")[0]
+        if file.endswith(".py"):
+            try:
+                found["verify"] = {"reward file": fingerprint(Path(file).read_bytes())}
+            except OSError as fault:
+                raise RewardError(f"verify.reward: {file}: cannot be read: {fault.strerror}") from fault
+        return found
+
+    @property
+    def reward_name(self) -> str:
+        """``verify.reward``, with the path of its file resolved; empty where there is none."""
+        if self.config.verify.reward is None:
+            return ""
+        where, function = split_name(self.config.verify.reward)
+        return f"{self.config.path(where).resolve()}:{function}" if where.endswith(".py") else f"{where}:{function}"
 
     @cached_property
     def weights(self) -> str | None:

@@ -126,10 +126,13 @@ def choose_rollouts(
         if config.max_completion_tokens is None or len(rollout.completion_ids) <= config.max_completion_tokens:
             usable[rollout.problem_id].append(i)
 
-    def rate(problem_id: str) -> Fraction:  # exact, so that 14 and 6 of 20 are equally far from one half
-        return Fraction(sum(verdicts[i].reward == 1 for i in usable[problem_id]), len(usable[problem_id]))
+    def rewards_of(problem_id: str) -> list[float]:
+        return [verdicts[i].reward or 0.0 for i in usable[problem_id]]
 
-    mixed = [p for p in usable if 0 < rate(p) < 1]
+    def rate(problem_id: str) -> Fraction:  # exact, so that 14 and 6 of 20 are equally far from one half
+        return sum(map(Fraction, rewards_of(problem_id)), Fraction(0)) / len(usable[problem_id])
+
+    mixed = [p for p in usable if len(set(rewards_of(p))) > 1]
     eligible = [p for p in mixed if config.min_pass_rate < float(rate(p)) < config.max_pass_rate]
     if not eligible:
         solved = sum(all(rewards) for rewards in judged.values())
