@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rmx.commands import analyses, files, stages
+from rmx.commands import analyses, files, stages, start
 from rmx.commands.shared import PANELS, Overrides, app
 from rmx.errors import Interrupted, RmxError, visible
 from rmx.openmp import let_threads_sleep
@@ -55,7 +55,7 @@ def backends_command() -> None:
         print(f"{backend.name:<10} {state}")
 
 
-MODULES = (analyses, files, stages)  # which register their commands when they are imported
+MODULES = (analyses, files, stages, start)  # which register their commands when they are imported
 app.registered_commands.sort(
     key=lambda command: (PANELS.index(str(command.rich_help_panel)), command.callback is not demo)
 )

@@ -27,10 +27,10 @@ class Section(pydantic.BaseModel):
 class ModelConfig(Section):
     name: str  # Hugging Face name, directory, .gguf file, or package:NAME for a GGUF inside an installed package
     gguf_file: str | None = None  # the GGUF to take from a directory or hub repository
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit of a model on the hub
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: by the device, rmx_kernels.precision
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run Python code that comes with the model
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; models without sdpa: eager
     quantization: Literal["nf4"] | None = None  # linear layers in 4 bits, by bitsandbytes; not the head
     packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
@@ -89,20 +89,20 @@ class ProblemSource(Section):
 
 
 class ProblemsConfig(Section):
-    sources: Annotated[list[ProblemSource], Field(min_length=1)]
-    train_count: PositiveInt = 200
+    sources: Annotated[list[ProblemSource], Field(min_length=1)]  # take turns until the counts are reached
+    train_count: PositiveInt = 200  # problems to sample completions of
     choose_count: Annotated[int, Field(ge=0)] = 0  # held out to choose among train.candidates; not reported
-    evaluate_count: PositiveInt = 200
+    evaluate_count: PositiveInt = 200  # held-out problems, on which the gain is measured
 
 
 class Sampling(Section):
-    samples: PositiveInt
+    samples: PositiveInt  # completions of each problem
     temperature: Annotated[float, Field(ge=0)] = 0.6  # 0: greedy
-    top_p: Probability = 0.95
-    top_k: PositiveInt | None = None
-    max_new_tokens: PositiveInt = 8192
+    top_p: Probability = 0.95  # draw from the fewest tokens with this probability in all
+    top_k: PositiveInt | None = None  # draw from so many most probable tokens at most
+    max_new_tokens: PositiveInt = 8192  # tokens of a completion, at most
     batch_size: Literal["auto"] | int = "auto"  # sequences decoded at once; auto: by the memory, rmx.sampling.batching
-    engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"
+    engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"  # what samples; auto: by the device
     base_url: str | None = None  # address of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # name of the model on the server; default: model.name
 
@@ -135,12 +135,12 @@ class Sampling(Section):
 
 
 class RolloutsConfig(Sampling):
-    samples: PositiveInt = 20
+    samples: PositiveInt = 20  # completions of each problem
 
 
 class VerifyConfig(Section):
-    workers: PositiveInt = 2
-    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    workers: PositiveInt = 2  # processes that judge answers
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0  # seconds for one answer
     reward: str | None = None  # module:function or FILE.py:function; rmx.grading.rewards says what it gets and returns
 
 
@@ -148,7 +148,7 @@ class ScoreConfig(Section):
     problems: Literal["selected", "mixed", "all"] = (
         "mixed"  # selected: those that select takes; mixed: all that it could take
     )
-    top_k: Annotated[int, Field(ge=0)] = 8
+    top_k: Annotated[int, Field(ge=0)] = 8  # most probable tokens that are kept of each position
     token_budget: PositiveInt = 16384  # tokens in one forward pass
     shard_tokens: PositiveInt = 65536  # tokens in one file; a killed stage repeats at most one file
     cache_gib: Annotated[float, Field(ge=0)] = (
@@ -157,12 +157,12 @@ class ScoreConfig(Section):
 
 
 class SelectConfig(Section):
-    max_problems: PositiveInt = 50
-    max_sequences: PositiveInt = 1000
-    max_completion_tokens: PositiveInt | None = None
+    max_problems: PositiveInt = 50  # to train on, those with a pass rate near one half first
+    max_sequences: PositiveInt = 1000  # completions to train on
+    max_completion_tokens: PositiveInt | None = None  # longer completions are left out
     min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # problems are used whose pass rate is strictly between
-    max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
-    advantage_clip: PositiveFloat = 2.5
+    max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # this and the one above
+    advantage_clip: PositiveFloat = 2.5  # largest absolute advantage
     # The gate is base entropy > tau, and exactly one of these three says tau; see rmx.training.select.gate_threshold.
     tau: PositiveFloat | None = None  # nats
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the entropies of all scored tokens
@@ -192,19 +192,19 @@ class SelectConfig(Section):
 
 
 class LoraConfig(Section):
-    r: PositiveInt = 32
-    alpha: PositiveFloat = 64.0
-    targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    r: PositiveInt = 32  # rank of the adapter
+    alpha: PositiveFloat = 64.0  # its products are scaled by alpha / r
+    targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # adapted layers
     first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input, in training only
 
 
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.2
-    sequences_per_step: PositiveInt = 8
-    learning_rate: PositiveFloat = 1e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.2  # times that each sequence is seen
+    sequences_per_step: PositiveInt = 8  # of each optimiser step
+    learning_rate: PositiveFloat = 1e-4  # highest; it falls linearly to 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 50  # in which it rises linearly
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # of AdamW
     clip: PositiveFloat = 1.0  # of the gradient norm
     anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
     anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
@@ -244,7 +244,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless it is given
-    samples: PositiveInt = 4
+    samples: PositiveInt = 4  # completions of each problem
     bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer draws have no 2.5 % quantile
 
     tuned_model: str | None = None  # the adapter's name on the server, as of vLLM's --lora-modules NAME=PATH
@@ -263,12 +263,12 @@ class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless 
 
 class CostConfig(Section):
     per_hour: Annotated[float, Field(ge=0)] | None = None  # price of this machine
-    currency: str = "USD"
+    currency: str = "USD"  # of that price
 
 
 class Config(Section):
-    run_dir: str
-    seed: Seed = 0
+    run_dir: str  # where everything is written
+    seed: Seed = 0  # of problems, sampling, adapter and order
     training_seed: Seed | None = None  # seed of gate controls, adapter and order; default: seed
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()

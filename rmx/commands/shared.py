@@ -16,7 +16,6 @@ app = typer.Typer(
     help="Train an adapter that makes a language model reason better, from the model's own rollouts (ReasonMaxxer).",
     epilog="Example: rmx demo. `rmx COMMAND --help` explains a command.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

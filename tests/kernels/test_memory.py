@@ -120,6 +120,7 @@ def test_native_scratch_is_bounded_in_low_precision(op: str, trained: tuple[str,
     assert ledger.most_elements < 512 * 65536
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trained", [("hidden",), ("hidden", "lora")])
 def test_scratch_does_not_grow(op: str, device: str, impl: str, trained: tuple[str, ...]) -> None:
     """Four times the rows or four times the vocabulary: some more row statistics, no more tiles."""

@@ -170,6 +170,7 @@ def decoder_layer(H: int, dtype: torch.dtype) -> list[Tensor]:
     return [cases.integers(t) for t in [rstd, *results]]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_decoder_layer_has_the_same_bits_on_every_instruction_set(builds: dict[str, Path], level: str) -> None:
     if level not in builds:

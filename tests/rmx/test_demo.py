@@ -83,6 +83,7 @@ def test_the_small_size_is_half_the_work(tmp_path: Path) -> None:
     assert seconds(full, 60e9) > seconds(full, 120e9) > seconds(full, 900e9) > seconds(small, 900e9)
 
 
+@pytest.mark.thorough
 def test_the_count_is_that_of_the_model(demo_lm: object) -> None:
     """Per token, against torch's own counter of the products."""
     from torch.utils.flop_counter import FlopCounterMode

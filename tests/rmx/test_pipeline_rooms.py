@@ -28,7 +28,7 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
-    return "cli" if module.partition("_")[0] in DOORS else module.rpartition(".")[0]
+    return "cli" if module in DOORS else module.rpartition(".")[0]
 
 
 def imported(path: Path) -> Iterator[str]:
