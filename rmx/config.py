@@ -228,6 +228,8 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
     candidates: PositiveInt = 1  # adapters kept, of equally distant steps; the last one is the training's end
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
+    # where metrics are shown beside metrics.jsonl; no record has it, so a run goes on with others
+    trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[], exclude=True)
 
     @pydantic.field_validator("activation_checkpointing", mode="plain")
     @classmethod

@@ -41,7 +41,7 @@ from rmx.runs.training_stage import train_stage
 from rmx.sampling import rollouts, vllm_engine
 from rmx.sampling.batching import settled
 from rmx.sampling.remote import check_served
-from rmx.training import score, select, train
+from rmx.training import score, select, trackers, train
 from rmx.training.distributed import ALONE, Group
 
 
@@ -110,6 +110,7 @@ class Run(RunDirectory):
         """Mistakes that the model shows, found before the work of the stages that would stop at them."""
         if (most := self.lm.weight.shape[0]) < self.config.score.top_k:
             raise RunError(f"score.top_k: expected at most the vocabulary's {most}, got {self.config.score.top_k}")
+        trackers.check(self.config.train.trackers)
         spelled_for_peft(self.lm.model, self.config.lora, list(matching(self.lm.model, self.config.lora)))
         forward.check(self.lm, self.wanted().layer)
         for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
@@ -382,6 +383,10 @@ class Run(RunDirectory):
             page,
             lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
         )
+        if self.config.train.trackers:
+            shown = trackers.Trackers(self.config.train.trackers, self.dir)
+            shown.evaluation(evaluation, history[-1].step, self.path("report.png"))
+            shown.close()
         return {"written": f"{self.path('report.html')} and report.png"}
 
 

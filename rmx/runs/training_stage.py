@@ -16,6 +16,7 @@ from rmx.runs.choose import candidate_path, candidate_steps, saved_steps
 from rmx.training import train
 from rmx.training.checkpoint import Checkpoint
 from rmx.training.distributed import ALONE, Group
+from rmx.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from rmx.runs.pipeline import Run
@@ -83,11 +84,16 @@ def _log(
     kept = candidate_steps(steps, run.config.train.candidates)[:-1]
     log = train.MetricsLog(run.path("metrics.jsonl"), made)
     stack.callback(log.close)
+    hidden = {"rollouts": {"base_url"}, "evaluate": {"base_url"}}  # addresses of servers are nobody else's business
+    shown = run.config.model_dump(mode="json", exclude=hidden)
+    trackers = Trackers(run.config.train.trackers, run.dir, shown)
+    stack.callback(trackers.close)
     update = stack.enter_context(progress("train", steps, "steps"))
     update(made, "")
 
     def on_step(metrics: StepMetrics, total: int) -> None:
         log(metrics)
+        trackers.step(metrics, run.config.train.epochs * metrics.step / total)
         run.meter.read += metrics.tokens
         if metrics.step in kept:
             _save(run, adapter, candidate_path(run.dir, metrics.step))
