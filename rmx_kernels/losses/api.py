@@ -6,7 +6,7 @@ The linear ones make no tensor of size [tokens, vocabulary].
 from torch import Tensor
 
 from rmx_kernels import checks, choice
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
@@ -18,7 +18,7 @@ def gated_contrastive_loss(
     ce_weight: Tensor,
     kl_weight: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> ContrastiveLoss:
@@ -57,10 +57,10 @@ def gated_contrastive_loss(
     """
     checks.floating("logits", logits, 1)
     checks.base("base_logits", base_logits, "logits", logits)
-    checks.scaling(temperature, softcap)
+    checks.scaling(temperature, softcap, logits)
     checks.loss_rows(target, ce_weight, kl_weight, logits.shape[:-1], logits.device)
     chosen = choice.chosen("gated_contrastive_loss", impl, logits)
-    z = Logits(logits, temperature=temperature, softcap=softcap)
+    z = plain(logits, temperature, softcap)
     return contrastive_loss(Pair(z, base_logits, target), ce_weight, kl_weight, None, chosen)
 
 
@@ -74,7 +74,7 @@ def linear_gated_contrastive_loss(
     *,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     base_lse: Tensor | None = None,
     impl: str | None = None,
@@ -136,7 +136,7 @@ def linear_logprob_kl(
     *,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> LogprobKL:

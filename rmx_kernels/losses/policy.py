@@ -57,7 +57,7 @@ def linear_policy_loss(
     options: PolicyOptions | None = None,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> PolicyLoss:
@@ -99,7 +99,8 @@ def linear_policy_loss(
             checks.row_weights(name, value, rows, hidden.device)
     live = torch.ones(rows, dtype=torch.bool, device=hidden.device) if mask is None else mask != 0
     checks.targets(target, rows, None, hidden.device)
-    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "impl": impl}
+    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
+    head["temperature"] = checks.temperature_of(temperature, hidden, live)
     own, ids = hidden[live], target[live]
     stats = linear_entropy_topk(own, weight, ids, lora=lora, **head)
     assert stats.logprob is not None

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rmx_kernels import checks, choice
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.op import statistics
 
@@ -13,7 +13,7 @@ def entropy_topk(
     target: Tensor | None = None,
     *,
     k: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> VocabStats:
@@ -48,12 +48,12 @@ def entropy_topk(
     tensor([2.0794, 2.0794])
     """
     checks.floating("logits", logits, 1)
-    checks.scaling(temperature, softcap)
+    checks.scaling(temperature, softcap, logits)
     checks.top_k(k, logits.shape[-1])
     if target is not None:
         checks.candidates(target, logits.shape[:-1], logits.device)
     chosen = choice.chosen("entropy_topk", impl, logits)
-    z = Logits(logits, temperature=temperature, softcap=softcap)
+    z = plain(logits, temperature, softcap)
     return statistics(z, target, k, chosen)
 
 
@@ -65,7 +65,7 @@ def linear_entropy_topk(
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     k: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> VocabStats:

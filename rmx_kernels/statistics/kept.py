@@ -22,7 +22,7 @@ def linear_kept_logprobs(
     *,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
 ) -> KeptStats:
     r"""Log-probs and entropy of the next token, renormalised over the tokens that sampling kept.
@@ -60,6 +60,8 @@ def linear_kept_logprobs(
     _check_kept(kept, hidden, weight.shape[0])
     if target is not None:
         checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
+    if isinstance(temperature, Tensor) and not torch.compiler.is_compiling():
+        checks.temperature_range(temperature)
     z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
     ids = kept.reshape(z.x.shape[0], kept.shape[-1]).long()
     with torch.autocast(hidden.device.type, enabled=False):

@@ -52,6 +52,8 @@ def arguments_of(
         return made, SCALED
     if variant == "temperature":
         return made, {"temperature": 0.3}
+    if variant == "row temperature":
+        return made, {"temperature": cases.temperatures(2, 6), "softcap": 5.0}
     if variant == "lora":
         return cases.with_lora(made), {}
     if variant == "no bias":
@@ -73,9 +75,9 @@ def arguments_of(
     return made, {}
 
 
-VARIANTS = ["lora", "masked"]
+VARIANTS = ["lora", "masked", "temperature", "row temperature"]
 if not INTERPRETED:
-    VARIANTS += ["plain", "scaled", "temperature", "no bias", "ties", "one position", "long"]
+    VARIANTS += ["plain", "scaled", "no bias", "ties", "one position", "long"]
 CASES = [(op, variant, dtype, impl) for op in PARALLEL for variant in VARIANTS for dtype in DTYPES for impl in IMPLS]
 
 
