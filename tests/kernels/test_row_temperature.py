@@ -6,7 +6,7 @@ import cases
 import oracles
 import pytest
 import torch
-from cases import assert_same_bits, forward_backward, temperatures, tiny_tiles
+from cases import assert_same_bits, forward_backward, temperatures, tiny_tiles, unless_interpreted
 from test_every_operator import row_results, scattered
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def test_each_row_has_the_bits_of_its_own_temperature(op: str, device: str, impl
     t, name = temperatures(6, device=device), names_of_rows(op)
     with tiny_tiles():
         got = row_results(op, arguments | {"temperature": t} | scaling, name, impl)
-        for row in range(6):
+        for row in range(0, 6, unless_interpreted(1, 2)):
             alone = row_results(op, arguments | {"temperature": t[row].item()} | scaling, name, impl)
             for field, value in got.items():
                 assert_same_bits([value[row]], [alone[field][row]])
