@@ -38,7 +38,8 @@ def gated_contrastive_loss(
         base_logits: the frozen base's, same shape, dtype and device; a constant, so it may not require a gradient.
         target: token ids [...] in [0, V), int64 or int32.
         ce_weight, kl_weight: [...] floating point, constants.
-        temperature, softcap: as in :func:`entropy_topk`, applied to both.
+        temperature, softcap: as in :func:`entropy_topk`, applied to both: of row i, both logits are divided by
+            temperature_i. In a row whose two weights are zero it is not looked at.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -84,8 +85,8 @@ def linear_gated_contrastive_loss(
     .. math::
         \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i})
 
-        z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}, \quad
-        z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}
+        z_{s,i} = \mathrm{cap}(h_{s,i} (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_i, \quad
+        z_{b,i} = \mathrm{cap}(h_{b,i} W^\top + b) / \mathrm{temperature}_i
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
@@ -97,7 +98,7 @@ def linear_gated_contrastive_loss(
         lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
             None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
             The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
-        temperature, softcap: as in :func:`entropy_topk`, applied to both.
+        temperature, softcap: as in :func:`gated_contrastive_loss`.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
             float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
@@ -147,8 +148,8 @@ def linear_logprob_kl(
         \mathrm{kl}_i = \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}) = \sum_v p_b (e^\delta - 1 - \delta), \quad
         \delta = \log p_s - \log p_b
 
-    of :math:`z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}` and
-    :math:`z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}`.
+    of :math:`z_{s,i} = \mathrm{cap}(h_{s,i} (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_i` and
+    :math:`z_{b,i} = \mathrm{cap}(h_{b,i} W^\top + b) / \mathrm{temperature}_i`.
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.

@@ -57,7 +57,8 @@ def linear_cross_entropy(
         label_smoothing: epsilon in [0, 1]. Not together with ``softcap``.
         z_loss: zeta >= 0, of the squared log-sum-exp.
         shift: True predicts the next token: ``input[..., :-1, :]`` against ``target[..., 1:]``.
-        lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`.
+        lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [...] for one of
+            each row of ``input``, not looked at in rows that do not count.
         statistics: True returns :class:`CrossEntropy`, with lse, predicted token and accuracy besides the loss.
 
     Returns:

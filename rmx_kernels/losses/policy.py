@@ -76,7 +76,8 @@ def linear_policy_loss(
         ref_logprob: [B, T], of the reference, for the KL penalties k1 to k3.
         base_hidden: [B, T, H] of a base that shares the head, for "full", or in the place of ref_logprob. A constant.
         options: None for the defaults.
-        bias, lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`. The base has no lora.
+        bias, lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [B, T] for
+            one of each token, which divides the base's logits as well. The base has no lora.
 
     Returns:
         :class:`PolicyLoss`. A mean over no tokens is 0, as in TRL.

@@ -64,7 +64,8 @@ def vocab_parallel_entropy_topk(
             of A is that of the whole vocabulary, on every rank.
         k: 0 <= k <= V. Ties go to the lower id. The log-probs of equal logits on two ranks differ by roundings, so
             tokens of two ranks whose log-probs are within 4 roundings of each other are ties.
-        temperature, softcap, impl: as in :func:`entropy_topk`, the same on every rank (impl may differ).
+        temperature, softcap, impl: as in :func:`entropy_topk`, a temperature of each row too, the same on every rank
+            (impl may differ).
         check: compare shapes, arguments and checksums of the values that are to be the same over ranks first, so that a
             difference is an error on every rank. It waits for the device. Without, a difference is a hang or a wrong
             result, and the log-prob of a target that no rank holds is -inf.
