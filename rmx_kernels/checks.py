@@ -198,13 +198,17 @@ def scaling(temperature: object, softcap: object, x: Tensor | None) -> None:
     """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each."""
     if isinstance(temperature, Tensor):
         row_temperature(temperature, x)
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if isinstance(value, Tensor) if name == "temperature" else value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0 < value < math.inf:  # refuses NaN too; math.isfinite would break torch.compile's graph
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    else:
+        _above_0("temperature", temperature, "a number or a tensor")
+    if softcap is not None:
+        _above_0("softcap", softcap, "a number")
+
+
+def _above_0(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not 0 < value < math.inf:  # refuses NaN too; math.isfinite would break torch.compile's graph
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
 def row_temperature(value: Tensor, x: Tensor | None) -> None:

@@ -80,8 +80,8 @@ def linear_cross_entropy(
         raise ValueError("label_smoothing: expected 0 with a softcap, since the mean of capped logits is not linear")
     if isinstance(temperature, Tensor):
         checks.row_temperature(temperature, input)
+        temperature = temperature[..., :-1] if shift else temperature
     if shift:
-        temperature = temperature[..., :-1] if isinstance(temperature, Tensor) else temperature
         input, target = input[..., :-1, :], target[..., 1:]
     live = target != ignored
     checks.targets(target, input.shape[:-1], linear_weight.shape[0], input.device, used=live)

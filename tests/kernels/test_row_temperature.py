@@ -24,6 +24,14 @@ def lora_too(op: str, arguments: cases.Arguments) -> cases.Arguments:
     return cases.with_lora(arguments) if op.startswith("linear") else arguments
 
 
+def assert_as_by_a_number(impl: str, got: list[Tensor], expected: list[Tensor]) -> None:
+    """The same bits; on a GPU but for eager PyTorch, which multiplies by the reciprocal of a number there."""
+    if impl == "reference" and got[0].is_cuda:
+        torch.testing.assert_close(got, expected, equal_nan=True)
+    else:
+        assert_same_bits(got, expected)
+
+
 def names_of_rows(op: str) -> str:
     return cases.DIFFERENTIABLE[op][0]
 
@@ -55,7 +63,7 @@ def test_a_tensor_of_one_number(op: str, device: str, impl: str, dtype: torch.dt
     arguments = lora_too(op, cases.make(op, dtype=dtype, device=device))
     t = torch.full((6,), 0.7, device=device)
     expected = forward_backward(op, arguments, impl=impl, temperature=t[0].item(), **scaling)
-    assert_same_bits(forward_backward(op, arguments, impl=impl, temperature=t, **scaling), expected)
+    assert_as_by_a_number(impl, forward_backward(op, arguments, impl=impl, temperature=t, **scaling), expected)
 
 
 def masked(op: str, arguments: cases.Arguments) -> cases.Arguments:
@@ -83,7 +91,7 @@ def test_each_row_has_the_bits_of_its_own_temperature(op: str, device: str, impl
         for row in range(0, 6, unless_interpreted(1, 2)):
             alone = row_results(op, arguments | {"temperature": t[row].item()} | scaling, name, impl)
             for field, value in got.items():
-                assert_same_bits([value[row]], [alone[field][row]])
+                assert_as_by_a_number(impl, [value[row]], [alone[field][row]])
 
 
 @pytest.mark.parametrize("chosen", cases.available("cpu"))
@@ -120,7 +128,7 @@ def test_no_rows_and_one_row(op: str, device: str, impl: str) -> None:
     forward_backward(op, none, impl=impl, temperature=torch.ones(0, device=device))
     t = torch.tensor(0.5, device=device)
     expected = forward_backward(op, one, impl=impl, temperature=0.5)
-    assert_same_bits(forward_backward(op, one, impl=impl, temperature=t), expected)
+    assert_as_by_a_number(impl, forward_backward(op, one, impl=impl, temperature=t), expected)
 
 
 @pytest.mark.parametrize("bad", BAD)
