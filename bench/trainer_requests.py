@@ -5,6 +5,7 @@
     policy loss         linear_policy_loss, clip and k3               log_softmax, gather, the entropy, the same formula
     64 given ids        linear_entropy_topk, target [N, 64]           log_softmax, gather
     kept set of 64      linear_kept_logprobs                          logits of all tokens, masked, log_softmax
+    temperature a row   linear_entropy_topk, temperature [N]          logits / temperature[:, None], log_softmax, gather
 
 Forward and backward to the hidden states, float32, a frozen head of 49152 x 576, on the CPU with torch's threads. Times
 are medians of rounds in which the two take turns; the values of both are compared first. The memory is the peak of
@@ -48,6 +49,7 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
     assert old is not None
     old = old + 0.1 * torch.randn_like(old)
     advantage = torch.randn(SEQUENCES)
+    temperature = torch.linspace(0.6, 1.4, SEQUENCES)[:, None].expand(target.shape)
 
     def log_p() -> Tensor:
         return F.linear(hidden, weight).log_softmax(-1)
@@ -72,6 +74,10 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
         outside = torch.ones(logits.shape, dtype=torch.bool).scatter(-1, ids, False)
         return logits.masked_fill(outside, -torch.inf).log_softmax(-1).gather(-1, ids).mean()
 
+    def at_temperatures() -> Tensor:
+        logits = F.linear(hidden, weight) / temperature[..., None]
+        return logits.log_softmax(-1).gather(-1, target[..., None]).mean()
+
     found: dict[str, tuple[Way, Way]] = {
         "cross-entropy": (lambda: linear_cross_entropy(hidden, weight, target), cross_entropy),
         "the same, smoothed": (
@@ -89,6 +95,10 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
         f"{K} given ids": (
             lambda: linear_entropy_topk(hidden, weight, ids).logprob.mean(),  # type: ignore[union-attr]
             lambda: log_p().gather(-1, ids).mean(),
+        ),
+        "temperature a row": (
+            lambda: linear_entropy_topk(hidden, weight, target, temperature=temperature).logprob.mean(),  # type: ignore[union-attr]
+            at_temperatures,
         ),
         f"kept set of {K}": (lambda: linear_kept_logprobs(hidden, weight, ids).logprobs.mean(), kept),
     }

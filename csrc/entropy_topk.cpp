@@ -85,7 +85,7 @@ struct FoldArguments {
 template <class T, class X>
 RMX_INLINE void fold_row(const FoldArguments& a, int64_t i) {
     const rmx_sums& out = *a.sums;
-    const Scale<T> scale(*a.scale);
+    const Scale<T> scale(*a.scale, i);
     const X* x = row_of<const X>(*a.x, i);
     T *m = static_cast<T*>(out.m) + i, *d = static_cast<T*>(out.d) + i, *t = static_cast<T*>(out.T) + i;
     Sums<T, true> sums;
@@ -157,7 +157,7 @@ RMX_INLINE T value_at(const void* values, int64_t i) {
 template <class T, class X>
 RMX_INLINE void backward_row(const BackwardArguments& a, int64_t i) {
     const rmx_stats_gradient& g = *a.gradient;
-    const Scale<T> scale(*a.scale);
+    const Scale<T> scale(*a.scale, i);
     const X* x = row_of<const X>(*a.x, i);
     X* dx = row_of<X>(*a.dx, i);
     const T m = value_at<T>(g.m, i), log_d = value_at<T>(g.log_d, i), entropy = value_at<T>(g.entropy, i);

@@ -84,7 +84,7 @@ RMX_INLINE T kl_term(T p_s, T p_b, T delta) {
 template <class T, class X, bool TERMS, bool GRADIENT>
 RMX_INLINE void sweep(const LossArguments& a, int64_t i, const X* x, const X* base_x, T* kl, T* mass) {
     const rmx_loss& loss = *a.loss;
-    const Scale<T> scale(*a.scale);
+    const Scale<T> scale(*a.scale, i);
     const T m = static_cast<const T*>(loss.m)[i], log_d = static_cast<const T*>(loss.log_d)[i];
     const T base_m = base_x != nullptr ? static_cast<const T*>(loss.base_m)[i] : T(0);
     const T base_log_d = base_x != nullptr ? static_cast<const T*>(loss.base_log_d)[i] : T(0);
@@ -309,7 +309,7 @@ template <class T, class X>
 RMX_INLINE void loss_row(const LossArguments& a, int64_t i) {
     const rmx_loss& loss = *a.loss;
     const int64_t V = a.columns;
-    const Scale<T> scale(*a.scale);
+    const Scale<T> scale(*a.scale, i);
     const X* x = row_of<const X>(*a.student, i);
     const X* base_x = i < a.anchored ? row_of<const X>(*a.base, i) : nullptr;
     T *m = static_cast<T*>(loss.m) + i, *log_d = static_cast<T*>(loss.log_d) + i;

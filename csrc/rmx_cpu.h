@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 #define RMX_API __attribute__((visibility("default")))
-#define RMX_ABI 3  // raised with every change of this file; the Python side refuses a library of another number
+#define RMX_ABI 4  // raised with every change of this file; the Python side refuses a library of another number
 
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
@@ -23,9 +23,11 @@ enum { RMX_OK = 0, RMX_BAD_DTYPE = 1, RMX_BAD_POOL = 2, RMX_BAD_SHAPE = 3 };  //
 typedef void (*rmx_range_func)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*rmx_parallel_for)(int64_t begin, int64_t end, int64_t grain, rmx_range_func func, void* context);
 
-// z = cap(x) / temperature with cap(u) = softcap * tanh(u / softcap); softcap = 0 stands for none.
+// z = cap(x) / temperature with cap(u) = softcap * tanh(u / softcap); softcap = 0 stands for none. Where row_temperature is
+// given, row i of a call has row_temperature[i] in the place of `temperature`, in the student as in the base.
 typedef struct {
     double temperature, softcap;
+    const void* row_temperature;  // real [N], or NULL
 } rmx_scale;
 
 // Rows of logits, or of gradients: element j of row i is at data[(rows ? rows[i] : i) * stride + j].

@@ -22,10 +22,11 @@ template <> struct real_of<double> { using type = double; };
 template <class T>
 struct Scale {
     T softcap, per_softcap, per_temperature;
-    explicit Scale(const rmx_scale& s)
+    Scale(const rmx_scale& s, int64_t row)
         : softcap(static_cast<T>(s.softcap)),
           per_softcap(s.softcap > 0 ? static_cast<T>(1 / s.softcap) : T(0)),
-          per_temperature(static_cast<T>(1 / s.temperature)) {}
+          per_temperature(static_cast<T>(
+              1 / (s.row_temperature != nullptr ? static_cast<const T*>(s.row_temperature)[row] : s.temperature))) {}
 };
 
 template <class X>

@@ -18,9 +18,13 @@ from rmx_kernels import head_of, linear_logprob_kl
 
 
 def distillation_loss(student, teacher, ids, mask, temperature=1.0):
-    """Mean over predicted tokens of KL(teacher || student) at a temperature, in nats; both have one tokenizer."""
+    """Mean over predicted tokens of KL(teacher || student) at a temperature, in nats; both have one tokenizer.
+
+    temperature: a number, or a tensor [B, L - 1] with one of each predicted token.
+    """
     rows = (mask[:, 1:] * mask[:, :-1]).bool()  # position p predicts token p + 1, and neither is padding
     own, other = head_of(student), head_of(teacher)
+    temperature = temperature[rows] if torch.is_tensor(temperature) else temperature
     with torch.no_grad():
         base = other.hidden(ids, mask)[:, :-1][rows]
         theirs = other.kwargs(temperature)
@@ -36,7 +40,7 @@ def one_head(hidden, base, own, theirs):
     The operator gives the gradient of the student's logits alone, so W_t gets none.
     """
     for name in ("softcap", "temperature"):
-        if own[name] != theirs[name]:
+        if own[name] is not theirs[name] and not torch.equal(*(torch.as_tensor(x[name]) for x in (own, theirs))):
             raise ValueError(f"{name}: expected the teacher's, {theirs[name]}, got {own[name]}")
     if theirs["lora"] is not None:
         raise ValueError("teacher: expected no adapter on its output head, got one; merge it first")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rmx_kernels import checks
 from rmx_kernels.head_check import check_logits
-from rmx_kernels.logits import LoRA
+from rmx_kernels.logits import LoRA, compute_dtype
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.api import linear_entropy_topk
 from rmx_kernels.wrappers import inside
@@ -35,7 +35,7 @@ def token_logprobs(
     attention_mask: Tensor | None = None,
     *,
     k: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     logits_to_keep: int | None = None,
     check: bool = True,
     impl: str | None = None,
@@ -45,7 +45,7 @@ def token_logprobs(
 
     .. math::
         \mathrm{logprob}_{b,p} = \log p(x_{b,p+1} \mid x_{b,0..p}), \quad
-        p(\cdot \mid x_{b,0..p}) = \mathrm{softmax}(\mathrm{logits}_{b,p} / \mathrm{temperature})
+        p(\cdot \mid x_{b,0..p}) = \mathrm{softmax}(\mathrm{logits}_{b,p} / \mathrm{temperature}_{b,p})
 
     Position p predicts token p + 1, so L tokens have L - 1 results. logits are what ``model(input_ids,
     attention_mask, **kwargs)`` would return: with the scale, softcap, bias and adapters of its head, as :func:`head_of`
@@ -58,7 +58,9 @@ def token_logprobs(
         attention_mask: [B, L], 1 at tokens and 0 at padding on either side; None for no padding. Where token p or p + 1
             is padding, every result is 0 and has no gradient. On a GPU a mask costs one synchronisation.
         k: how many of the most probable tokens to return, 0 <= k <= V.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0: a number, or one of each row of the results, [B, L - 1] or
+            [B, logits_to_keep], as in :func:`entropy_topk`; not looked at where a result is 0 for padding. Of
+            sequences with a temperature each, [B]: ``temperature[:, None].expand(-1, L - 1)``.
         logits_to_keep: only the last so many predicted tokens, 1 to L - 1 (the length of a completion, say; not one
             more, as transformers counts); None for all.
         check: as in :func:`head_of`.
@@ -90,6 +92,7 @@ def token_logprobs(
         return linear_entropy_topk(hidden, target=target, k=k, impl=impl, **operator)
     tokens = attention_mask != 0
     live = (tokens[:, :-1] & tokens[:, 1:])[:, rows]
+    operator["temperature"] = checks.temperature_of(operator["temperature"], hidden, live)
     # What is computed from padding can be NaN, which 0 times a gradient would keep, so those rows are left out.
     stats = linear_entropy_topk(hidden[live], target=target[live], k=k, impl=impl, **operator)
     return VocabStats._make(None if x is None else _placed(x, live) for x in stats)
@@ -172,15 +175,18 @@ class CausalLMHead:
             )
         return hidden.to(weight.dtype)
 
-    def kwargs(self, temperature: float = 1.0) -> dict[str, Any]:
+    def kwargs(self, temperature: float | Tensor = 1.0) -> dict[str, Any]:
         """weight [V, H], bias [V] or None, lora or None, softcap and temperature: arguments of every linear operator.
 
-        The scale of the logits is in softcap and temperature. Several LoRA pairs are one of their ranks' sum, in the
+        temperature: a number, or a tensor with one of each row that the operator will get. The scale of the logits is
+        in softcap and temperature. Several LoRA pairs are one of their ranks' sum, in the
         dtype of the head. The operators with a base give ``lora`` to the student alone: make base_hidden under
         ``model.disable_adapter()``. A head that is trained itself (modules_to_save) serves the base as well.
         """
-        checks.scaling(temperature, None)
+        checks.scaling(temperature, None, None)
         linear, pairs = self.linear()
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(compute_dtype(linear.weight.dtype))
         # cap_c(s u) / T = cap_(c / s)(u) / (T / s), which rounds nothing, as scaled hidden states would
         return {
             "weight": linear.weight,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,7 +177,7 @@ def operand(
     head(hidden, weight, bias)
     assert isinstance(weight, Tensor)
     lora(hidden, weight, lora_pair)
-    scaling(temperature, softcap)
+    scaling(temperature, softcap, hidden)
 
 
 def base(name: str, value: object, other_name: str, other: Tensor) -> None:
@@ -193,14 +194,50 @@ def loss_rows(target: object, ce_weight: object, kl_weight: object, rows: Sequen
     targets(target, rows, None, device)
 
 
-def scaling(temperature: object, softcap: object) -> None:
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if name == "softcap" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-        if not 0 < value < math.inf:  # refuses NaN too; math.isfinite would break torch.compile's graph
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+def scaling(temperature: object, softcap: object, x: Tensor | None) -> None:
+    """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each."""
+    if isinstance(temperature, Tensor):
+        row_temperature(temperature, x)
+    else:
+        _above_0("temperature", temperature, "a number or a tensor")
+    if softcap is not None:
+        _above_0("softcap", softcap, "a number")
+
+
+def _above_0(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not 0 < value < math.inf:  # refuses NaN too; math.isfinite would break torch.compile's graph
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def row_temperature(value: Tensor, x: Tensor | None) -> None:
+    """A floating-point constant, one a row of x where they are known; the registered operator looks at its range."""
+    no_tangent("temperature", value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"temperature: expected a number or a floating-point tensor, got {value.dtype}")
+    if x is not None:
+        _one_a_row("temperature", "temperature", value, x.shape[:-1], x.device)
+    frozen("temperature", value, "temperatures are constants")
+
+
+def temperature_of(temperature: Any, x: Tensor, live: Tensor) -> Any:
+    """That of the live ones [n] among the rows of x [..., columns]; a number as it is."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    row_temperature(temperature, x)
+    return temperature[live]
+
+
+def temperature_range(value: Tensor | None, used: Tensor | None = None) -> None:
+    """Finite numbers above 0, in the rows that are used; looked at as the targets are in :func:`target_range`."""
+    if value is None or value.device.type != "cpu":
+        return
+    bad = ~((value > 0) & (value < math.inf))
+    if used is not None:
+        bad = bad & used
+    if bad.any():
+        raise ValueError(f"temperature: expected finite numbers above 0, got {float(value[bad].flatten()[0])}")
 
 
 def top_k(k: object, vocab: int) -> None:

@@ -14,7 +14,7 @@ Needs = Sequence[bool]  # which gradients of TENSORS are asked for
 TENSORS = ("x", "weight", "bias", "lora_hidden", "lora_weight")
 SCHEMA = (
     "Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
-    "float temperature, float? softcap"
+    "float temperature, float? softcap, Tensor? row_temperature"
 )
 GRADIENTS = "Tensor[]"  # of TENSORS, those that are asked for alone
 
@@ -57,7 +57,8 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 class Logits(NamedTuple):
     r"""z = cap(x) / temperature, or z = cap(x @ weight.T + bias + lora_hidden @ lora_weight.T) / temperature.
 
-    cap(u) = softcap * tanh(u / softcap), or u without a softcap. The fields stand in the order of :data:`SCHEMA`.
+    cap(u) = softcap * tanh(u / softcap), or u without a softcap. row_temperature, where given, has the temperature of
+    each row, in the place of ``temperature``. The fields stand in the order of :data:`SCHEMA`.
     """
 
     x: Tensor  # [B..., V] without a weight, [B..., H] with one
@@ -67,6 +68,7 @@ class Logits(NamedTuple):
     lora_weight: Tensor | None = None  # [V, r]
     temperature: float = 1.0
     softcap: float | None = None
+    row_temperature: Tensor | None = None  # [B...], of the dtype of the results; a constant
 
     @property
     def V(self) -> int:
@@ -89,17 +91,35 @@ class Logits(NamedTuple):
 
     def rows(self) -> "Logits":
         """With the leading dimensions in one: x [N, columns], lora_hidden [N, r]."""
-        return self._replace(x=self.x.reshape(-1, self.x.shape[-1]), lora_hidden=flat(self.lora_hidden))
+        x, lora_hidden = self.x.reshape(-1, self.x.shape[-1]), flat(self.lora_hidden)
+        return self._replace(x=x, lora_hidden=lora_hidden, row_temperature=self.temperatures())
+
+    def temperatures(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
+        """Of some of the flattened rows [N], without strides; None where all rows have one."""
+        return None if self.row_temperature is None else self.row_temperature.reshape(-1)[rows].contiguous()
+
+    def divisors(self, rows: Tensor | slice = slice(None)) -> Tensor | None:
+        """:meth:`temperatures` as a column [n, 1], NaN where one is no positive number.
+
+        So that such a row has no plausible result on a GPU, where the values are not looked at beforehand.
+        """
+        own = self.temperatures(rows)
+        return None if own is None else torch.where((own > 0) & own.isfinite(), own, torch.nan)[:, None]
 
     def of_base(self, base_x: Tensor) -> "Logits":
         """The base's logits: of the same head and scaling, without the LoRA pair."""
         return self._replace(x=base_x, lora_hidden=None, lora_weight=None)
 
-    def scaled(self, raw: Tensor) -> Tensor:
-        """z of logits that are not scaled yet, or of some of them."""
+    def of_logits(self, raw: Tensor, rows: slice) -> "Logits":
+        """Of logits [n, V] that were made already, of some of the flattened rows."""
+        return Logits(raw, None, None, None, None, self.temperature, self.softcap, self.temperatures(rows))
+
+    def scaled(self, raw: Tensor, rows: slice = slice(None)) -> Tensor:
+        """z of logits that are not scaled yet, or of some of each row: raw [n, columns] of the flattened ``rows``."""
         if self.softcap is not None:
             raw = self.softcap * torch.tanh(raw / self.softcap)
-        return raw / self.temperature
+        own = self.divisors(rows)
+        return raw / (self.temperature if own is None else own)
 
     def empty_gradients(self, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for the gradients of :data:`TENSORS`, of the shape of each; without elements where not needed."""
@@ -128,18 +148,44 @@ def fake_gradients(*arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, need in pairs if need]
 
 
+class Scaling(NamedTuple):
+    """The last fields of :class:`Logits`."""
+
+    temperature: float
+    softcap: float | None
+    row_temperature: Tensor | None
+
+
+def scaling_of(temperature: float | Tensor, softcap: float | None, x: Tensor) -> Scaling:
+    """From the arguments of an operator on x [B..., columns]: a temperature for all rows, or one [B...] for each."""
+    if not isinstance(temperature, Tensor):
+        return Scaling(temperature, softcap, None)
+    return Scaling(1.0, softcap, temperature.detach().to(compute_dtype(x.dtype)).contiguous())
+
+
+def plain(logits: Tensor, temperature: float | Tensor, softcap: float | None) -> Logits:
+    """The operand from an operator's arguments: logits as they are."""
+    return Logits(logits, None, None, None, None, *scaling_of(temperature, softcap, logits))
+
+
 def linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, temperature: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    temperature: float | Tensor,
+    softcap: float | None,
 ) -> Logits:
-    """The operand from an operator's arguments.
+    """The operand from an operator's arguments: hidden states and a head.
 
     The first product of a LoRA pair, lora_hidden = scale * hidden @ A.T, is a small one under autograd, from which the
     gradients of A and of hidden through A come; the operators make the second. On a CPU its rows come in fours, as in
     head/cpu.py, so that neither a value nor a gradient depends on the number of rows. (MKL's float64 product at ranks
     of 16 to 32 also depends on whether there are more than 2 r rows.)
     """
+    scaling = scaling_of(temperature, softcap, hidden)
     if lora is None:
-        return Logits(hidden, weight, bias, None, None, temperature, softcap)
+        return Logits(hidden, weight, bias, None, None, *scaling)
     A, B, scale = lora
     x = hidden.reshape(-1, hidden.shape[-1])
     N = x.shape[0]
@@ -148,4 +194,4 @@ def linear(
             x = F.pad(x, (0, 0, 0, -N % 4))
         lora_hidden = torch.addmm(x.new_zeros(()), x, A.T, beta=0, alpha=scale)  # scaled before it is rounded
     lora_hidden = lora_hidden[:N].view(*hidden.shape[:-1], A.shape[0])
-    return Logits(hidden, weight, bias, lora_hidden, B, temperature, softcap)
+    return Logits(hidden, weight, bias, lora_hidden, B, *scaling)

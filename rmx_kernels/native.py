@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3  # RMX_ABI of csrc/rmx_cpu.h
+ABI = 4  # RMX_ABI of csrc/rmx_cpu.h
 LIBRARY = Path(__file__).with_name("librmx_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 class Scale(Structure):
-    _fields_ = [("temperature", c_double), ("softcap", c_double)]
+    _fields_ = [("temperature", c_double), ("softcap", c_double), ("row_temperature", c_void_p)]
 
 
 class Rows(Structure):
@@ -201,5 +201,8 @@ def rows(x: Tensor, index: Tensor | None = None) -> Rows:
     return found
 
 
-def scale(temperature: float, softcap: float | None) -> Scale:
-    return Scale(temperature, softcap or 0.0)
+def scale(temperature: float, softcap: float | None, row_temperature: Tensor | None = None) -> Scale:
+    """row_temperature: of the rows of a call, in their order, in the dtype of their statistics."""
+    found = Scale(temperature, softcap or 0.0, address(row_temperature))
+    found.keep = row_temperature  # a pointer keeps nothing alive
+    return found

@@ -224,6 +224,8 @@ def test_distillation_loss(path: Path, tmp_path: Path, student: str) -> None:
     assert loss > 0.01
     torch.testing.assert_close(loss, expected, **CLOSE)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected), **CLOSE)
+    by_token = distillation.distillation_loss(model, teacher, ids, mask, temperature=torch.full(live.shape, 2.0))
+    torch.testing.assert_close(by_token, loss, **CLOSE)
 
 
 def test_distillation_refuses_other_heads(path: Path, tmp_path: Path) -> None:

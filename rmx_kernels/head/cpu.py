@@ -19,6 +19,11 @@ TILE_ROWS = 512
 UPCAST_BYTES = 4 << 20  # of a slice of the head in float32, where the CPU has no product in its dtype
 
 
+def scale_of(z: Logits, rows: Tensor | slice = slice(None)) -> native.Scale:
+    """Of some of the flattened rows."""
+    return native.scale(z.temperature, z.softcap, z.temperatures(rows))
+
+
 class Head:
     """W [V, H], bias [V] or None, and B [V, r] of a LoRA pair or None."""
 

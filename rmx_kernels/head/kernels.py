@@ -29,6 +29,17 @@ def place(pid, S, inner, outer_stride, stride):
 
 
 @triton.jit
+def scaling_of(row_temperature, row, c, per_temperature):
+    """(c, 1 / temperature) of a row, rounded once from float64; NaN where its own temperature is no positive number."""
+    if row_temperature is not None:
+        own = tl.load(row_temperature + row).to(tl.float64)
+        own = tl.where((own > 0) & (own < float("inf")), own, float("nan"))
+        c = (tl.full([], LOG2E, tl.float64) / own).to(tl.float32)
+        per_temperature = (1.0 / own).to(tl.float32)
+    return c, per_temperature
+
+
+@triton.jit
 def offsets(L: tl.constexpr, J: tl.constexpr):
     """The columns of a lane's first load, [L, J], counted from the step's first column."""
     return tl.arange(0, L)[:, None] * J + tl.arange(0, J)[None, :]

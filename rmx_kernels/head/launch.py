@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rmx_kernels.logits import Logits
+
+Scaling = tuple[float, float, float | None, Tensor | None]
+
 
 class Rows:
     """The rows of x [B..., columns] as (tensor, inner, outer stride, stride): without a copy where two strides do."""
@@ -83,6 +87,9 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def scaling(temperature: float, softcap: float | None) -> tuple[float, float, float | None]:
-    """(c, 1 / temperature, softcap): the arguments of every kernel that scales logits."""
-    return math.log2(math.e) / temperature, 1.0 / temperature, softcap
+def scaling(z: Logits, rows: Tensor | slice = slice(None)) -> Scaling:
+    """(c, 1 / temperature, softcap, row_temperature [n] or None): the arguments of every kernel that scales logits.
+
+    A kernel computes the first two itself where it is given the last, of some of the flattened rows.
+    """
+    return math.log2(math.e) / z.temperature, 1.0 / z.temperature, z.softcap, z.temperatures(rows)

@@ -37,6 +37,7 @@ class VocabTiles:
     def __init__(self, z: Logits, index: Tensor | None = None) -> None:
         self.z, self.index, self.dtype, self.V = z, index, z.real, z.V
         self.N = z.x.shape[0] if index is None else index.shape[0]
+        self.divisors = z.divisors(slice(None) if index is None else index)  # [N, 1], or None for one temperature
 
     def columns(self) -> Iterator[slice]:
         width = TILE_COLUMNS
@@ -62,7 +63,7 @@ class VocabTiles:
 
     def __call__(self, rows: slice, cols: slice, head: HeadSlice | None) -> Tensor:
         """z [rows, cols] in the compute dtype."""
-        x, _, bias, lora_hidden, _, temperature, softcap = self.z
+        x, _, bias, lora_hidden, _, temperature, softcap, _ = self.z
         if head is None:
             taken = x[rows, cols] if self.index is None else x[:, cols].index_select(0, self.index[rows])
             z = taken.to(self.dtype, copy=True)
@@ -74,13 +75,19 @@ class VocabTiles:
                 z += bias[cols].to(self.dtype)
         if softcap is not None:
             z = z.div_(softcap).tanh_().mul_(softcap)
+        if self.divisors is not None:
+            return z.div_(self.divisors[rows])
         return z.div_(temperature) if temperature != 1.0 else z
 
-    def unscale(self, dz: Tensor, z: Tensor) -> Tensor:
+    def unscale(self, rows: slice, dz: Tensor, z: Tensor) -> Tensor:
         """Gradient with respect to the raw logits, in place: dz * (1 - (cap / softcap)^2) / temperature."""
         temperature, softcap = self.z.temperature, self.z.softcap
-        if softcap is not None:
-            dz *= 1 - (z * (temperature / softcap)).square_()
+        own = None if self.divisors is None else self.divisors[rows]
+        if softcap is not None:  # the quotient is rounded once, as that of two Python floats is
+            ratio = temperature / softcap if own is None else (own.double() / softcap).to(own.dtype)
+            dz *= 1 - (z * ratio).square_()
+        if own is not None:
+            return dz.div_(own)
         return dz.div_(temperature) if temperature != 1.0 else dz
 
 
@@ -110,7 +117,7 @@ class GradientSink:
 
     def add(self, tiles: VocabTiles, rows: slice, dz: Tensor, z: Tensor) -> None:
         """Consumes dz [rows, cols], the gradient with respect to the scaled logits z of a tile."""
-        raw = tiles.unscale(dz, z)
+        raw = tiles.unscale(rows, dz, z)
         where = tiles.take(rows)
         if self.head is None:
             if self.x.numel():

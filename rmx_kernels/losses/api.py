@@ -6,7 +6,7 @@ The linear ones make no tensor of size [tokens, vocabulary].
 from torch import Tensor
 
 from rmx_kernels import checks, choice
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
@@ -18,7 +18,7 @@ def gated_contrastive_loss(
     ce_weight: Tensor,
     kl_weight: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> ContrastiveLoss:
@@ -38,7 +38,8 @@ def gated_contrastive_loss(
         base_logits: the frozen base's, same shape, dtype and device; a constant, so it may not require a gradient.
         target: token ids [...] in [0, V), int64 or int32.
         ce_weight, kl_weight: [...] floating point, constants.
-        temperature, softcap: as in :func:`entropy_topk`, applied to both.
+        temperature, softcap: as in :func:`entropy_topk`, applied to both: of row i, both logits are divided by
+            temperature_i. In a row whose two weights are zero it is not looked at.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -57,10 +58,10 @@ def gated_contrastive_loss(
     """
     checks.floating("logits", logits, 1)
     checks.base("base_logits", base_logits, "logits", logits)
-    checks.scaling(temperature, softcap)
+    checks.scaling(temperature, softcap, logits)
     checks.loss_rows(target, ce_weight, kl_weight, logits.shape[:-1], logits.device)
     chosen = choice.chosen("gated_contrastive_loss", impl, logits)
-    z = Logits(logits, temperature=temperature, softcap=softcap)
+    z = plain(logits, temperature, softcap)
     return contrastive_loss(Pair(z, base_logits, target), ce_weight, kl_weight, None, chosen)
 
 
@@ -74,7 +75,7 @@ def linear_gated_contrastive_loss(
     *,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     base_lse: Tensor | None = None,
     impl: str | None = None,
@@ -84,8 +85,8 @@ def linear_gated_contrastive_loss(
     .. math::
         \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i})
 
-        z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}, \quad
-        z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}
+        z_{s,i} = \mathrm{cap}(h_{s,i} (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_i, \quad
+        z_{b,i} = \mathrm{cap}(h_{b,i} W^\top + b) / \mathrm{temperature}_i
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
@@ -97,7 +98,7 @@ def linear_gated_contrastive_loss(
         lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
             None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
             The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
-        temperature, softcap: as in :func:`entropy_topk`, applied to both.
+        temperature, softcap: as in :func:`gated_contrastive_loss`.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
             float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
@@ -136,7 +137,7 @@ def linear_logprob_kl(
     *,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> LogprobKL:
@@ -147,8 +148,8 @@ def linear_logprob_kl(
         \mathrm{kl}_i = \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}) = \sum_v p_b (e^\delta - 1 - \delta), \quad
         \delta = \log p_s - \log p_b
 
-    of :math:`z_s = \mathrm{cap}(h_s (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}` and
-    :math:`z_b = \mathrm{cap}(h_b W^\top + b) / \mathrm{temperature}`.
+    of :math:`z_{s,i} = \mathrm{cap}(h_{s,i} (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_i` and
+    :math:`z_{b,i} = \mathrm{cap}(h_{b,i} W^\top + b) / \mathrm{temperature}_i`.
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.

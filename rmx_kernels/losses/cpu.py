@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rmx_kernels import native
 from rmx_kernels.head import cpu as tiles
-from rmx_kernels.head.cpu import Head
+from rmx_kernels.head.cpu import Head, scale_of
 from rmx_kernels.head.gradient import HeadGradient
 from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 from rmx_kernels.losses.op import BASE_MASS_TOLERANCE, LossForward, Pair, Terms, Weights
@@ -51,9 +51,9 @@ class LossRows:
     def n(self) -> int:
         return self.target.shape[0]
 
-    @property
-    def scale(self) -> native.Scale:
-        return native.scale(self.pair.student.temperature, self.pair.student.softcap)
+    def scale(self, rows: slice = slice(None)) -> native.Scale:
+        """Of some of the n rows."""
+        return scale_of(self.pair.student, rows if self.index is None else self.index[rows])
 
     def terms(self, known_base_norm: bool) -> Tensor:
         """[2, n] of logits: logprob and kl, NaN where not computed; writes the norms."""
@@ -61,7 +61,7 @@ class LossRows:
         loss = arguments(self.target, None, self.norms, found, find_base_norm=not known_base_norm)
         student, base = (native.rows(x, self.index) for x in (self.pair.student.x, self.pair.base_x))
         native.call(
-            *("rmx_gated_contrastive_loss", student, base, self.anchored, self.scale, self.n),
+            *("rmx_gated_contrastive_loss", student, base, self.anchored, self.scale(), self.n),
             *(self.pair.student.V, loss, None),
         )
         return found
@@ -71,7 +71,7 @@ class LossRows:
         student, base, out = (native.rows(x, self.index) for x in (self.pair.student.x, self.pair.base_x, dx))
         loss = arguments(self.target, self.weights, self.norms, None, upstream)
         native.call(
-            *("rmx_gated_contrastive_loss_backward", student, base, self.anchored, self.scale, self.n),
+            *("rmx_gated_contrastive_loss_backward", student, base, self.anchored, self.scale(), self.n),
             *(0, self.pair.student.V, loss, out),
         )
 
@@ -98,7 +98,7 @@ class HeadRows:
                 *(own.target[rows], weights, own.norms[:, rows], found[:, rows]), find_base_norm=not known_base_norm
             )
             native.call(
-                *("rmx_gated_contrastive_loss", student, base, anchored, own.scale, n, V, loss),
+                *("rmx_gated_contrastive_loss", student, base, anchored, own.scale(rows), n, V, loss),
                 student if gradient else None,
             )
             self._back(z, rows, dx, du)
@@ -172,7 +172,7 @@ class HeadRows:
         student, base = native.rows(z), native.rows(base_z)
         loss = arguments(self.rows.target[rows], self._weights(rows), self.rows.norms[:, rows], None)
         native.call(
-            *("rmx_gated_contrastive_loss_backward", student, base, anchored, self.rows.scale, n),
+            *("rmx_gated_contrastive_loss_backward", student, base, anchored, self.rows.scale(rows), n),
             *(cols.start, cols.stop - cols.start, loss, student),
         )
         return x, u, z

@@ -29,7 +29,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     shift: bool = False,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     statistics: bool = False,
     impl: str | None = None,
@@ -57,7 +57,8 @@ def linear_cross_entropy(
         label_smoothing: epsilon in [0, 1]. Not together with ``softcap``.
         z_loss: zeta >= 0, of the squared log-sum-exp.
         shift: True predicts the next token: ``input[..., :-1, :]`` against ``target[..., 1:]``.
-        lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`.
+        lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [...] for one of
+            each row of ``input``, not looked at in rows that do not count.
         statistics: True returns :class:`CrossEntropy`, with lse, predicted token and accuracy besides the loss.
 
     Returns:
@@ -77,6 +78,9 @@ def linear_cross_entropy(
     checks.floating("input", input, 2 if shift else 1)
     if label_smoothing and softcap is not None:
         raise ValueError("label_smoothing: expected 0 with a softcap, since the mean of capped logits is not linear")
+    if isinstance(temperature, Tensor):
+        checks.row_temperature(temperature, input)
+        temperature = temperature[..., :-1] if shift else temperature
     if shift:
         input, target = input[..., :-1, :], target[..., 1:]
     live = target != ignored
@@ -91,6 +95,7 @@ def linear_cross_entropy(
         found = linear_gated_contrastive_loss(input, input.detach(), linear_weight, ids, row_weight, none, **head)
         return found.loss / row_weight.sum() if reduction == "mean" else found.loss
     rows = input[live]
+    head["temperature"] = checks.temperature_of(temperature, input, live)
     stats = linear_entropy_topk(rows, linear_weight, ids[live], k=int(statistics), **head)
     assert stats.logprob is not None
     own = row_weight[live]
@@ -98,7 +103,7 @@ def linear_cross_entropy(
     if label_smoothing:
         classes = torch.ones(linear_weight.shape[0], dtype=real, device=input.device)
         classes = classes if weight is None else weight.detach().to(real)
-        total = _weighted_sum_of_logits(rows, linear_weight, linear_bias, lora, classes) / temperature
+        total = _weighted_sum_of_logits(rows, linear_weight, linear_bias, lora, classes) / head["temperature"]
         smooth = (classes.sum() * stats.lse - total) / classes.shape[0]
         terms = (1 - label_smoothing) * terms + label_smoothing * smooth
     if z_loss:

@@ -37,6 +37,7 @@ from rmx_kernels.head.kernels import (
     read,
     read_part,
     read_row,
+    scaling_of,
     uncapped,
     write_row,
 )
@@ -124,9 +125,11 @@ def fold(
     ce_weight, kl_weight,  # [N], or None for all rows
     parts,  # [PARTS, N, S]
     N, V, S, STEPS, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
     ce, kl = row_weights(ce_weight, kl_weight, row)
     if (ce != 0) | (kl != 0):
         TILE: tl.constexpr = R * L * J
@@ -197,9 +200,11 @@ def finish(
     parts,  # [PARTS, N, S]
     terms,  # [6, N]: logprob, kl, m, log d, and m and log d of the base; NaN where not computed
     N, V, S, tolerance, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature
     SEGMENTS: tl.constexpr, R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
     ce, kl = row_weights(ce_weight, kl_weight, row)
     to = terms + row
     rows = N.to(tl.int64)
@@ -273,9 +278,11 @@ def gradient(
     upstream,  # a scalar, or None for 1
     m, log_d, base_m, base_log_d,  # [N]
     first, columns, V, S, STEPS, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
     base_start = place(tl.program_id(0), S, base_inner, base_outer_stride, base_stride)[2]
     TILE: tl.constexpr = R * L * J
     at = offsets(L, J)

@@ -66,7 +66,9 @@ def _run(function: str, impl: str, pair: Pair, *arguments: Any) -> Any:
 
 def _loss(*arguments: Any) -> LossForward:
     pair, (ce_weight, kl_weight, base_lse, gradient, impl) = _pair(arguments)
-    checks.target_range(pair.target, pair.student.V, used=(ce_weight != 0) | (kl_weight != 0))
+    used = (ce_weight != 0) | (kl_weight != 0)
+    checks.target_range(pair.target, pair.student.V, used)
+    checks.temperature_range(pair.student.row_temperature, used)
     result: LossForward = _run("contrastive_loss", impl, pair, (ce_weight, kl_weight), base_lse, gradient)
     return result
 
@@ -94,6 +96,7 @@ def _loss_backward(*arguments: Any) -> list[Tensor]:
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     (student, *of_pair), (*weights, _, gradient, ctx.impl) = _pair(inputs)
+    constants = student.row_temperature, *of_pair, *weights, output[3]
     ctx.temperature, ctx.softcap, ctx.dtype = student.temperature, student.softcap, student.x.dtype
     ctx.needs = list(ctx.needs_input_grad[: len(logits.TENSORS)])
     ctx.late = [
@@ -101,7 +104,7 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> 
         for name, need in zip(logits.TENSORS, ctx.needs, strict=True)
     ]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[4:6], *((*student.tensors, *of_pair, *weights, output[3]) if any(ctx.late) else ()))
+    ctx.save_for_backward(*output[4:6], *((*student.tensors, *constants) if any(ctx.late) else ()))
 
 
 def _loss_formula(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
@@ -117,7 +120,7 @@ def _loss_formula(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
         for place, early in ((0, dx), (3, du)):
             if ctx.needs[place] and not ctx.late[place]:
                 found[place] = torch.ops.rmx_kernels.times(early, g_loss, ctx.dtype)
-    return *found, *[None] * 9
+    return *found, *[None] * 10
 
 
 register(
@@ -146,6 +149,7 @@ register(  # an operator, so that a second derivative is refused
 def _logprob_kl(*arguments: Any) -> Terms:
     pair, (impl,) = _pair(arguments)
     checks.target_range(pair.target, pair.student.V)
+    checks.temperature_range(pair.student.row_temperature)
     result: Terms = _run("logprob_kl", impl, pair)
     return result
 
@@ -163,7 +167,7 @@ def _setup_logprob_kl(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor
     (student, *of_pair), (ctx.impl,) = _pair(inputs)
     ctx.temperature, ctx.softcap = student.temperature, student.softcap
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*student.tensors, *of_pair, output[2])
+    ctx.save_for_backward(*student.tensors, student.row_temperature, *of_pair, output[2])
 
 
 def _logprob_kl_formula(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None, _: Any) -> Any:
@@ -172,7 +176,7 @@ def _logprob_kl_formula(ctx: Any, g_logprob: Tensor | None, g_kl: Tensor | None,
     gradients = torch.ops.rmx_kernels.logprob_kl_backward(
         *saved[:count], ctx.temperature, ctx.softcap, *saved[count:], g_logprob, g_kl, needs, ctx.impl
     )
-    return *spread(gradients, needs), *[None] * 5
+    return *spread(gradients, needs), *[None] * 6
 
 
 register(

@@ -57,7 +57,7 @@ def linear_policy_loss(
     options: PolicyOptions | None = None,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> PolicyLoss:
@@ -76,7 +76,8 @@ def linear_policy_loss(
         ref_logprob: [B, T], of the reference, for the KL penalties k1 to k3.
         base_hidden: [B, T, H] of a base that shares the head, for "full", or in the place of ref_logprob. A constant.
         options: None for the defaults.
-        bias, lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`. The base has no lora.
+        bias, lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [B, T] for
+            one of each token, which divides the base's logits as well. The base has no lora.
 
     Returns:
         :class:`PolicyLoss`. A mean over no tokens is 0, as in TRL.
@@ -99,7 +100,8 @@ def linear_policy_loss(
             checks.row_weights(name, value, rows, hidden.device)
     live = torch.ones(rows, dtype=torch.bool, device=hidden.device) if mask is None else mask != 0
     checks.targets(target, rows, None, hidden.device)
-    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "impl": impl}
+    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
+    head["temperature"] = checks.temperature_of(temperature, hidden, live)
     own, ids = hidden[live], target[live]
     stats = linear_entropy_topk(own, weight, ids, lora=lora, **head)
     assert stats.logprob is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rmx_kernels.head import configs
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.launch import Rows, launch, power_of_2, scaling
+from rmx_kernels.head.launch import Rows, Scaling, launch, power_of_2, scaling
 from rmx_kernels.head.triton import Head, Index, head_gradient, multiple, row_sizes
 from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 from rmx_kernels.losses import kernels
@@ -26,7 +26,6 @@ from rmx_kernels.losses.reference import live_rows
 
 PARTS = 7  # m and d of student and base, kappa, A and Q
 LEAST_SEGMENTS = 4  # parts of a row are padded to so many, so that vocabularies below 160,000 share one compilation
-Scaling = tuple[float, float, float | None]  # as the kernels take it
 
 
 class RowPair(NamedTuple):
@@ -36,7 +35,7 @@ class RowPair(NamedTuple):
     base_x: Rows
     n: int
     target: Tensor  # [n]
-    scaling: Scaling
+    scaling: Scaling  # of the n rows
     first: int = 0
     V: int = 0  # 0: those of x
 
@@ -200,7 +199,7 @@ class HeadRows:
         if based:
             base_own = own[:based] if isinstance(own, Tensor) else slice(own.start, own.start + based)
             base_z = self.head.logits(self.head.take(self.pair.base_x, base_own), None, buffers[1], cols)
-        scale, first = scaling(student.temperature, student.softcap), 0 if cols is None else cols.start
+        scale, first = scaling(student, own), 0 if cols is None else cols.start
         return RowPair(Rows(z), Rows(base_z), n, target[rows], scale, first, self.head.V)
 
     def _turn(self, part: RowPair, norms: Tensor, weights: Weights, size: Tensor | None) -> Tensor:
@@ -251,7 +250,7 @@ def whole(pair: Pair) -> RowPair:
     """All rows of logits."""
     z, x = pair.student, Rows(pair.student.x)
     ids = pair.target.reshape(-1).contiguous()
-    return RowPair(x, Rows(pair.base_x), x.N, ids, scaling(z.temperature, z.softcap))
+    return RowPair(x, Rows(pair.base_x), x.N, ids, scaling(z))
 
 
 def contrastive_loss(pair: Pair, weights: Weights, base_lse: Tensor | None, gradient: bool) -> LossForward:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rmx_kernels import checks, choice
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.op import statistics
 
@@ -13,14 +13,14 @@ def entropy_topk(
     target: Tensor | None = None,
     *,
     k: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> VocabStats:
     r"""Log-sum-exp, entropy, log-prob of a target and top-k of each row, in one pass over the vocabulary.
 
     .. math::
-        z = \mathrm{cap}(\mathrm{logits}) / \mathrm{temperature}, \quad p = \mathrm{softmax}(z), \quad
+        z_n = \mathrm{cap}(\mathrm{logits}_n) / \mathrm{temperature}_n, \quad p = \mathrm{softmax}(z), \quad
         \mathrm{lse} = \log \sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v, \quad \log p_\mathrm{target}
 
     with cap(u) = softcap * tanh(u / softcap), or u without a softcap. Entries of -inf have probability 0. A row
@@ -30,7 +30,9 @@ def entropy_topk(
         logits: [..., V], bfloat16, float16, float32 or float64. Differentiable.
         target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
         k: how many of the most probable tokens to return, 0 <= k <= V. Ties go to the lower id.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 0: a number, or a tensor [...] with that of each row, floating point, on the
+            same device, a constant. Its values are used in float32 (float64 for float64 logits). Where one is not
+            above 0 and finite: a ValueError on a CPU, NaN in that row on a GPU, which is not waited for.
         softcap: bound of the logits in the manner of Gemma 2, > 0, or None.
         impl: None (best available), "reference", "cpu" or "triton".
 
@@ -48,12 +50,12 @@ def entropy_topk(
     tensor([2.0794, 2.0794])
     """
     checks.floating("logits", logits, 1)
-    checks.scaling(temperature, softcap)
+    checks.scaling(temperature, softcap, logits)
     checks.top_k(k, logits.shape[-1])
     if target is not None:
         checks.candidates(target, logits.shape[:-1], logits.device)
     chosen = choice.chosen("entropy_topk", impl, logits)
-    z = Logits(logits, temperature=temperature, softcap=softcap)
+    z = plain(logits, temperature, softcap)
     return statistics(z, target, k, chosen)
 
 
@@ -65,13 +67,13 @@ def linear_entropy_topk(
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     k: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
 ) -> VocabStats:
     r"""What :func:`entropy_topk` returns for logits = hidden @ weight.T + bias, without making them.
 
-    .. math:: z = \mathrm{cap}(\mathrm{hidden} \, (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}
+    .. math:: z_n = \mathrm{cap}(\mathrm{hidden}_n \, (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n
 
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmx_kernels import native
 from rmx_kernels.head import cpu as tiles
-from rmx_kernels.head.cpu import Head
+from rmx_kernels.head.cpu import Head, scale_of
 from rmx_kernels.head.gradient import HeadGradient
 from rmx_kernels.head.reference import pick
 from rmx_kernels.logits import Gradients, Logits, Needs, chunks
@@ -46,7 +46,7 @@ class RunningStats:
 
 
 def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
-    lead, scale = z.lead, native.scale(z.temperature, z.softcap)
+    lead = z.lead
     ids = several = None
     if target is not None:
         ids = target.reshape(lead.numel(), *target.shape[len(lead) :]).long().contiguous()
@@ -54,7 +54,7 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
     stats = RunningStats(lead.numel(), k, z.real, ids)
     chosen = torch.empty(0 if several is None else several.shape, dtype=z.real)  # their logits
     if z.weight is None:
-        stats.fold(native.rows(z.x), scale, slice(0, stats.N), 0, z.V)
+        stats.fold(native.rows(z.x), scale_of(z), slice(0, stats.N), 0, z.V)
         if target is not None and several is not None:
             chosen.copy_(z.x.gather(-1, target.long()).view(several.shape))
     else:
@@ -64,7 +64,7 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
             x, u = head.rows(of_rows.x[rows]), head.lora_rows(of_rows.lora_hidden, rows)
             for cols in head.columns():
                 tile = head.logits(x, buffer, cols, u)
-                stats.fold(native.rows(tile), scale, rows, cols.start, tile.shape[1])
+                stats.fold(native.rows(tile), scale_of(z, rows), rows, cols.start, tile.shape[1])
                 if several is not None:
                     pick(chosen, tile[: rows.stop - rows.start], several, rows, cols)
     lse, entropy, logprob, values, topk_ids, m, log_d = stats.finish()
@@ -112,10 +112,10 @@ class StatisticsGradient:
 
 
 def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradients:
-    gradient, scale = StatisticsGradient(saved, upstream), native.scale(z.temperature, z.softcap)
+    gradient = StatisticsGradient(saved, upstream)
     if z.weight is None:
         dx = native.scratch(z.x.numel(), z.x.dtype).view(z.x.shape)
-        gradient(native.rows(z.x), native.rows(dx), scale, slice(0, gradient.N), 0, z.V)
+        gradient(native.rows(z.x), native.rows(dx), scale_of(z), slice(0, gradient.N), 0, z.V)
         return dx, None, None, None, None
     dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
     head, of_rows = Head(z), z.rows()
@@ -124,7 +124,7 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         for rows in chunks(gradient.N, head.row_chunk()):
             n = rows.stop - rows.start
             tile = head.logits(head.rows(of_rows.x[rows]), buffer, None, head.lora_rows(of_rows.lora_hidden, rows))
-            gradient(native.rows(tile), native.rows(tile), scale, rows, 0, head.V)
+            gradient(native.rows(tile), native.rows(tile), scale_of(z, rows), rows, 0, head.V)
             if dx.numel():
                 dx.view(of_rows.x.shape)[rows] = head.back(tile)[:n].to(dx.dtype)
             if of_rows.lora_hidden is not None and du.numel():
@@ -136,7 +136,6 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
 
 
 def _head_gradient(head: Head, z: Logits, gradient: StatisticsGradient, sink: HeadGradient) -> None:
-    scale = native.scale(z.temperature, z.softcap)
     buffer = head.buffer(tiles.TILE_COLUMNS, min(gradient.N, tiles.TILE_ROWS))
     for cols in head.columns():
         sink.open(cols)
@@ -144,6 +143,6 @@ def _head_gradient(head: Head, z: Logits, gradient: StatisticsGradient, sink: He
             n = rows.stop - rows.start
             x, u = head.rows(z.x[rows]), head.lora_rows(z.lora_hidden, rows)
             tile = head.logits(x, buffer, cols, u)
-            gradient(native.rows(tile), native.rows(tile), scale, rows, cols.start, tile.shape[1])
+            gradient(native.rows(tile), native.rows(tile), scale_of(z, rows), rows, cols.start, tile.shape[1])
             sink.add(tile[:n], x[:n], None if u is None else u[:n])
         sink.close()

@@ -22,14 +22,14 @@ def linear_kept_logprobs(
     *,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
 ) -> KeptStats:
     r"""Log-probs and entropy of the next token, renormalised over the tokens that sampling kept.
 
     .. math::
         q(v) = \frac{e^{z_v}}{\sum_{u \in S} e^{z_u}} \text{ for } v \in S, \quad
-        z = \mathrm{cap}(h (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}
+        z_n = \mathrm{cap}(h_n (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n
 
     A rollout that was sampled with top-k, top-p or min-p comes from q, not from the whole softmax. The ratio of a
     policy gradient is right only with log-probs of q. Only the rows of the head in S are read: N K H products instead
@@ -41,7 +41,8 @@ def linear_kept_logprobs(
         kept: ids of the set S of each row, [..., K], int64 or int32, distinct, in [0, V), or -1 for none; at least one
             in each row. :func:`kept_set` makes it from :class:`VocabStats`.
         target: token ids [...], or None for no ``logprob``.
-        bias, lora, temperature, softcap: as in :func:`linear_entropy_topk`, as the rollout was sampled.
+        bias, lora, temperature, softcap: as in :func:`linear_entropy_topk`, as the rollout was sampled; temperature a
+            number, or [...] for one of each row.
 
     Returns:
         :class:`KeptStats` of float32 (float64 for float64 inputs), in nats, differentiable once. The scratch memory is
@@ -60,6 +61,8 @@ def linear_kept_logprobs(
     _check_kept(kept, hidden, weight.shape[0])
     if target is not None:
         checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
+    if isinstance(temperature, Tensor) and not torch.compiler.is_compiling():
+        checks.temperature_range(temperature)
     z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
     ids = kept.reshape(z.x.shape[0], kept.shape[-1]).long()
     with torch.autocast(hidden.device.type, enabled=False):

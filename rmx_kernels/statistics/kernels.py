@@ -31,6 +31,7 @@ from rmx_kernels.head.kernels import (
     read,
     read_part,
     read_row,
+    scaling_of,
     uncapped,
     value_of,
     widened,
@@ -56,10 +57,12 @@ def fold(
     parts,  # [3, N, S]: m, d and T
     peaks,  # [N, C], the largest logit of each chunk, or None
     lanes,  # [N, S * L], that of each lane, or None
-    N, V, S, C, STEPS, LOG_U, c, softcap,
+    N, V, S, C, STEPS, LOG_U, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
     TILE: tl.constexpr = R * L * J
     at = offsets(L, J)
     lane = tl.arange(0, L)
@@ -115,9 +118,11 @@ def finish(
     row_m, row_log_d, lse, entropy, logprob,  # [N]; the last where there is a target
     values, ids,  # [N, K] where there are peaks
     N, V, S, C, STEPS, LOG_U, K, room, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, _, start = place(tl.program_id(0), 1, inner, outer_stride, stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
     segment = tl.arange(0, SEGMENTS)
     known = segment < S
     part = parts + row * S + segment
@@ -249,9 +254,11 @@ def gradient(
     m, log_d, entropy,  # [N]
     g_lse, g_entropy, g_logprob, g_topk,  # [N], [N, K]; each may be None
     first, columns, S, STEPS, K, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start = place(tl.program_id(0), S, inner, outer_stride, stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
     TILE: tl.constexpr = R * L * J
     row_m = tl.load(m + row)
     row_log_d = tl.load(log_d + row)

@@ -53,6 +53,7 @@ def _forward(*arguments: Any) -> Forward:
     z, (target, k, impl) = Logits(*arguments[:OPERANDS]), arguments[OPERANDS:]
     if target is not None:
         checks.target_range(target, z.V)
+    checks.temperature_range(z.row_temperature)
     with without_autocast(z.x):
         result: Forward = dispatch.kernels("statistics", impl).forward(z, target, k)
     return result
@@ -75,26 +76,26 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
-    *tensors, ctx.temperature, ctx.softcap = inputs[:OPERANDS]
+    *tensors, ctx.temperature, ctx.softcap, row_temperature = inputs[:OPERANDS]
     target, _, ctx.impl = inputs[OPERANDS:]
     _, entropy, _, _, topk_ids, m, log_d = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, target, topk_ids, m, log_d, entropy)
+    ctx.save_for_backward(*tensors, row_temperature, target, topk_ids, m, log_d, entropy)
 
 
 def _formula(ctx: Any, *upstream: Tensor | None) -> Any:
     saved = ctx.saved_tensors  # read once, for non-reentrant checkpointing
     count = len(logits.TENSORS)
     needs = list(ctx.needs_input_grad[:count])
-    of_rows, given = Saved(*saved[count:]), Upstream(*upstream[:4])
+    of_rows, given = Saved(*saved[count + 1 :]), Upstream(*upstream[:4])
     if of_rows.target is None:
         given = given._replace(logprob=None)
     elif of_rows.target.dim() > of_rows.m.dim():
         of_rows, given = _joined(of_rows, given)
     gradients = torch.ops.rmx_kernels.vocab_stats_backward(
-        *saved[:count], ctx.temperature, ctx.softcap, *of_rows, *given, needs, ctx.impl
+        *saved[:count], ctx.temperature, ctx.softcap, saved[count], *of_rows, *given, needs, ctx.impl
     )
-    return *spread(gradients, needs), None, None, None, None, None
+    return *spread(gradients, needs), *[None] * 6
 
 
 def _joined(saved: Saved, upstream: Upstream) -> tuple[Saved, Upstream]:

@@ -32,7 +32,6 @@ class Statistics:
 
     def __init__(self, z: Logits, target: Tensor | None, k: int) -> None:
         self.lead, self.N, self.k = z.lead, z.lead.numel(), k
-        self.scaling = scaling(z.temperature, z.softcap)
         self.z, self.target, self.several = z, None, None
         if target is not None:
             ids = target.reshape(self.N, *target.shape[len(self.lead) :]).contiguous()
@@ -54,7 +53,7 @@ class Statistics:
         log_u = (most if self.k <= FEW else max(1, most // 2)).bit_length() - 1
         S, steps = sweep.division(V, itemsize, most)
         C = -(-V // (sweep.columns(itemsize) << log_u)) * sweep.lanes
-        c, per_temperature, softcap = self.scaling
+        scale = scaling(self.z, rows)
         parts = torch.empty(3, n, S, dtype=torch.float32, device=device)
         peaks = lanes = lists = keys = None
         room = ROOM * (1 + self.k // 16)
@@ -65,7 +64,7 @@ class Statistics:
             keys = torch.empty(n, room, dtype=torch.int64, device=device)
         launch(
             *(kernels.fold, n * S, device, *x.arguments, parts, peaks, lanes),
-            *(n, V, S, C, steps, log_u, c, softcap),
+            *(n, V, S, C, steps, log_u, *scale),
             warps=sweep.warps,
             STAGES=sweep.stages,
             **shape,
@@ -75,7 +74,7 @@ class Statistics:
             *(kernels.finish, n, device, *x.arguments, self._own(self.target, rows), parts, peaks, lanes, lists, keys),
             *(self._own(of, rows) for of in (self.m, self.log_d, self.lse, self.entropy, self.logprob)),
             *(self._own(of, rows) for of in (self.values, self.ids)),
-            *(n, V, S, C, steps, log_u, self.k, room, c, per_temperature, softcap),
+            *(n, V, S, C, steps, log_u, self.k, room, *scale),
             warps=max(1, segments * sweep.lanes // LANES_A_WARP),
             SEGMENTS=segments,
             BLOCK=BLOCK,
@@ -100,18 +99,22 @@ class Statistics:
     def _pick(self, x: Tensor, ids: Tensor, rows: slice) -> None:
         """The log-probs of several ids [n, K] a row from logits x [n, V]; NaN for ids outside of the vocabulary."""
         valid = (ids >= 0) & (ids < x.shape[1])
-        chosen = self.z.scaled(x.gather(1, torch.where(valid, ids, 0)).to(torch.float32))
-        logprob = (chosen - self.m[rows, None] * self.scaling[1]) - self.log_d[rows, None]
+        chosen = self.z.scaled(x.gather(1, torch.where(valid, ids, 0)).to(torch.float32), rows)
+        logprob = (chosen - self._scaled_m(rows)) - self.log_d[rows, None]
         self.of_several[rows] = torch.where(valid, logprob, float("nan"))
 
     def _sort(self, x: Tensor, rows: slice) -> None:
         """The top-k of ``rows`` from their logits x [n, V], by sorting, for a k that is too large for registers."""
-        per_temperature = self.scaling[1]
-        tiles = VocabTiles(Logits(x, temperature=self.z.temperature, softcap=self.z.softcap))
+        tiles = VocabTiles(self.z.of_logits(x, rows))
         for part in chunks(tiles.N, max(1, SORT_BYTES // (4 * tiles.V))):
             own = slice(rows.start + part.start, rows.start + part.stop)
             z, self.ids[own] = exact_topk(tiles(part, slice(0, tiles.V), None), self.k)
-            self.values[own] = (z - self.m[own, None] * per_temperature) - self.log_d[own, None]
+            self.values[own] = (z - self._scaled_m(own)) - self.log_d[own, None]
+
+    def _scaled_m(self, rows: slice) -> Tensor:
+        """m after the temperature, [n, 1]."""
+        own = self.z.divisors(rows)
+        return self.m[rows, None] * (1.0 / self.z.temperature if own is None else own.double().reciprocal().float())
 
 
 def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
@@ -132,7 +135,7 @@ class StatisticsGradient:
 
     def __init__(self, z: Logits, saved: Saved, upstream: Upstream) -> None:
         N, self.k = saved.m.numel(), saved.topk_ids.shape[-1]
-        self.scaling = scaling(z.temperature, z.softcap)
+        self.z = z
         flat = [None if g is None else g.to(torch.float32).reshape(-1).contiguous() for g in upstream]
         target = None if saved.target is None else saved.target.reshape(-1).contiguous()
         self.per_row = [target, *(x.reshape(-1) for x in (saved.m, saved.log_d, saved.entropy)), *flat[:3]]
@@ -147,7 +150,7 @@ class StatisticsGradient:
         (S, steps), n = sweep.division(x.columns, itemsize), rows.stop - rows.start
         launch(
             *(kernels.gradient, n * S, dx.device, *x.arguments, dx, dx.stride(0), target, self.topk_ids[rows]),
-            *(*others, g_topk, first, x.columns, S, steps, self.k, *self.scaling),
+            *(*others, g_topk, first, x.columns, S, steps, self.k, *scaling(self.z, rows)),
             warps=sweep.warps,
             **sweep.shape(itemsize),
         )

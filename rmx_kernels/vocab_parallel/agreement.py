@@ -32,6 +32,7 @@ ALIKE = (
     "values of hidden, by a checksum",
     "values of base_hidden, by a checksum",
     "values of target, by a checksum",
+    "values of temperature, by a checksum",
     "values of ce_weight, by a checksum",
     "values of kl_weight, by a checksum",
     "values of lora A, by a checksum",
@@ -83,7 +84,7 @@ def agree(local: Callable[[], Claim], group: dist.ProcessGroup | None) -> None:
     """Run this rank's own checks, and compare what comes of them with the other ranks.
 
     Raises on every rank, if on any: its own error where a rank has one, and a ValueError that tells it elsewhere; or
-    one that names the argument and what came from each rank. Each rank sends 26 numbers of 8 bytes.
+    one that names the argument and what came from each rank. Each rank sends 27 numbers of 8 bytes.
     """
     error: Exception | None = None
     claim: Claim = {}

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmx_kernels import checks, choice
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import Logits, LoRA, linear, scaling_of
 from rmx_kernels.losses.api import linear_gated_contrastive_loss
 from rmx_kernels.results import ContrastiveLoss, VocabStats, named
 from rmx_kernels.statistics.api import linear_entropy_topk
@@ -35,7 +35,7 @@ def vocab_parallel_entropy_topk(
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     k: int = 0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
     check: bool = True,
@@ -64,7 +64,8 @@ def vocab_parallel_entropy_topk(
             of A is that of the whole vocabulary, on every rank.
         k: 0 <= k <= V. Ties go to the lower id. The log-probs of equal logits on two ranks differ by roundings, so
             tokens of two ranks whose log-probs are within 4 roundings of each other are ties.
-        temperature, softcap, impl: as in :func:`entropy_topk`, the same on every rank (impl may differ).
+        temperature, softcap, impl: as in :func:`entropy_topk`, a temperature of each row too, the same on every rank
+            (impl may differ).
         check: compare shapes, arguments and checksums of the values that are to be the same over ranks first, so that a
             difference is an error on every rank. It waits for the device. Without, a difference is a hang or a wrong
             result, and the log-prob of a target that no rank holds is -inf.
@@ -73,7 +74,7 @@ def vocab_parallel_entropy_topk(
         :class:`VocabStats` of float32 (float64 for float64 inputs), in nats, equal on every rank and up to rounding to
         those of one process. In a group of one it is :func:`linear_entropy_topk`.
 
-    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 208 where it checks; backward a sum over
+    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 216 where it checks; backward a sum over
     ranks of 4 N H bytes (8 N H), and of 4 N r more with lora, of what requires a gradient. The statistics are merged in
     rank order; the order of that sum is the backend's.
 
@@ -90,10 +91,11 @@ def vocab_parallel_entropy_topk(
         checks.top_k(k, MAX_VOCAB)
         if target is not None:
             checks.targets(target, hidden.shape[:-1], MAX_VOCAB, hidden.device)
+        _check_temperatures(temperature)
         choice.chosen("linear_entropy_topk", impl, hidden)
         found |= {"operator": 0, "k": k}
         if check:
-            found |= targets_of(target) | values_of("hidden", hidden)
+            found |= targets_of(target) | values_of("hidden", hidden) | _temperatures(temperature, hidden)
             if target is not None:
                 found |= values_of("target", target.long())
         return found
@@ -103,7 +105,7 @@ def vocab_parallel_entropy_topk(
         scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
         return linear_entropy_topk(hidden, weight, target, bias=bias, lora=lora, k=k, impl=impl, **scaling)
     shard = Shard(group, start, choice.chosen("linear_entropy_topk", impl, hidden))
-    z = linear(hidden, weight, bias, lora, float(temperature), softcap).rows()
+    z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
     ids = None if target is None else target.reshape(-1).long()
     lse, entropy, logprob, values, topk_ids = Statistics.apply(shard, *z, ids, k)
     lead = hidden.shape[:-1]
@@ -123,7 +125,7 @@ def vocab_parallel_gated_contrastive_loss(
     group: dist.ProcessGroup | None = None,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     impl: str | None = None,
     check: bool = True,
@@ -154,7 +156,7 @@ def vocab_parallel_gated_contrastive_loss(
         yet: a row with ce_weight costs 3 products with the part, one with kl_weight 5, one with both 8.
 
     Of n rows with ce_weight and m with kl_weight, each rank sends 16 n + 24 m bytes forward (twice that in float64),
-    and 208 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
+    and 216 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
@@ -170,6 +172,7 @@ def vocab_parallel_gated_contrastive_loss(
         checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
         used = (ce_weight != 0) | (kl_weight != 0)
         checks.target_range(target, MAX_VOCAB, used)
+        _check_temperatures(temperature, used)
         for op in ("linear_entropy_topk", "linear_logprob_kl"):
             choice.chosen(op, impl, hidden)
         found |= {"operator": 1, "k": 0}
@@ -178,6 +181,7 @@ def vocab_parallel_gated_contrastive_loss(
             found |= targets_of(target, used) | live | values_of("hidden", hidden[used])
             found |= values_of("base_hidden", base_hidden[kl_weight != 0]) | values_of("target", target[used].long())
             found |= values_of("ce_weight", ce_weight) | values_of("kl_weight", kl_weight)
+            found |= _temperatures(temperature, hidden, used)
         return found
 
     agree(claim, group) if check else claim()
@@ -188,7 +192,7 @@ def vocab_parallel_gated_contrastive_loss(
             hidden, base_hidden, weight, target, *weights, bias=bias, lora=lora, impl=impl, **scaling
         )
     shard = Shard(group, start, choice.chosen("linear_logprob_kl", impl, hidden))
-    z = linear(hidden, weight, bias, lora, float(temperature), softcap).rows()
+    z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
     base, ids = base_hidden.detach().reshape(z.x.shape), target.reshape(-1).long()
     ce, kl_w = (w.detach().reshape(-1).to(z.real) for w in (ce_weight, kl_weight))
     decisions, anchors = ce.nonzero().squeeze(1), kl_w.nonzero().squeeze(1)
@@ -207,7 +211,7 @@ def _check_head(
     start: int,
     bias: Tensor | None,
     lora: LoRA | None,
-    temperature: float,
+    temperature: float | Tensor,
     softcap: float | None,
     check: bool,
 ) -> Claim:
@@ -218,7 +222,7 @@ def _check_head(
         "hidden rows": hidden.shape[:-1].numel(),
         "hidden.shape[-1]": hidden.shape[-1],
         "bias given": bias is not None,
-        "temperature": temperature,
+        "temperature": 0 if isinstance(temperature, Tensor) else temperature,  # one a row: 0 is not taken
         "softcap": softcap or 0,  # none: 0 is not taken
         "start": start,
         "rows of weight": weight.shape[0],
@@ -230,6 +234,18 @@ def _check_head(
     return claim | gradient_of("hidden", hidden)
 
 
+def _check_temperatures(temperature: float | Tensor, used: Tensor | None = None) -> None:
+    """Before ranks talk, so that all of them raise if one does."""
+    if isinstance(temperature, Tensor):
+        checks.temperature_range(temperature, used)
+
+
+def _temperatures(temperature: float | Tensor, x: Tensor, used: Tensor | None = None) -> Claim:
+    """Those of the rows x that are used, as the kernels take them."""
+    own = scaling_of(temperature, None, x).row_temperature
+    return {} if own is None else values_of("temperature", own if used is None else own[used])
+
+
 def _rows(z: Logits, index: Tensor) -> Logits:
     lora_hidden = None if z.lora_hidden is None else z.lora_hidden[index]
-    return z._replace(x=z.x[index], lora_hidden=lora_hidden)
+    return z._replace(x=z.x[index], lora_hidden=lora_hidden, row_temperature=z.temperatures(index))

@@ -49,7 +49,7 @@ class Statistics(torch.autograd.Function):
         values, ids = merge.top_k(whole, parts[..., 4 : 4 + k], merge.unpacked_ids(parts[..., 4 + k :]), k, MAX_VOCAB)
         ctx.shard, ctx.scaling = shard, (z.temperature, z.softcap)
         norms = whole.m.to(m.dtype), whole.log_d.to(m.dtype), entropy
-        ctx.save_for_backward(*z.tensors, target, ids, *norms)
+        ctx.save_for_backward(*z.tensors, z.row_temperature, target, ids, *norms)
         ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
         return whole.lse.to(m.dtype), entropy, found.to(m.dtype), values.to(m.dtype), ids
@@ -57,11 +57,13 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     @differentiable_once("vocab_parallel_entropy_topk")
     def backward(ctx: Any, saved: Any, *upstream: Tensor | None) -> Any:
-        tensors, of_rows, needs = saved[: len(TENSORS)], saved[len(TENSORS) :], ctx.needs_input_grad[OPERANDS]
+        *tensors, row_temperature = saved[: len(TENSORS) + 1]
+        of_rows, needs = saved[len(TENSORS) + 1 :], ctx.needs_input_grad[OPERANDS]
         g_lse, g_entropy, g_logprob, g_topk, _ = upstream
         given = g_lse, g_entropy, None if of_rows[0] is None else g_logprob, g_topk
-        found = ctx.shard.statistics_gradient(Logits(*tensors, *ctx.scaling), of_rows, given, needs)
-        return None, *_over_ranks(found, ctx.shard), None, None, None, None
+        z = Logits(*tensors, *ctx.scaling)._replace(row_temperature=row_temperature)
+        found = ctx.shard.statistics_gradient(z, of_rows, given, needs)
+        return None, *_over_ranks(found, ctx.shard), *[None] * 5
 
 
 class Divergence(torch.autograd.Function):
@@ -82,7 +84,7 @@ class Divergence(torch.autograd.Function):
         whole, base = merge.shares(*parts[2:4]), merge.shares(*parts[4:6])
         ctx.shard, ctx.scaling = shard, (z.temperature, z.softcap)
         norms = torch.stack([whole.m, whole.log_d, base.m, base.log_d]).to(kl.dtype)
-        ctx.save_for_backward(*z.tensors, base_hidden, norms)
+        ctx.save_for_backward(*z.tensors, z.row_temperature, base_hidden, norms)
         logprob = merge.logprob(whole, parts[0]).to(kl.dtype)
         ctx.mark_non_differentiable(logprob)
         return logprob, merge.divergence(whole, base, parts[1]).to(kl.dtype)
@@ -90,7 +92,8 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     @differentiable_once("vocab_parallel_gated_contrastive_loss")
     def backward(ctx: Any, saved: Any, _: Tensor, g_kl: Tensor) -> Any:
-        *tensors, base_hidden, norms = saved
-        z, needs = Logits(*tensors, *ctx.scaling), ctx.needs_input_grad[OPERANDS]
+        *tensors, row_temperature, base_hidden, norms = saved
+        z = Logits(*tensors, *ctx.scaling)._replace(row_temperature=row_temperature)
+        needs = ctx.needs_input_grad[OPERANDS]
         found = ctx.shard.divergence_gradient(z, base_hidden, norms, g_kl.contiguous(), needs)
-        return None, *_over_ranks(found, ctx.shard), None, None, None, None
+        return None, *_over_ranks(found, ctx.shard), *[None] * 5

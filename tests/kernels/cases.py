@@ -47,6 +47,11 @@ def randint(high: int, *shape: int, seed: int = 0, device: str = "cpu") -> Tenso
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
+def temperatures(*lead: int, device: str = "cpu") -> Tensor:
+    """One a row, from 0.3 to 3."""
+    return (randn(*lead, seed=21) / 2).exp().clamp(0.3, 3).to(device)
+
+
 def make(
     op: str,
     lead: Sequence[int] = (6,),

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Temperature = float | Tensor
+
 
 class Stats(NamedTuple):
     lse: Tensor
@@ -25,11 +27,11 @@ class Loss(NamedTuple):
     kl: Tensor
 
 
-def scaled(logits: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
-    """The logits after softcap and temperature, upcast to float32 only then."""
+def scaled(logits: Tensor, temperature: Temperature = 1.0, softcap: float | None = None) -> Tensor:
+    """The logits [..., V] after softcap and temperature (one, or one a row [...]), upcast to float32 only then."""
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits / temperature
+    logits = logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -51,7 +53,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def vocab_stats(
-    logits: Tensor, target: Tensor, ids: Tensor, temperature: float = 1.0, softcap: float | None = None
+    logits: Tensor, target: Tensor, ids: Tensor, temperature: Temperature = 1.0, softcap: float | None = None
 ) -> Stats:
     """Row statistics, with the log-probs of the tokens in ids [..., K] in the place of the top-k."""
     z = scaled(logits, temperature, softcap)
@@ -68,7 +70,7 @@ def kl_divergence(base_logp: Tensor, logp: Tensor) -> Tensor:
 
 
 def logprob_kl(
-    logits: Tensor, base_logits: Tensor, target: Tensor, temperature: float = 1.0, softcap: float | None = None
+    logits: Tensor, base_logits: Tensor, target: Tensor, temperature: Temperature = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p_s(target) and KL(p_b || p_s) of each row; the base is a constant."""
     logp = scaled(logits, temperature, softcap).log_softmax(-1)
@@ -82,7 +84,7 @@ def contrastive_loss(
     target: Tensor,
     ce_weight: Tensor,
     kl_weight: Tensor,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     softcap: float | None = None,
 ) -> Loss:
     logprob, kl = logprob_kl(logits, base_logits, target, temperature, softcap)

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from cases import randint, randn
+from cases import randint, randn, temperatures
 from peft import LoraConfig, get_peft_model
 from test_memory import SCRATCH, Ledger, inside
 from torch import Tensor, nn
@@ -182,6 +182,30 @@ def test_logits_to_keep() -> None:
         for mask in (None, torch.ones_like(ids)):
             part = token_logprobs(model, ids, mask, k=2, logits_to_keep=n)
             torch.testing.assert_close(tuple(part), tuple(x[:, -n:] for x in whole), rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["llama", "scale and softcap"])
+@pytest.mark.parametrize("kept", [None, 3])
+def test_a_temperature_for_each_predicted_token(name: str, kept: int | None) -> None:
+    """With padding, whose temperature is not looked at, and without."""
+    model, ids, mask = make(name), tokens(), torch.ones(3, 9)
+    mask[0, 6:], mask[2, :2] = 0, 0
+    t = temperatures(3, 8)[:, -kept if kept else None :]
+    got = token_logprobs(model, ids, k=3, temperature=t, logits_to_keep=kept)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][:, -kept if kept else None :]
+    expected = oracles.vocab_stats(logits, ids[:, 9 - t.shape[1] :], got.topk_ids, t)
+    torch.testing.assert_close(tuple(got[:4]), tuple(expected), rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(gradients(model, got), gradients(model, expected), rtol=1e-4, atol=1e-4)
+    live = (mask[:, 1:] * mask[:, :-1])[:, -kept if kept else None :] > 0
+    options = {"k": 3, "logits_to_keep": kept}
+    whole = token_logprobs(model, ids, mask, temperature=t, **options)
+    padded = token_logprobs(model, ids, mask, temperature=torch.where(live, t, 0.0), **options)
+    assert all(a.equal(b) for a, b in zip(whole, padded, strict=True))
+    one = token_logprobs(model, ids, mask, temperature=torch.full_like(t, 0.7), **options)
+    number = token_logprobs(model, ids, mask, temperature=0.7, **options)
+    torch.testing.assert_close(tuple(one), tuple(number), rtol=RTOL, atol=ATOL)
+    with pytest.raises(ValueError, match=r"^temperature: expected one temperature a row, shape \(3, "):
+        token_logprobs(model, ids, mask, temperature=t[:, 0], **options)
 
 
 def test_one_token_has_no_next() -> None:
@@ -719,6 +743,12 @@ def test_checked_models_are_not_kept_alive() -> None:
         ({"logits_to_keep": 1.0}, "logits_to_keep: expected an int or None, got float"),
         ({"past_key_values": object()}, "past_key_values: expected whole sequences and no cache"),
         ({"temperature": 0.0}, r"temperature: expected a finite number above 0, got 0\.0"),
+        (
+            {"temperature": torch.ones(3, 9)},
+            r"temperature: expected one temperature a row, shape \(3, 8\), got \(3, 9\)",
+        ),
+        ({"temperature": torch.ones(3, 8).long()}, "temperature: expected a number or a floating-point tensor, got "),
+        ({"temperature": torch.zeros(3, 8)}, r"temperature: expected finite numbers above 0, got 0\.0"),
         ({"k": 98}, "k: expected 0 <= k <= V = 97, got 98"),
     ],
 )

@@ -30,7 +30,7 @@ def lora_with(index: int, change: Change) -> Change:
     return lambda lora: tuple(change(x) if i == index else x for i, x in enumerate(lora))
 
 
-def replaced(index: int, value: int) -> Change:
+def replaced(index: int, value: float) -> Change:
     def change(x: Tensor) -> Tensor:
         x = x.clone()
         x[index] = value
@@ -67,7 +67,18 @@ WEIGHTS: list[tuple[str, Change, type[Exception]]] = [
 ]
 SCALES: list[tuple[str, Change, type[Exception]]] = [
     *((repr(v), lambda _, v=v: v, ValueError) for v in (0, 0.0, -1.0, math.nan, math.inf, -math.inf)),
-    *((repr(v), lambda _, v=v: v, TypeError) for v in (True, "1", torch.tensor(1.0))),
+    *((repr(v), lambda _, v=v: v, TypeError) for v in (True, "1")),
+]
+BY_ROW: list[tuple[str, Change, type[Exception]]] = [
+    ("integers", lambda _: torch.ones(6, dtype=torch.int64), TypeError),
+    ("a list", lambda _: [1.0] * 6, TypeError),
+    ("one for all rows", lambda _: torch.ones(1), ValueError),
+    ("no dimension", lambda _: torch.tensor(1.0), ValueError),
+    ("fewer rows", lambda _: torch.ones(5), ValueError),
+    ("a column", lambda _: torch.ones(6, 1), ValueError),
+    ("trainable", lambda _: torch.ones(6).requires_grad_(), ValueError),
+    ("another device", lambda _: torch.ones(6, device="meta"), ValueError),
+    *((f"{v} in a row", lambda _, v=v: replaced(0, v)(torch.ones(6)), ValueError) for v in (0, -1, math.nan, math.inf)),
 ]
 WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
     "logits": ROWS,
@@ -137,8 +148,8 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
         *((repr(v), lambda _, v=v: v, ValueError) for v in (-1, 24)),
         *((repr(v), lambda _, v=v: v, TypeError) for v in (True, 2.0, "3", None, torch.tensor(3))),
     ],
-    "temperature": [*SCALES, ("None", lambda _: None, TypeError)],
-    "softcap": SCALES,
+    "temperature": [*SCALES, *BY_ROW, ("None", lambda _: None, TypeError)],
+    "softcap": [*SCALES, ("a tensor", lambda _: torch.tensor(1.0), TypeError)],
     "impl": [(repr(v), lambda _, v=v: v, ValueError) for v in ("cuda", "", "Reference", 3, True)],
 }
 
@@ -182,6 +193,9 @@ def test_error_says_what_was_expected_and_what_came() -> None:
 def test_good_arguments_pass(op: str) -> None:
     cases.call(op, good(op))
     cases.call(op, good(op), temperature=2, softcap=30, impl=None)
+    cases.call(op, good(op), temperature=torch.ones(6))
+    with torch.no_grad():
+        cases.call(op, good(op), temperature=torch.ones(6, requires_grad=True))
 
 
 @pytest.mark.parametrize("op", [op for op in OPERATORS if not op.endswith("entropy_topk")])

@@ -1,6 +1,7 @@
 """What all five operators promise alike: exact repeats, row independence, layouts, autograd's corner cases."""
 
 from itertools import combinations
+from typing import Any
 
 import cases
 import oracles
@@ -10,6 +11,10 @@ from cases import SCALED, assert_same_bits, forward_backward, tiny_tiles, unless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+EACH = "of each row"
+SCALINGS = st.sampled_from(
+    [{}, SCALED, {"temperature": 2.5}, {"temperature": EACH}, {"temperature": EACH, "softcap": 5.0}]
+)
 FLOATING_ROWS = ("logits", "hidden", "base_logits", "base_hidden")
 
 
@@ -20,12 +25,12 @@ FLOATING_ROWS = ("logits", "hidden", "base_logits", "base_hidden")
     H=st.integers(1, 9),
     columns=st.integers(1, 9),
     rows=st.integers(1, 4),
-    scaling=st.sampled_from([{}, SCALED, {"temperature": 2.5}]),
+    scaling=SCALINGS,
 )
 def test_any_shape_and_tiling(op, device, impl, fp64, N, V, H, columns, rows, scaling):
     """Values and gradients agree with the oracle to fp64 rounding, however rows and columns fall into tiles."""
     with tiny_tiles(columns, rows):
-        cases.check(op, cases.make(op, (N,), V, H, fp64, device), impl, **scaling)
+        cases.check(op, cases.make(op, (N,), V, H, fp64, device), impl, **of_rows(scaling, N, device))
 
 
 @pytest.mark.thorough
@@ -239,6 +244,12 @@ def test_temperature_and_softcap_equal_scaled_logits(op: str, device: str, impl:
     got = cases.call(op, arguments, impl=impl, **scaling)
     expected = cases.call(op, arguments | before, impl=impl)
     torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-11, atol=1e-13, equal_nan=True)
+
+
+def of_rows(scaling: dict[str, Any], N: int, device: str) -> dict[str, Any]:
+    """The arguments that a draw of SCALINGS stands for, for N rows."""
+    each = scaling.get("temperature") == EACH
+    return scaling | ({"temperature": cases.temperatures(N, device=device)} if each else {})
 
 
 def row_results(op: str, arguments: cases.Arguments, name: str, impl: str) -> dict[str, torch.Tensor]:

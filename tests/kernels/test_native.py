@@ -78,7 +78,7 @@ def rows_of_every_kind(V: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def loss_with_gradient(logits: Tensor, base: Tensor, target: Tensor, scaling: dict[str, float]) -> list[Tensor]:
+def loss_with_gradient(logits: Tensor, base: Tensor, target: Tensor, scaling: dict[str, Any]) -> list[Tensor]:
     """All that rmx_gated_contrastive_loss writes where it is asked for the gradient; the last two rows have no base."""
     N, V = logits.shape
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -86,13 +86,15 @@ def loss_with_gradient(logits: Tensor, base: Tensor, target: Tensor, scaling: di
     written = torch.full((6, N), math.nan, dtype=real)
     dx = torch.zeros_like(logits)
     loss = native.Loss(*(native.address(x) for x in (target, ce, kl_weight, *written)), 1.0, 0.05, 1)
-    scale = native.scale(scaling.get("temperature", 1.0), scaling.get("softcap"))
+    t = scaling.get("temperature", 1.0)
+    by_row = t.to(real) if isinstance(t, Tensor) else None
+    scale = native.scale(t if by_row is None else 1.0, scaling.get("softcap"), by_row)
     student, anchor, gradient = native.rows(logits), native.rows(base), native.rows(dx)
     native.call("rmx_gated_contrastive_loss", student, anchor, N - 2, scale, N, V, loss, gradient)
     return [written, dx]
 
 
-def everything(V: int, dtype: torch.dtype, scaling: dict[str, float]) -> list[Tensor]:
+def everything(V: int, dtype: torch.dtype, scaling: dict[str, Any]) -> list[Tensor]:
     """The results of every exported kernel, as integers, and NaN whatever its payload."""
     logits = rows_of_every_kind(V, dtype)
     N = logits.shape[0]
@@ -114,7 +116,7 @@ def test_every_instruction_set_gives_the_same_bits(builds: dict[str, Path], leve
     if level not in builds:
         pytest.skip(f"this CPU does not run {level}")
     for V in (1, 15, 1023, 1024, 1025, 5000):  # on both sides of a block, and of a register
-        for scaling in ({}, {"temperature": 0.7}, SCALED):
+        for scaling in ({}, {"temperature": 0.7}, SCALED, {"temperature": cases.temperatures(12)}):
             expected = everything(V, dtype, scaling)
             with another_library(builds[level]):
                 got = everything(V, dtype, scaling)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import rmx_kernels
 from rmx_kernels import backends
 from rmx_kernels.dispatch import OPERATORS
-from rmx_kernels.logits import Logits
+from rmx_kernels.logits import OPERANDS, Logits
 
 ALL, LOGITS_ALONE = (True,) * 5, (True, False, False, False, False)
 NEEDS = [ALL, LOGITS_ALONE, (False, True, False, True, False), (False, False, True, False, True)]
@@ -54,6 +54,11 @@ def plain(z: Logits) -> Logits:
     return Logits(*z.tensors[:3])
 
 
+def by_row(z: Logits) -> Logits:
+    """With a temperature for each row."""
+    return z._replace(temperature=1.0, row_temperature=cases.temperatures(*z.lead))
+
+
 def frozen(z: Logits, *names: str) -> Logits:
     return z._replace(**{name: getattr(z, name).detach() for name in names})
 
@@ -76,10 +81,12 @@ def vocab_stats(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         (*frozen(plain(head)._replace(bias=None), "x"), None, 0, impl),
         (*head, target, 2, impl),
         (*frozen(head, "x", "weight", "lora_hidden"), target, 0, impl),
+        (*by_row(z), ids, 2, impl),
+        (*by_row(head), target, 2, impl),
     ]
     backward = []
     for call in calls:
-        inputs, (ids, k, _) = detached(*call[:7]), call[7:]
+        inputs, (ids, k, _) = detached(*call[:OPERANDS]), call[OPERANDS:]
         _, entropy, _, _, topk_ids, m, log_d = packet("vocab_stats")(*detached(*call))
         up = cases.randn(*m.shape)
         gradients = (up, up, None if ids is None else up, cases.randn(*m.shape, k))
@@ -110,11 +117,13 @@ def contrastive_loss(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         (*head, base, target, *weights(), None, True, impl),
         (*frozen(head, "weight", "bias", "lora_weight"), base, target, *weights(), base_lse, True, impl),
         (*frozen(head, "x", "weight", "bias", "lora_hidden"), base, target, *weights(), None, False, impl),
+        (*by_row(z), *of_logits, *weights(), None, False, impl),
+        (*by_row(head), base, target, *weights(), None, True, impl),
     ]
     backward, products = [], []
     for call in calls:
         *results, dx, d_lora_hidden = packet("contrastive_loss")(*detached(*call))
-        inputs, gradient = detached(*call[:11]), call[12]
+        inputs, gradient = detached(*call[: OPERANDS + 4]), call[OPERANDS + 5]
         for needs in [LOGITS_ALONE] if call[1] is None else HEAD_NEEDS if call[3] is not None else HEAD_NEEDS[:1]:
             backward.append((*inputs, results[3], torch.tensor(0.7), wanted(inputs, needs), impl))
         assert [x.numel() > 0 for x in (dx, d_lora_hidden)] == [gradient, gradient and call[3] is not None]
@@ -130,11 +139,12 @@ def logprob_kl(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         (*frozen(plain(head)._replace(bias=None), "x"), base, target, impl),
         (*head, base, target, impl),
         (*frozen(head._replace(bias=None), "weight", "lora_hidden"), base, target.int(), impl),
+        (*by_row(head), base, target, impl),
     ]
     backward: list[Call] = []
     upstream = cases.randn(2, 3)
     for call in calls:
-        inputs = detached(*call[:9])
+        inputs = detached(*call[: OPERANDS + 2])
         norms = packet("logprob_kl")(*inputs, impl)[2]
         asked = NEEDS if inputs[3] is not None else [ALL]
         backward += [(*inputs, norms, upstream, upstream, wanted(inputs, needs), impl) for needs in asked]
@@ -167,7 +177,7 @@ def test_every_registered_operator_is_checked() -> None:
     assert {f"rmx_kernels::{name}" for name in checked} == names
 
 
-PER_ROW = ("logits", "base_logits", "hidden", "base_hidden", "target", "ce_weight", "kl_weight")
+PER_ROW = ("logits", "base_logits", "hidden", "base_hidden", "target", "ce_weight", "kl_weight", "temperature")
 
 
 @pytest.fixture
@@ -333,6 +343,22 @@ def test_compiled_code_still_checks_its_inputs(op: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("op", OPERATORS)
+def test_compiled_with_a_temperature_for_each_row(op: str) -> None:
+    """The bits of eager, one compilation, and the check of the values, which nobody knows while it is traced."""
+    backend = CompileCounterWithBackend("aot_eager")
+    function = compiled(op, backend, impl="cpu", softcap=5.0)
+    for N in (6, 9, 33):
+        arguments = cases.make(op, (N,)) | {"temperature": cases.temperatures(N)}
+        expected = cases.forward_backward(op, arguments, impl="cpu", softcap=5.0)
+        assert_same_bits(forward_backward(op, function, arguments), expected)
+    assert backend.frame_count == 1
+    arguments["temperature"][0] = 0
+    with pytest.raises(ValueError, match=r"^temperature: expected finite numbers above 0, got 0\.0$"):
+        function(arguments)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_with_a_temperature_that_varies() -> None:
     """From its second value on, torch.compile takes a Python float for a symbol."""
     logits = cases.randn(6, 23)
@@ -359,7 +385,7 @@ for name in ("vocab_stats", "contrastive_loss", "logprob_kl"):
     assert getattr(ops, name).default and getattr(ops, f"{name}_backward").default
 with FakeTensorMode():
     h, W, ids, w = torch.empty(3, 8), torch.empty(11, 8), torch.empty(3, dtype=torch.int64), torch.empty(3)
-    scaling, plain = (1.0, None), (None,) * 4
+    scaling, plain = (1.0, None, None), (None,) * 4
     assert [tuple(x.shape) for x in ops.vocab_stats(h, *plain, *scaling, ids, 2, "cpu")] == [
         (3,), (3,), (3,), (3, 2), (3, 2), (3,), (3,)
     ]

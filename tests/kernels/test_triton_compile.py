@@ -54,8 +54,12 @@ def kernels_of(family: str) -> Any:
     return importlib.import_module(f"rmx_kernels.{family}.triton")
 
 
-def run_statistics(dtype: torch.dtype, V: int, k: int, softcap: float | None) -> None:
-    z, target = Logits(torch.zeros(2, V, dtype=dtype), temperature=0.7, softcap=softcap), torch.zeros(2).long()
+def scaling(softcap: float | None, by_row: bool) -> dict[str, Any]:
+    return {"softcap": softcap} | ({"row_temperature": torch.ones(2)} if by_row else {"temperature": 0.7})
+
+
+def run_statistics(dtype: torch.dtype, V: int, k: int, softcap: float | None, by_row: bool = False) -> None:
+    z, target = Logits(torch.zeros(2, V, dtype=dtype), **scaling(softcap, by_row)), torch.zeros(2).long()
     statistics(z, target, k)
 
 
@@ -79,11 +83,11 @@ def loss(pair: Pair) -> None:
     module.contrastive_loss_backward(pair, (w, w), norms, w[0], (True, *[False] * 4))
 
 
-def run_loss(dtype: torch.dtype, V: int, softcap: float | None) -> None:
+def run_loss(dtype: torch.dtype, V: int, softcap: float | None, by_row: bool = False) -> None:
     x, target, w = torch.zeros(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2)
-    loss(Pair(Logits(x, temperature=0.7, softcap=softcap), x, target))
+    loss(Pair(Logits(x, **scaling(softcap, by_row)), x, target))
     h, head = torch.zeros(2, 4, dtype=dtype), torch.zeros(V, 4, dtype=dtype)
-    pair = Pair(Logits(h, head, temperature=0.7, softcap=softcap), h, target)
+    pair = Pair(Logits(h, head, **scaling(softcap, by_row)), h, target)
     kernels_of("losses").logprob_kl(pair)
     kernels_of("losses").contrastive_loss(pair, (w, w), w, True)
 
@@ -112,6 +116,9 @@ def launches(architecture: str) -> list[Launch]:
         for softcap in () if not dtype.is_floating_point else (30.0, None) if architecture in WHOLE else (30.0,):
             runs.append(partial(run_statistics, dtype, 50257, 2, softcap))  # an odd vocabulary: nothing is aligned
             runs.append(partial(run_loss, dtype, 151936, softcap))
+    for softcap in (30.0, None) if architecture in WHOLE else (30.0,):
+        runs.append(partial(run_statistics, torch.bfloat16, 151936, 8, softcap, by_row=True))
+        runs.append(partial(run_loss, torch.bfloat16, 151936, softcap, by_row=True))
     if architecture in WHOLE:
         for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):
             runs.append(partial(run_statistics, torch.bfloat16, V, k, None))
@@ -215,8 +222,9 @@ GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instruct
 @pytest.mark.thorough
 @pytest.mark.parametrize(("family", "kernel"), BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype) -> None:
-    for launch in of_kernel(family, kernel, dtype):
+@pytest.mark.parametrize("by_row", [False, True], ids=["one temperature", "temperature of each row"])
+def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype, by_row: bool) -> None:
+    for launch in of_kernel(family, kernel, dtype, by_row):
         shape = launch[2]
         logits = shape["R"] * shape["J"]  # a thread and step
         longest = max(loops(disassembly(compiled(launch, TARGETS["sm_90"][0]))), key=len)
@@ -225,10 +233,11 @@ def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("by_row", [False, True], ids=["one temperature", "temperature of each row"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_arithmetic_of_the_gradients(family: str) -> None:
+def test_arithmetic_of_the_gradients(family: str, by_row: bool) -> None:
     """The pairs of branches (masked or not, anchored or not, with the target or not) cost code, not time."""
-    for launch in of_kernel(family, "gradient", torch.bfloat16):
+    for launch in of_kernel(family, "gradient", torch.bfloat16, by_row):
         kinds = [
             line.split()[0].split(".")[0] for line in instructions(disassembly(compiled(launch, TARGETS["sm_90"][0])))
         ]
@@ -251,11 +260,11 @@ def test_a_new_size_or_k_compiles_nothing() -> None:
     assert len(losses) == 1
 
 
-def of_kernel(family: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
+def of_kernel(family: str, kernel: str, dtype: torch.dtype, by_row: bool = False) -> list[Launch]:
     """The launches of a kernel on plain logits of an aligned vocabulary, each variant once."""
     run = {
-        "statistics": lambda: run_statistics(dtype, 151936, 8, None),
-        "losses": lambda: run_loss(dtype, 151936, None),
+        "statistics": lambda: run_statistics(dtype, 151936, 8, None, by_row),
+        "losses": lambda: run_loss(dtype, 151936, None, by_row),
     }[family]
     found = [
         launch

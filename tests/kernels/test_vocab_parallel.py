@@ -52,6 +52,8 @@ def arguments_of(
         return made, SCALED
     if variant == "temperature":
         return made, {"temperature": 0.3}
+    if variant == "row temperature":
+        return made, {"temperature": cases.temperatures(2, 6), "softcap": 5.0}
     if variant == "lora":
         return cases.with_lora(made), {}
     if variant == "no bias":
@@ -73,9 +75,9 @@ def arguments_of(
     return made, {}
 
 
-VARIANTS = ["lora", "masked"]
+VARIANTS = ["lora", "masked", "temperature", "row temperature"]
 if not INTERPRETED:
-    VARIANTS += ["plain", "scaled", "temperature", "no bias", "ties", "one position", "long"]
+    VARIANTS += ["plain", "scaled", "no bias", "ties", "one position", "long"]
 CASES = [(op, variant, dtype, impl) for op in PARALLEL for variant in VARIANTS for dtype in DTYPES for impl in IMPLS]
 
 
@@ -296,6 +298,21 @@ ERRORS: dict[str, tuple[Callable[[int, int], None], str, str]] = {
     "H": (other_width, r"hidden.shape\[-1\]: expected the same", "7 on rank 0, 5 on rank 1"),
     "dtype": (other_dtype, "hidden.dtype: expected the same", "torch.float32 on rank 0, torch.float64 on rank 1"),
     "temperature": (partial(stats_with, on_rank_1={"temperature": 0.5}), "temperature: ", "1 on rank 0, 0.5 on rank 1"),
+    "a number and a tensor": (
+        partial(stats_with, on_rank_1={"temperature": torch.ones(2, 6)}),
+        "temperature: expected the same",
+        "1 on rank 0, 0 on rank 1",
+    ),
+    "temperatures": (
+        partial(loss_with, on_rank_1={"temperature": cases.temperatures(2, 6)}, temperature=torch.ones(2, 6)),
+        "values of temperature, by a checksum: expected the same",
+        "values of temperature",
+    ),
+    "own temperatures": (
+        partial(stats_with, on_rank_1={"temperature": torch.zeros(2, 6)}),
+        "temperature: expected finite numbers above 0, got 0.0",
+        OWN.format("temperature"),
+    ),
     "softcap": (partial(stats_with, on_rank_1={"softcap": 2.0}), "softcap: ", "0 on rank 0, 2 on rank 1"),
     "bias": (partial(stats_with, on_rank_1={"bias": None}), "bias given: ", "1 on rank 0, 0 on rank 1"),
     "overlap": (partial(stats_with, on_rank_1={"start": 3}), r"start: .* got \[0, ", r"start: .*\[3, \d+\) on rank 1"),
