@@ -194,9 +194,21 @@ class SelectConfig(Section):
 class LoraConfig(Section):
     r: PositiveInt = 32  # rank of the adapter
     alpha: PositiveFloat = 64.0  # its products are scaled by alpha / r
-    targets: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]  # adapted layers
+    targets: Annotated[list[str], Field(min_length=1)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]  # adapted layers; all-linear: every linear layer but the output head
     first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input, in training only
+    rslora: bool | None = None  # scale by alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)
+    start: str | None = None  # directory of an adapter to go on from, of the same layers, r and alpha
+
+    @property
+    def scaling(self) -> float:
+        """Of the product B A."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
 
 
 class TrainConfig(Section):

@@ -112,6 +112,8 @@ def _path_slots(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str
     yield tree, "run_dir", "run_dir"
     if isinstance(model := tree.get("model"), dict):
         yield model, "name", "model.name"
+    if isinstance(lora := tree.get("lora"), dict):
+        yield lora, "start", "lora.start"
     sources = problems.get("sources") if isinstance(problems := tree.get("problems"), dict) else None
     for number, source in enumerate(sources if isinstance(sources, list) else []):
         if isinstance(source, dict):

@@ -53,8 +53,8 @@ def variants(budget: float, quantile: float) -> dict[str, Variant]:
         "all": Variant({"select": {"gate": "all"}}),
         "shuffled": Variant({"select": {"shuffle_advantages": True}}),
         "positives": Variant({"train": {"negative_weight": 0.0}}),
-        "r8-o": Variant({"lora": {"r": 8, "alpha": 16.0, "targets": ["o_proj"]}}),
-        "r32-qkvo": Variant({"lora": {"r": 32, "alpha": 64.0, "targets": QKVO}}),
+        "r8-o": Variant({"lora": {"r": 8, "alpha": 16.0, "targets": ["o_proj"], "start": None}}),
+        "r32-qkvo": Variant({"lora": {"r": 32, "alpha": 64.0, "targets": QKVO, "start": None}}),
     }
 
 

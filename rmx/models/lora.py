@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FREE: tuple[str, ...] = (
     "r",
     "lora_alpha",
     "lora_dropout",
+    "use_rslora",
     "target_modules",
     "layers_to_transform",
     "base_model_name_or_path",
@@ -50,7 +52,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     chosen = matching(model, config)
     spelled = spelled_for_peft(model, config, list(chosen))
-    layers = {name: LoraLinear(module, config.r, config.alpha, generator) for name, module in chosen.items()}
+    layers = {name: LoraLinear(module, config.r, config.scaling, generator) for name, module in chosen.items()}
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
@@ -157,6 +159,8 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
         "bias": "none",
         "inference_mode": True,
     } | adapter.spelled
+    if adapter.config.rslora:
+        description["use_rslora"] = True
     with replacing(path) as aside:
         aside.mkdir()
         (aside / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -198,6 +202,7 @@ def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
             alpha=float(description["lora_alpha"]),
             targets=sorted(targets),
             first_layer=min(numbers, default=0),
+            rslora=True if description.get("use_rslora") else None,
         )
     except (KeyError, TypeError, ValueError) as fault:
         raise AdapterError(f"{path}/{CONFIG}: {fault}") from fault
@@ -238,3 +243,28 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
     return adapter
+
+
+def begin(model: PreTrainedModel, config: LoraConfig, seed: int, start: Path | None = None) -> Adapter:
+    """The adapter that a training begins with: a new one, or the one in ``start``.
+
+    Raises:
+        AdapterError: as :func:`attach` and :func:`load_adapter`; the adapter in ``start`` is on other layers, or of
+            another rank or scale, than the configuration says.
+    """
+    if start is None:
+        return attach(model, config, seed)
+    wanted = list(matching(model, config))
+    found = load_adapter(model, start)
+    theirs = {"r": found.config.r, "alpha": found.config.alpha, "rslora": bool(found.config.rslora)}
+    ours = {"r": config.r, "alpha": config.alpha, "rslora": bool(config.rslora)}
+    odd = [
+        f"{key} is {theirs[key]} there, {ours[key]} in the configuration" for key in ours if ours[key] != theirs[key]
+    ]
+    if set(found.layers) != set(wanted):
+        layer = sorted(set(found.layers) ^ set(wanted))[0]
+        odd.append(f"{layer} is adapted only {'there' if layer in found.layers else 'by the configuration'}")
+    if odd:
+        detach(model, found)
+        raise AdapterError(f"lora.start={start}: {odd[0]}")
+    return replace(found, config=config)

@@ -21,17 +21,17 @@ from rmx.models.quantization import dense
 class LoraLinear(nn.Module):
     r"""A frozen linear layer plus a low-rank update.
 
-    .. math:: y = W x + b + \frac{\alpha}{r} B A x, \qquad A \in R^{r \times in},\; B \in R^{out \times r}
+    .. math:: y = W x + b + s B A x, \qquad s = \frac{\alpha}{r}, \quad A \in R^{r \times in},\; B \in R^{out \times r}
 
     A starts random (Kaiming uniform), B at zero, so that the layer starts as the base layer (arXiv 2106.09685).
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator | None) -> None:
+    def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator | None) -> None:
         super().__init__()
-        self.base, self.scaling, self.enabled, self.dropout = base, alpha / r, True, 0.0
+        self.base, self.scaling, self.enabled, self.dropout = base, scaling, True, 0.0
         self.shared: SharedInput | None = None
         self.place = 0  # in it
-        self.lent: tuple[Tensor, Tensor] | None = None  # A and alpha / r B for one pass: see Masters
+        self.lent: tuple[Tensor, Tensor] | None = None  # A and s B for one pass: see Masters
         self.sums: tuple[Tensor, Tensor] | None = None  # and where their gradients are added up
         self.wants: Tensor | None = None  # then, what makes autograd ask for them
         bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
@@ -60,7 +60,7 @@ class LoraLinear(nn.Module):
         return (self.lora_A if self.lent is None else self.lent[0]).to(dtype)
 
     def B(self, dtype: torch.dtype) -> Tensor:
-        """Times alpha / r."""
+        """Times s."""
         return (self.scaling * self.lora_B if self.lent is None else self.lent[1]).to(dtype)
 
 

@@ -19,6 +19,7 @@ from rmx.models.quantization import is_quantized
 STATE_SPACE, NOT_THERE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
 # Names that PEFT 0.21 takes for the experts of models whose experts are one tensor.
 OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+ALL = "all-linear"  # among the targets, as PEFT spells it
 WHOLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of weights that are not quantised
 
 
@@ -44,6 +45,9 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
     inside = {id(m) for m in text_decoder(model).modules()} | {id(model.get_output_embeddings())}
     modules = {n: m for n, m in model.named_modules() if id(m) in inside}
     for target in config.targets:
+        if target == ALL:
+            found |= _all_linear(model, modules)
+            continue
         matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
         if not matches:
             linear = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
@@ -68,6 +72,13 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
             raise AdapterError(f"lora.targets: {name} {why}; leave it out of the targets")
         layers[name] = module
     return layers
+
+
+def _all_linear(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every linear layer on which an adapter acts and is what PEFT loads, but for the output head."""
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    return {n: m for n, m in linear.items() if not _unfit(model, n)}
 
 
 def _unfit(model: PreTrainedModel, name: str) -> str:

@@ -159,6 +159,13 @@ class RunDirectory:
                 found["verify"] = {"reward file": fingerprint(Path(file).read_bytes())}
             except OSError as fault:
                 raise RewardError(f"verify.reward: {file}: cannot be read: {fault.strerror}") from fault
+        if (start := self.config.lora.start) is not None:
+            from rmx.models.lora import adapter_mark
+
+            try:
+                found["train"] = {"start": adapter_mark(self.config.path(start))}
+            except OSError as fault:
+                raise RunError(f"lora.start={start}: cannot be read as an adapter: {fault}") from fault
         return found
 
     @property

@@ -30,7 +30,8 @@ def train_stage(run: "Run", group: Group = ALONE) -> dict[str, Any]:
     base, keep = run.base_source()
     if group.leads:
         group.wait()
-    adapter = lora.attach(run.lm.model, run.config.lora, run.config.train_seed)
+    start = None if run.config.lora.start is None else run.config.path(run.config.lora.start)
+    adapter = lora.begin(run.lm.model, run.config.lora, run.config.train_seed, start)
     try:
         share = adapter.size / parameter_count(run.lm.model)
         origin = {

@@ -386,3 +386,58 @@ def test_dropout_is_for_the_adapter_in_training_alone(tiny: model.CausalLM) -> N
     assert torch.equal(tiny.model(IDS).logits, tuned)
     lora.detach(tiny.model, adapter)
     assert torch.equal(tiny.model(IDS).logits, base)
+
+
+@torch.no_grad()
+def test_a_rank_stabilised_adapter_is_that_of_peft(tiny: model.CausalLM, tmp_path: Path) -> None:
+    """alpha / sqrt(r): saved, loaded by PEFT, and loaded again."""
+    config = LoraConfig(r=4, alpha=6, targets=["q_proj", "down_proj"], rslora=True)
+    adapter = lora.attach(tiny.model, config, seed=0)
+    assert {layer.scaling for layer in adapter.layers.values()} == {3.0}
+    randomise(adapter)
+    ours = tiny.model(IDS).logits
+    lora.save_adapter(adapter, tmp_path / "adapter", "some/model")
+    lora.detach(tiny.model, adapter)
+    theirs = PeftModel.from_pretrained(tiny.model, str(tmp_path / "adapter"))
+    torch.testing.assert_close(theirs(IDS).logits, ours, rtol=1e-5, atol=1e-5)
+    theirs.unload()
+    again = lora.load_adapter(tiny.model, tmp_path / "adapter")
+    assert again.config.rslora and torch.equal(tiny.model(IDS).logits, ours)
+
+
+@torch.no_grad()
+def test_all_linear_layers_are_those_of_peft(tiny: model.CausalLM, tmp_path: Path) -> None:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4, targets=["all-linear"]), seed=0)
+    randomise(adapter)
+    ours = tiny.model(IDS).logits
+    lora.save_adapter(adapter, tmp_path / "adapter", "some/model")
+    lora.detach(tiny.model, adapter)
+    peft_model = get_peft_model(tiny.model, PeftLoraConfig(target_modules="all-linear"))
+    layers = [name for name, _ in peft_model.named_modules() if name.endswith(".base_layer")]
+    theirs = {name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in layers}
+    peft_model.unload()
+    assert set(adapter.layers) == theirs and len(theirs) == 14
+    loaded = PeftModel.from_pretrained(tiny.model, str(tmp_path / "adapter"))
+    torch.testing.assert_close(loaded(IDS).logits, ours, rtol=1e-5, atol=1e-5)
+    loaded.unload()
+
+
+@torch.no_grad()
+def test_a_training_begins_with_an_adapter(tiny: model.CausalLM, saved: Path) -> None:
+    found = lora.begin(tiny.model, SMALL, 0, saved)
+    kept = load_file(saved / lora.WEIGHTS)
+    for name, layer in found.layers.items():
+        assert layer.lora_B.equal(kept[f"base_model.model.{name}.lora_B.weight"])
+    lora.detach(tiny.model, found)
+    for change, message in (
+        ({"r": SMALL.r + 1}, "r is .* there, .* in the configuration"),
+        ({"alpha": 1.0}, "alpha is"),
+        ({"rslora": True}, "rslora is False there, True"),
+        ({"targets": [*SMALL.targets, "down_proj"]}, "down_proj is adapted only by the configuration"),
+    ):
+        with pytest.raises(lora.AdapterError, match=f"lora.start=.*{message}"):
+            lora.begin(tiny.model, SMALL.model_copy(update=change), 0, saved)
+        assert not any(isinstance(m, lora_layers.LoraLinear) for m in tiny.model.modules())
