@@ -109,7 +109,13 @@ def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     names = files_in(wheel)
     assert modules(names) == shipped()
     others = {file for file in names if file not in shipped() and not file.startswith(f"{name}.dist-info/")}
-    data = {"rmx/demo.yaml", "rmx/py.typed", "rmx/reports/report.html.j2", "rmx_kernels/py.typed"}
+    data = {
+        "rmx/demo.yaml",
+        "rmx/py.typed",
+        "rmx/reports/card.md.j2",
+        "rmx/reports/report.html.j2",
+        "rmx_kernels/py.typed",
+    }
     assert others == data | {"rmx_kernels/librmx_cpu.so"}
     assert f"{name}.dist-info/licenses/LICENSE" in names
     with tarfile.open(sdist) as archive:

@@ -19,6 +19,33 @@ def merge(
     open_run(config, set_).merged(out, adapter)
 
 
+@app.command(rich_help_panel=PANELS[3], epilog="Example: rmx push config.yaml me/my-adapter --dry-run")
+def push(
+    config: ConfigPath,
+    repo: Annotated[str, typer.Argument(help="repository on the Hugging Face hub, as USER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write the files and show the card, and send nothing")
+    ] = False,
+    set_: Overrides = None,
+) -> None:
+    """Put the adapter on the hub, with a model card that has the numbers of the run."""
+    run = open_run(config, set_)
+    from rmx.progress import console
+    from rmx.reports.card import Told, staged, upload
+
+    run.need("report")
+    told = Told(run.config, run.evaluation(), run.tau(), run.history()[-1].step, repo)
+    files = staged(told, run.path("adapter"), run.path("report.png"), run.path("hub"))
+    if dry_run:
+        print((run.path("hub") / "README.md").read_text(encoding="utf-8"))
+        console.print(f"push: nothing sent; the files are in {run.path('hub')}", markup=False, soft_wrap=True)
+        return
+    console.print(
+        f"push: {len(files)} files are at {upload(files, repo, private=private)}", markup=False, soft_wrap=True
+    )
+
+
 @app.command("export", rich_help_panel=PANELS[3], epilog="Example: rmx export config.yaml exported")
 def export_command(
     config: ConfigPath, out: Annotated[Path, typer.Argument(help="directory to write")], set_: Overrides = None
