@@ -64,7 +64,8 @@ def _body(told: Told) -> str:
         rows += [(f"maj@{k}", found.base.maj_at_k[k], found.tuned.maj_at_k[k])]
     source = resources.files("rmx.reports").joinpath("card.md.j2").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    base = config.model.name
+    # a path of this machine is nobody else's base, and nobody's business
+    base = "BASE" if _local(config.model.name) else config.model.name
     return template.render(
         name=told.repo.rpartition("/")[2],
         base=base,
