@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels.divergences.op import NORMS, DivergenceForward, HeadPair, Upstream
-from rmx_kernels.divergences.reference import Rows, Tile, flat_upstream
+from rmx_kernels.divergences.reference import Rows, Tile, flat_upstream, of_rows
 from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head
 from rmx_kernels.head.gradient import HeadGradient
@@ -59,8 +59,7 @@ class LogitRows:
     def turn(self, norms: Tensor, upstream: Upstream) -> None:
         """The gradient of the logits over them, from known norms [6, n] and upstream gradients [n]."""
         for block in self.blocks():
-            g_divergence, g_entropy = (None if g is None else g[block] for g in upstream)
-            self._turn(Rows(self.pair, norms[:, block]), block, (g_divergence, g_entropy))
+            self._turn(Rows(self.pair, norms[:, block]), block, of_rows(upstream, block))
 
     def _turn(self, rows: Rows, block: slice, upstream: Upstream) -> None:
         for tile in self.tiles(block):
@@ -137,11 +136,6 @@ class HeadRows:
             dx[rows] = self.student.back(dz)[:n]
         if du.numel():
             du[rows] = self.student.lora_back(dz)[:n]
-
-
-def of_rows(upstream: Upstream, rows: slice) -> Upstream:
-    g_divergence, g_entropy = (None if g is None else g[rows] for g in upstream)
-    return g_divergence, g_entropy
 
 
 def divergence(pair: HeadPair, gradient: bool) -> DivergenceForward:

@@ -90,6 +90,11 @@ def flat_upstream(upstream: Upstream, dtype: torch.dtype) -> Upstream:
     return g_divergence, g_entropy
 
 
+def of_rows(upstream: Upstream, rows: slice) -> Upstream:
+    g_divergence, g_entropy = (None if g is None else g[rows] for g in upstream)
+    return g_divergence, g_entropy
+
+
 class Rows:
     """The values and gradients of rows [N], from any number of walks over tiles of their logits."""
 
