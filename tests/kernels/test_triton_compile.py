@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rmx_kernels import dispatch
+from rmx_kernels.divergences.op import KINDS, HeadPair
 from rmx_kernels.head import configs
 from rmx_kernels.logits import Logits
 from rmx_kernels.losses.op import Pair
@@ -47,7 +48,7 @@ POINTERS = {
 }
 
 
-FAMILIES = ("statistics", "losses")
+FAMILIES = ("statistics", "losses", "divergences")
 
 
 def kernels_of(family: str) -> Any:
@@ -88,6 +89,19 @@ def run_loss(dtype: torch.dtype, V: int, softcap: float | None) -> None:
     kernels_of("losses").contrastive_loss(pair, (w, w), w, True)
 
 
+def run_divergence(dtype: torch.dtype, V: int, kind: str, softcap: float | None) -> None:
+    """With a teacher of another width and scaling; the gradient of the divergence alone, and of both results."""
+    module, g = kernels_of("divergences"), torch.ones(2)
+    student, teacher = (
+        Logits(torch.zeros(2, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), temperature=T, softcap=cap)
+        for H, T, cap in ((4, 0.7, softcap), (8, 1.0, None))
+    )
+    pair = HeadPair(student, teacher, kind, 0.5)
+    norms = module.divergence(pair, True)[2]
+    module.divergence_backward(pair, norms, (g, g), (True, *[False] * 4))
+    module.divergence_backward(pair, norms, (None, g), (True, *[False] * 4))
+
+
 def recorded(*runs: Callable[[], None], architecture: str = "sm_90") -> list[Launch]:
     """What the operators launch there, each variant once."""
     found: dict[Any, Launch] = {}
@@ -112,10 +126,12 @@ def launches(architecture: str) -> list[Launch]:
         for softcap in () if not dtype.is_floating_point else (30.0, None) if architecture in WHOLE else (30.0,):
             runs.append(partial(run_statistics, dtype, 50257, 2, softcap))  # an odd vocabulary: nothing is aligned
             runs.append(partial(run_loss, dtype, 151936, softcap))
+            runs += [partial(run_divergence, dtype, 151936, kind, softcap) for kind in KINDS]
     if architecture in WHOLE:
         for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):
             runs.append(partial(run_statistics, torch.bfloat16, V, k, None))
         runs.append(partial(run_loss, torch.bfloat16, 50257, None))
+        runs.append(partial(run_divergence, torch.bfloat16, 50257, "jsd", None))
     return recorded(*runs, architecture=architecture)
 
 
@@ -198,7 +214,7 @@ def test_no_spills_and_within_shared_memory(architecture: str) -> None:
         what = f"{launch[0].fn.__name__} {[kind(a) for a in launch[1]]} {launch[2]}, {launch[3]} warps"
         assert spills(binary) == 0, what
         assert binary.metadata.shared <= shared_kib * 1024, f"{what}: {binary.metadata.shared} bytes"
-    assert len(names) == 6
+    assert len(names) == 9
 
 
 def test_every_architecture_has_a_configuration() -> None:
@@ -256,6 +272,7 @@ def of_kernel(family: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
     run = {
         "statistics": lambda: run_statistics(dtype, 151936, 8, None),
         "losses": lambda: run_loss(dtype, 151936, None),
+        "divergences": lambda: [run_divergence(dtype, 151936, kind, None) for kind in KINDS],
     }[family]
     found = [
         launch
