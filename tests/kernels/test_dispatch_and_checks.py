@@ -139,8 +139,21 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
     ],
     "temperature": [*SCALES, ("None", lambda _: None, TypeError)],
     "softcap": SCALES,
+    "kind": [(repr(v), lambda _, v=v: v, ValueError) for v in ("kl", "", None, 3)],
+    "beta": [
+        *((repr(v), lambda _, v=v: v, ValueError) for v in (-0.1, 1.1, math.nan, math.inf)),
+        *((repr(v), lambda _, v=v: v, TypeError) for v in (True, "1", None, torch.tensor(0.5))),
+    ],
     "impl": [(repr(v), lambda _, v=v: v, ValueError) for v in ("cuda", "", "Reference", 3, True)],
 }
+
+WRONG |= {f"teacher_{name}": [*WRONG[name], ("trainable", trainable, ValueError)] for name in ("weight", "bias")}
+WRONG |= {f"teacher_{name}": WRONG[name] for name in ("softcap",)} | {"teacher_temperature": SCALES}
+WRONG["teacher_hidden"] = [
+    *ROWS,
+    *(case for case in BASE if case[0] not in ("no tensor", "a shape that would broadcast")),
+    ("one row", lambda x: x[:1], ValueError),
+]
 
 
 def good(op: str) -> cases.Arguments:
@@ -186,7 +199,9 @@ def test_good_arguments_pass(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPERATORS if not op.endswith("entropy_topk")])
 def test_constants_may_belong_to_a_graph_where_none_is_recorded(op: str) -> None:
-    arguments = {n: v.requires_grad_() if n.startswith("base") or "_weight" in n else v for n, v in good(op).items()}
+    arguments = {
+        n: v.requires_grad_() if n.startswith(("base", "teacher")) or "_weight" in n else v for n, v in good(op).items()
+    }
     with torch.no_grad():
         cases.call(op, arguments)
 

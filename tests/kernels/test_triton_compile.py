@@ -223,7 +223,8 @@ def test_every_architecture_has_a_configuration() -> None:
 
 # Instructions a logit in the longest loop, counted in the disassembly for sm_90. At 8192 x 151936 bfloat16 logits an
 # H200 issues about 13 a logit in the time in which it reads them.
-BUDGETS = {("statistics", "fold"): 13.0, ("losses", "fold"): 32.0}
+BUDGETS = {("statistics", "fold"): 13.0, ("losses", "fold"): 32.0, ("divergences", "fold"): 18.0}
+OF_KIND = {"forward_kl": (28.0, 38.0), "reverse_kl": (28.0, 38.0), "jsd": (112.0, 112.0)}  # values, gradient
 FP32_MORE = 3.0  # a step holds half as many logits; they also take twice the time to be read
 GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instructions of a step that is not masked
 
@@ -241,7 +242,20 @@ def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_instructions_of_each_divergence(dtype: torch.dtype) -> None:
+    """A pair of logits, student's and teacher's. The JSD is bound by its arithmetic: a logarithm, four exponentials."""
+    for kernel in ("values", "gradient"):
+        for launch in of_kernel("divergences", kernel, dtype):
+            constants = launch[2]
+            longest = max(loops(disassembly(compiled(launch, TARGETS["sm_90"][0]))), key=len)
+            used = len(longest) / (constants["R"] * constants["J"])
+            kind = KINDS[constants["KIND"]]
+            assert used <= OF_KIND[kind][kernel == "gradient"], f"{kernel} of {kind}: {used:.1f} a pair"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["statistics", "losses"])
 def test_arithmetic_of_the_gradients(family: str) -> None:
     """The pairs of branches (masked or not, anchored or not, with the target or not) cost code, not time."""
     for launch in of_kernel(family, "gradient", torch.bfloat16):
@@ -277,7 +291,9 @@ def of_kernel(family: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
     found = [
         launch
         for launch in recorded(run)
-        if launch[0].fn.__name__ == kernel and family in launch[0].fn.__module__ and launch[1][0].dtype == dtype
+        if launch[0].fn.__name__ == kernel
+        and family in launch[0].fn.__module__
+        and (launch[1][0].dtype == dtype or family == "divergences")  # float16 heads give float32 logits
     ]
     assert found
     return found
