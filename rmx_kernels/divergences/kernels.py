@@ -1,8 +1,8 @@
 """Triton kernels of the divergences: three reads of both models' logits, and one write of the gradient.
 
 ``fold`` walks along a part of a row of both and keeps m, d and T by lane, as the statistics do. ``values`` merges the
-parts into norms, and walks along its part again for the terms of the divergence. The part of the divergence that its
-gradient needs is a sum over the row, so ``gradient`` is a third walk. Student and teacher go through the same
+parts into norms, and walks along its part again for the terms of the divergence. The gradient needs a mean over the
+row (reference.py), so ``gradient`` is a third walk. Student and teacher go through the same
 operations, so that equal rows give exactly 0.
 
 KIND is the place of the divergence in op.KINDS: 0 for KL(p || q), 1 for KL(q || p), 2 for the generalised JSD.
@@ -81,20 +81,29 @@ def mixture_terms(p, log_p, mixture, log_m, y):
 
 
 @triton.jit
+def log_of(y, far):
+    """log(1 + y), which is ``far`` but for its digits near 0."""
+    near = tl.abs(y) < NEAR_LOG
+    close = tl.where(near, y, 0.0)
+    return tl.where(near, close - excess_of_log(close), far)
+
+
+@triton.jit
 def pair_terms(log_p, log_q, beta, KIND: tl.constexpr):
-    """(terms of the divergence, terms of its part that the gradient needs)."""
+    """(terms of the divergence, terms of the mean that its gradient needs)."""
     p, q = tl.exp2(log_p * LOG2E), tl.exp2(log_q * LOG2E)
     if KIND == 0:
         terms = kl_terms(q, p, log_q - log_p)
-        of_q = terms
+        of_mean = tl.zeros_like(terms)
     elif KIND == 1:
         terms = kl_terms(p, q, log_p - log_q)
-        of_q = terms
+        of_mean = tl.where(q == 0, 0.0, q * (log_q - log_p))
     else:
         mixture, log_m, y_p, y_q = mixed(p, q, log_p, log_q, beta)
         of_q = mixture_terms(q, log_q, mixture, log_m, y_q)
         terms = beta * mixture_terms(p, log_p, mixture, log_m, y_p) + (1 - beta) * of_q
-    return terms, of_q
+        of_mean = tl.where(q == 0, 0.0, -q * log_of(y_q, log_m - log_q))
+    return terms, of_mean
 
 
 @triton.jit
@@ -107,10 +116,7 @@ def row_gradient(log_p, log_q, beta, mean, KIND: tl.constexpr):
         dz = tl.where(q == 0, 0.0, q * ((log_q - log_p) - mean))
     else:
         _m, log_m, _y, y = mixed(p, q, log_p, log_q, beta)
-        near = tl.abs(y) < NEAR_LOG
-        close = tl.where(near, y, 0.0)
-        log_ratio = tl.where(near, close - excess_of_log(close), log_m - log_q)  # log m - log q
-        dz = tl.where(q == 0, 0.0, (beta - 1) * q * (log_ratio + mean))
+        dz = tl.where(q == 0, 0.0, (beta - 1) * q * (log_of(y, log_m - log_q) + mean))
     return dz
 
 
@@ -162,7 +168,7 @@ def values(
     x, stride, teacher_x, teacher_stride,  # logits [N, V]
     parts,  # [5, N, S]
     norms,  # [6, N]: m and log d of the student, then of the teacher; the fifth is left out; entropy
-    sums,  # [2, N, S]: of the divergence, and of its part that the gradient needs
+    sums,  # [2, N, S]: of the divergence, and of the mean that its gradient needs
     N, V, S, STEPS, c, per_temperature, softcap, teacher_c, teacher_per_temperature, teacher_softcap, beta,
     KIND: tl.constexpr, SEGMENTS: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
@@ -204,9 +210,9 @@ def values(
         teacher_z = capped(read(teacher_x + teacher_start + step * TILE, at, R, L, J), teacher_softcap)
         log_q = (z - M) * per_temperature - log_d
         log_p = (teacher_z - teacher_M) * teacher_per_temperature - teacher_log_d
-        terms, of_q = pair_terms(log_p, log_q, beta, KIND)
+        terms, of_mean = pair_terms(log_p, log_q, beta, KIND)
         total += lane_sum(terms)
-        mean += lane_sum(of_q)
+        mean += lane_sum(of_mean)
     if (whole < first + STEPS) & (whole * TILE < V):
         begin, left = whole * TILE, V - whole * TILE
         inside = columns_of(at, R, L, J) < left
@@ -214,9 +220,9 @@ def values(
         teacher_z = capped(read_part(teacher_x + teacher_start + begin, at, left, 0.0, R, L, J), teacher_softcap)
         log_q = (z - M) * per_temperature - log_d
         log_p = (teacher_z - teacher_M) * teacher_per_temperature - teacher_log_d
-        terms, of_q = pair_terms(log_p, log_q, beta, KIND)
+        terms, of_mean = pair_terms(log_p, log_q, beta, KIND)
         total += lane_sum(tl.where(inside, terms, 0.0))
-        mean += lane_sum(tl.where(inside, of_q, 0.0))
+        mean += lane_sum(tl.where(inside, of_mean, 0.0))
     nothing = (M - M) + (teacher_M - teacher_M)  # NaN where there is no distribution
     to = sums + row * S + segment
     tl.store(to, tl.sum(total) + nothing)

@@ -4,8 +4,8 @@
                                       dx, d_lora_hidden
     rmx_kernels::divergence_backward  -> the gradients of logits.TENSORS that are asked for
 
-norms: of the N flattened rows m and log d of the student, then of the teacher, where lse = m + log d; the part of the
-divergence that its gradient needs, KL(student || teacher) or KL(student || mixture); and the student's entropy.
+norms: of the N flattened rows m and log d of the student, then of the teacher, where lse = m + log d; a mean over the
+student's distribution that the gradient needs (reference.py), 0 for forward_kl; and the student's entropy.
 
 The gradient of a row's divergence is a row times its upstream gradient. So dx and d_lora_hidden come with the value,
 for upstream gradients of 1, where ``gradient`` asks for them: 3 products with frozen heads, not 5. They are made in the

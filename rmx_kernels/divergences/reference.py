@@ -7,8 +7,10 @@ With p of the teacher, q of the student and m = beta p + (1 - beta) q, a KL is a
 
 and exactly 0 where both are equal. The gradients of a row with respect to the student's scaled logits:
 
-    KL(p || q): q - p     KL(q || p): q (log q - log p - KL(q || p))     JSD: (1 - beta) q (log q - log m - KL(q || m))
+    KL(p || q): q - p    KL(q || p): q (l - mean), l = log q - log p    JSD: (1 - beta) q (l - mean), l = log q - log m
     entropy: -q (log q + entropy)
+
+The mean is sum q l, summed as it stands: what a rounded normaliser adds to every l then cancels in the difference.
 
 Products with the heads, a row: one of each for the normalisers, one of each for the terms, one of each for the
 gradient and one back. What goes over the tiles, :class:`Rows`, serves the CPU as well.
@@ -52,17 +54,18 @@ def log_ratio(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def terms(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of a tile: the terms of the divergence, and those of its part that the gradient needs; None for itself."""
+    """Of a tile: the terms of the divergence, and those of the mean that its gradient needs, if it needs one."""
     p, q = log_p.exp(), log_q.exp()
     if kind == FORWARD_KL:
         return kl_terms(q, p, log_q - log_p), None
     if kind == REVERSE_KL:
-        return kl_terms(p, q, log_p - log_q), None
+        return kl_terms(p, q, log_p - log_q), (q * (log_q - log_p)).masked_fill_(q == 0, 0)
     x = log_ratio(p, q, log_p, log_q)
     mixture = beta * p + (1 - beta) * q
     of_p = mixture_terms(p, mixture, (1 - beta) * x.expm1())
-    of_q = mixture_terms(q, mixture, beta * x.neg_().expm1_())
-    return of_p.mul_(beta).add_(of_q, alpha=1 - beta), of_q
+    y = x.neg_().expm1_().mul_(beta)
+    found = of_p.mul_(beta).add_(mixture_terms(q, mixture, y), alpha=1 - beta)
+    return found, y.log1p_().mul_(q).neg_()
 
 
 def row_gradient(kind: str, beta: float, log_p: Tensor, log_q: Tensor, mean: Tensor) -> Tensor:
@@ -118,14 +121,13 @@ class Rows:
         return (teacher_z - teacher_m) - teacher_log_d, (z - m) - log_d
 
     def values(self, tiles: Callable[[], Iterable[Tile]]) -> Tensor:
-        """The divergence [N], and its part for the gradient into the norms."""
+        """The divergence [N]; the mean for its gradient goes into the norms."""
         value, mean = (torch.zeros_like(self.norms[0]) for _ in range(2))
         for tile in tiles():
-            found, of_q = terms(self.kind, self.beta, *self.log_probs(tile))
+            found, of_mean = terms(self.kind, self.beta, *self.log_probs(tile))
             value[tile[0]] += found.sum(-1)
-            if of_q is not None:
-                mean[tile[0]] += of_q.sum(-1)
-        mean = mean if self.kind not in (FORWARD_KL, REVERSE_KL) else value
+            if of_mean is not None:
+                mean[tile[0]] += of_mean.sum(-1)
         self.norms[4] = torch.where(value.isnan(), value, mean)
         return value
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels.divergences import kernels
-from rmx_kernels.divergences.op import JSD, KINDS, NORMS, DivergenceForward, HeadPair, Upstream
+from rmx_kernels.divergences.op import KINDS, NORMS, DivergenceForward, HeadPair, Upstream
 from rmx_kernels.divergences.reference import flat_upstream, of_rows
 from rmx_kernels.head import configs
 from rmx_kernels.head.gradient import HeadGradient
@@ -69,7 +69,7 @@ def row_values(rows: RowLogits) -> tuple[Tensor, Tensor]:
         **sweep.shape(itemsize),
     )
     value, mean = sums.sum(-1)
-    norms[4] = mean if rows.pair.kind == JSD else value
+    norms[4] = mean
     return value, norms
 
 
