@@ -20,7 +20,7 @@ from rmx_kernels.head.gradient import HeadGradient
 from rmx_kernels.head.reference import VocabTiles
 from rmx_kernels.logits import Gradients, Logits, Needs, chunks, gradient_dtype
 
-BLOCK_BYTES = 1 << 20  # of one tile in full precision: it stays in a core's cache, and some twelve are alive at once
+BLOCK_BYTES = 1 << 19  # of one tile in full precision: it stays in a core's cache, and some 18 are alive at once
 
 
 class LogitRows:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rmx_kernels.divergences.op import FORWARD_KL, NORMS, REVERSE_KL, DivergenceForward, HeadPair, Upstream
 from rmx_kernels.head.reference import GradientSink, RowSums, VocabTiles
-from rmx_kernels.logits import Gradients, Needs
+from rmx_kernels.logits import Gradients, Needs, chunks
 from rmx_kernels.losses.reference import kl_terms
 
 NEAR = 0.3  # of 0: where y - log(1 + y) is a series
@@ -145,12 +145,17 @@ class Rows:
 
 
 class TilePair:
-    """Tiles of both models, whose heads may differ in width: as large as the wider one allows."""
+    """Tiles of both models, whose heads may differ in width: as many columns as the wider one allows.
+
+    Of half as many rows as for one model, since twice as many tiles are alive at once.
+    """
 
     def __init__(self, pair: HeadPair) -> None:
         self.student, self.teacher = VocabTiles(pair.student), VocabTiles(pair.teacher)
         wider = pair.teacher.x.shape[-1] > pair.student.x.shape[-1]
         self.wide = self.teacher if wider else self.student
+        self.N = pair.student.x.shape[0]
+        self.step = max(1, next(self.wide.rows(), slice(0, 1)).stop // 2)
 
     def __call__(self, sink: GradientSink | None = None) -> Iterator[Tile]:
         """Each tile. The sink is opened before those of the same columns, and closed behind them."""
@@ -158,7 +163,7 @@ class TilePair:
             head, teacher_head = self.student.head(cols), self.teacher.head(cols)
             if sink is not None:
                 sink.open(cols, head)
-            for rows in self.wide.rows():
+            for rows in chunks(self.N, self.step):
                 yield rows, cols, self.student(rows, cols, head), self.teacher(rows, cols, teacher_head)
             if sink is not None:
                 sink.close()
