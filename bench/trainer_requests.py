@@ -1,4 +1,4 @@
-"""What trainers ask for, ours against eager PyTorch: `python bench/trainer_requests.py [--rows 256] [--rounds 7]`.
+"""What trainers ask for, ours against eager PyTorch: `python bench/trainer_requests.py [--rows 256] [--only KL]`.
 
     cross-entropy       linear_cross_entropy                          cross_entropy(linear(hidden, W))
     the same, smoothed  ... label_smoothing=0.1, z_loss=1e-4          the same
@@ -6,6 +6,7 @@
     64 given ids        linear_entropy_topk, target [N, 64]           log_softmax, gather
     kept set of 64      linear_kept_logprobs                          logits of all tokens, masked, log_softmax
     temperature a row   linear_entropy_topk, temperature [N]          logits / temperature[:, None], log_softmax, gather
+    divergences         linear_divergence, a teacher 896 wide         F.kl_div of log_softmaxes; for the JSD as TRL
 
 Forward and backward to the hidden states, float32, a frozen head of 49152 x 576, on the CPU with torch's threads. Times
 are medians of rounds in which the two take turns; the values of both are compared first. The memory is the peak of
@@ -13,6 +14,7 @@ resident memory above what was held before, in a process of its own, results and
 """
 
 import argparse
+import math
 import multiprocessing
 import statistics
 import time
@@ -27,12 +29,14 @@ from torch import Tensor
 from rmx_kernels import (
     PolicyOptions,
     linear_cross_entropy,
+    linear_divergence,
     linear_entropy_topk,
     linear_kept_logprobs,
     linear_policy_loss,
 )
 
 V, H, K, SEQUENCES = 49152, 576, 64, 8
+TEACHER_H, BETA = 896, 0.5
 Way = Callable[[], Tensor]
 
 
@@ -78,6 +82,23 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
         logits = F.linear(hidden, weight) / temperature[..., None]
         return logits.log_softmax(-1).gather(-1, target[..., None]).mean()
 
+    teacher = torch.randn(*hidden.shape[:-1], TEACHER_H), torch.randn(V, TEACHER_H) * (3 / TEACHER_H**0.5)
+
+    def distilled(kind: str) -> tuple[Way, Way]:
+        def eager() -> Tensor:
+            own = log_p()
+            with torch.no_grad():
+                theirs = F.linear(*teacher).log_softmax(-1)
+            if kind == "forward_kl":
+                return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1).mean()
+            if kind == "reverse_kl":
+                return F.kl_div(theirs, own, reduction="none", log_target=True).sum(-1).mean()
+            mixture = torch.logsumexp(torch.stack([own + math.log(1 - BETA), theirs + math.log(BETA)]), 0)
+            parts = [F.kl_div(mixture, x, reduction="none", log_target=True) for x in (theirs, own)]
+            return (BETA * parts[0] + (1 - BETA) * parts[1]).sum(-1).mean()
+
+        return lambda: linear_divergence(hidden, weight, *teacher, kind=kind, beta=BETA).divergence.mean(), eager
+
     found: dict[str, tuple[Way, Way]] = {
         "cross-entropy": (lambda: linear_cross_entropy(hidden, weight, target), cross_entropy),
         "the same, smoothed": (
@@ -101,6 +122,9 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
             at_temperatures,
         ),
         f"kept set of {K}": (lambda: linear_kept_logprobs(hidden, weight, ids).logprobs.mean(), kept),
+        "forward KL": distilled("forward_kl"),
+        "reverse KL": distilled("reverse_kl"),
+        "JSD": distilled("jsd"),
     }
     return hidden, found
 
@@ -121,8 +145,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="the requests whose name has this in it")
     options = parser.parse_args()
     hidden, found = ways(options.rows)
+    found = {name: pair for name, pair in found.items() if options.only in name}
     context = multiprocessing.get_context("spawn")
     print(f"{options.rows} rows, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':20}{'ours':>10}{'eager':>10}{'ratio':>8}{'ours':>12}{'eager':>12}{'ratio':>8}")

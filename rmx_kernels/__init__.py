@@ -6,11 +6,20 @@ Every operator takes ``impl=None`` (best available), ``"reference"``, ``"cpu"`` 
 
 from rmx_kernels.causal_lm import CausalLMHead, head_of, token_logprobs
 from rmx_kernels.dispatch import Backend, BackendUnavailable, backends
+from rmx_kernels.divergences.api import linear_divergence
 from rmx_kernels.head.configs import set_logits_dtype, set_scratch_bytes
 from rmx_kernels.losses.api import gated_contrastive_loss, linear_gated_contrastive_loss, linear_logprob_kl
 from rmx_kernels.losses.cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from rmx_kernels.losses.policy import PolicyOptions, linear_policy_loss
-from rmx_kernels.results import ContrastiveLoss, CrossEntropy, KeptStats, LogprobKL, PolicyLoss, VocabStats
+from rmx_kernels.results import (
+    ContrastiveLoss,
+    CrossEntropy,
+    DivergenceStats,
+    KeptStats,
+    LogprobKL,
+    PolicyLoss,
+    VocabStats,
+)
 from rmx_kernels.statistics.api import entropy_topk, linear_entropy_topk
 from rmx_kernels.statistics.kept import kept_set, linear_kept_logprobs
 from rmx_kernels.version import __version__
@@ -22,6 +31,7 @@ __all__ = [
     "CausalLMHead",
     "ContrastiveLoss",
     "CrossEntropy",
+    "DivergenceStats",
     "KeptStats",
     "LinearCrossEntropyLoss",
     "LogprobKL",
@@ -36,6 +46,7 @@ __all__ = [
     "in_forward",
     "kept_set",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_entropy_topk",
     "linear_gated_contrastive_loss",
     "linear_kept_logprobs",

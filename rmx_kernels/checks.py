@@ -120,24 +120,24 @@ def full_precision(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected float32 or float64, got {value.dtype}")
 
 
-def head(hidden: Tensor, weight: object, bias: object) -> None:
-    """weight [V, H] and bias [V] of the dtype and device of hidden [..., H]."""
-    floating("weight", weight, 2)
+def head(hidden: Tensor, weight: object, bias: object, of: str = "") -> None:
+    """weight [V, H] and bias [V] of the dtype and device of hidden [..., H]; ``of`` begins the names of all three."""
+    floating(f"{of}weight", weight, 2)
     assert isinstance(weight, Tensor)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}], got {tuple(weight.shape)}")
+        raise ValueError(f"{of}weight: expected shape [V, {hidden.shape[-1]}], got {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
-    same_device("weight", weight, "hidden", hidden)
+        raise TypeError(f"{of}weight: expected the dtype of {of}hidden, {hidden.dtype}, got {weight.dtype}")
+    same_device(f"{of}weight", weight, f"{of}hidden", hidden)
     if bias is None:
         return
-    floating("bias", bias, 1)
+    floating(f"{of}bias", bias, 1)
     assert isinstance(bias, Tensor)
     if tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+        raise ValueError(f"{of}bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
     if bias.dtype != hidden.dtype:
-        raise TypeError(f"bias: expected the dtype of hidden, {hidden.dtype}, got {bias.dtype}")
-    same_device("bias", bias, "hidden", hidden)
+        raise TypeError(f"{of}bias: expected the dtype of {of}hidden, {hidden.dtype}, got {bias.dtype}")
+    same_device(f"{of}bias", bias, f"{of}hidden", hidden)
 
 
 def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
@@ -198,10 +198,15 @@ def scaling(temperature: object, softcap: object, x: Tensor | None) -> None:
     """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each."""
     if isinstance(temperature, Tensor):
         row_temperature(temperature, x)
-    else:
-        _above_0("temperature", temperature, "a number or a tensor")
+        temperature = 1.0
+    one_scaling(temperature, softcap)
+
+
+def one_scaling(temperature: object, softcap: object, of: str = "") -> None:
+    """A temperature and a softcap for all rows; ``of``: what their names begin with."""
+    _above_0(f"{of}temperature", temperature, "a number" if of else "a number or a tensor")
     if softcap is not None:
-        _above_0("softcap", softcap, "a number")
+        _above_0(f"{of}softcap", softcap, "a number")
 
 
 def _above_0(name: str, value: object, expected: str) -> None:

@@ -18,6 +18,7 @@ OPERATORS = (
     "gated_contrastive_loss",
     "linear_gated_contrastive_loss",
     "linear_logprob_kl",
+    "linear_divergence",
 )
 IMPLS = ("triton", "cpu", "reference")  # the order in which impl=None tries them
 # Triton's interpreter runs its kernels on CPU tensors; it is on or off for a whole process.
@@ -112,5 +113,5 @@ def _warn_of_fallback(name: str, reason: str) -> None:
 
 @functools.cache
 def kernels(family: str, impl: str) -> ModuleType:
-    """The module of a family, "statistics" or "losses", that holds an implementation's functions."""
+    """The module of a family, "statistics", "losses" or "divergences", that holds an implementation's functions."""
     return importlib.import_module(f"rmx_kernels.{family}.{impl}")

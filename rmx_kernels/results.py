@@ -37,6 +37,13 @@ class LogprobKL(NamedTuple):
     kl: Tensor  # [B...]  KL(p_base || p_student), nats, never negative
 
 
+class DivergenceStats(NamedTuple):
+    """Both differentiable with respect to the student."""
+
+    divergence: Tensor  # [B...]  of the student from the teacher, nats, never negative
+    entropy: Tensor  # [B...]  of the student, nats
+
+
 class CrossEntropy(NamedTuple):
     """The loss and what is reported beside it."""
 
@@ -65,6 +72,6 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor  # []  share of the tokens whose ratio was clipped
 
 
-RESULTS = (VocabStats, ContrastiveLoss, LogprobKL, CrossEntropy, KeptStats, PolicyLoss)
+RESULTS = (VocabStats, ContrastiveLoss, LogprobKL, DivergenceStats, CrossEntropy, KeptStats, PolicyLoss)
 for kind in RESULTS:  # torch.export saves these by name
     pytree._register_namedtuple(kind, serialized_type_name=f"{__name__}.{kind.__name__}")

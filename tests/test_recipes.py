@@ -224,13 +224,11 @@ def test_distillation_loss(path: Path, tmp_path: Path, student: str) -> None:
     assert loss > 0.01
     torch.testing.assert_close(loss, expected, **CLOSE)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected), **CLOSE)
-    by_token = distillation.distillation_loss(model, teacher, ids, mask, temperature=torch.full(live.shape, 2.0))
-    torch.testing.assert_close(by_token, loss, **CLOSE)
 
 
 def test_distillation_refuses_other_heads(path: Path, tmp_path: Path) -> None:
     teacher, (ids, mask) = load(path), batch()
-    with pytest.raises(ValueError, match=r"^student: expected 21 tokens"):
+    with pytest.raises(ValueError, match=r"^teacher_weight: expected the vocabulary of weight, 30 tokens, got 21"):
         distillation.distillation_loss(load(save_tiny_model(tmp_path / "v", vocab_size=30)), teacher, ids, mask)
     with pytest.raises(ValueError, match=r"^teacher: expected no adapter on its output head"):
         distillation.distillation_loss(load(path), with_lora(teacher, target_modules=["lm_head"]), ids, mask)

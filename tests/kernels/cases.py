@@ -1,4 +1,4 @@
-"""Inputs for the five operators, and the calls by which tests reach values and gradients."""
+"""Inputs for the operators, and the calls by which tests reach values and gradients."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,10 @@ DIFFERENTIABLE = {
     "gated_contrastive_loss": ("logits",),
     "linear_gated_contrastive_loss": ("hidden", "weight", "bias"),
     "linear_logprob_kl": ("hidden", "weight", "bias"),
+    "linear_divergence": ("hidden", "weight", "bias"),
 }
+TARGETED = tuple(op for op in dispatch.OPERATORS if op != "linear_divergence")  # those that take target ids
+PER_ROW = ("logits", "base_logits", "hidden", "base_hidden", "teacher_hidden", "target", "ce_weight", "kl_weight")
 SCALED = {"temperature": 0.7, "softcap": 5.0}
 
 
@@ -73,6 +76,10 @@ def make(
     else:
         arguments["logits"] = randn(*lead, V, seed=seed, **place) * 3
         base = {"base_logits": arguments["logits"] + randn(*lead, V, seed=seed + 3, **place)}
+    if op == "linear_divergence":  # the teacher is wider
+        arguments["teacher_hidden"] = randn(*lead, H + 2, seed=seed + 3, **place) * (3 / (H + 2) ** 0.5)
+        arguments["teacher_weight"] = randn(V, H + 2, seed=seed + 5, **place)
+        return arguments | {"teacher_bias": randn(V, seed=seed + 6, **place), "kind": "jsd", "beta": 0.3}
     arguments["target"] = randint(V, *lead, seed=seed + 4, device=device)
     if op.endswith("entropy_topk"):
         return arguments | {"k": min(3, V)}
@@ -159,26 +166,30 @@ def full_logits(
     given, inputs = leaves(op, cast)
     head = [given[name] for name in ("weight", "bias") if name in given]
     logits = oracles.linear(given["hidden"], *head, lora=given.get("lora")) if head else given["logits"]
-    base = oracles.linear(given["base_hidden"], *head) if "base_hidden" in given else given.get("base_logits")
+    base_head = [given[f"teacher_{name}"] for name in ("weight", "bias") if f"teacher_{name}" in given] or head
+    base_hidden = given.get("base_hidden", given.get("teacher_hidden"))
+    base = given.get("base_logits") if base_hidden is None else oracles.linear(base_hidden, *base_head)
     if off is not None:
         share, seed = off
         exactly = arguments["weight"].dtype != torch.float32  # summed, and then rounded once
-        parts = [x.detach() if exactly else x.detach().abs() for x in head]
-        student, teacher = (given.get(n, given["hidden"]).detach() for n in ("hidden", "base_hidden"))
-        if not exactly:
-            student, teacher = student.abs(), teacher.abs()
-        size = oracles.linear(student, *parts).abs()
+        teacher = given["hidden"] if base_hidden is None else base_hidden
+        sizes = []
+        for x, parts in ((given["hidden"], head), (teacher, base_head)):
+            sizes.append(oracles.linear(*(y.detach() if exactly else y.detach().abs() for y in (x, *parts))).abs())
+        size = sizes[0]
         if "lora" in arguments:  # a sum, rounded as each of its terms, of which the pair's has two products and a scale
             size = size + logits.detach().abs() + 3 * (logits - oracles.linear(given["hidden"], *head)).detach().abs()
         exact = logits, base
         logits = logits + signs(size, seed) * share * size
-        base = None if base is None else base + signs(base, seed + 1) * share * oracles.linear(teacher, *parts).abs()
+        base = None if base is None else base + signs(base, seed + 1) * share * sizes[1]
     outputs: Sequence[Tensor]
     if ids is not None:
         outputs = oracles.vocab_stats(logits, given["target"], ids, **scaling)
         outputs = outputs[: 4 if ids.shape[-1] else 3]
     else:
-        if op == "linear_logprob_kl":
+        if op == "linear_divergence":
+            outputs = oracles.divergence(logits, base, given["kind"], given["beta"], **scaling)
+        elif op == "linear_logprob_kl":
             outputs = oracles.logprob_kl(logits, base, given["target"], **scaling)
         else:
             weights = arguments["ce_weight"], arguments["kl_weight"]
@@ -196,6 +207,9 @@ def signs(like: Tensor, seed: int) -> Tensor:
     return (randint(2, *like.shape, seed=seed, device=like.device.type) * 2 - 1).to(like.dtype)
 
 
+HEADS = ("weight", "bias", "teacher_weight", "teacher_bias")
+
+
 def turned(op: str, arguments: Arguments) -> Arguments:
     """The arguments with the vocabulary in the reverse order: the same results, summed in another order."""
 
@@ -204,7 +218,7 @@ def turned(op: str, arguments: Arguments) -> Arguments:
             return V - 1 - value
         if name == "lora" and value is not None:
             return value[0], value[1].flip(0), value[2]
-        return value.flip(-1) if "logits" in name else value.flip(0) if name in ("weight", "bias") else value
+        return value.flip(-1) if "logits" in name else value.flip(0) if name in HEADS else value
 
     V = arguments["weight"].shape[0] if "weight" in arguments else arguments["logits"].shape[-1]
     return {name: of(name, value) for name, value in arguments.items()}

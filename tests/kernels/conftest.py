@@ -1,7 +1,7 @@
 """Each test that takes ``device`` and ``impl`` runs once for every implementation that runs here.
 
 The implementations come from ``rmx_kernels.backends()``, so a new one goes through the whole grid unchanged. A test
-names its operator by the module constant OPERATOR, or takes ``op`` and runs for all five, or those in OPERATORS.
+names its operator by the module constant OPERATOR, or takes ``op`` and runs for all, or those in OPERATORS.
 ``dtype`` adds every dtype that the implementation takes; ``fp64`` is torch.float64, where it is taken.
 """
 

@@ -4,6 +4,7 @@ Each function works in the dtype of its inputs: in float64 it is the truth, in t
 the eager code that people write (logits and their scaling in that dtype, then ``.float().log_softmax``).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -90,6 +91,29 @@ def contrastive_loss(
     logprob, kl = logprob_kl(logits, base_logits, target, temperature, softcap)
     loss = (kl_weight.to(kl.dtype) * kl).sum() - (ce_weight.to(kl.dtype) * logprob).sum()
     return Loss(loss, logprob, kl)
+
+
+def divergence(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str,
+    beta: float,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    teacher_temperature: float | None = None,
+    teacher_softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each row from a teacher, a constant, and the student's entropy."""
+    log_q = scaled(logits, temperature, softcap).log_softmax(-1)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    log_p = scaled(teacher_logits.detach(), teacher_temperature, teacher_softcap).log_softmax(-1)
+    entropy = -(log_q.exp() * log_q.masked_fill(log_q.exp() == 0, 0)).sum(-1)
+    if kind == "forward_kl":
+        return kl_divergence(log_p, log_q), entropy
+    if kind == "reverse_kl":
+        return kl_divergence(log_q, log_p), entropy
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m), entropy
 
 
 def assert_as_good_as_eager(

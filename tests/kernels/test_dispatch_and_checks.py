@@ -150,8 +150,21 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
     ],
     "temperature": [*SCALES, *BY_ROW, ("None", lambda _: None, TypeError)],
     "softcap": [*SCALES, ("a tensor", lambda _: torch.tensor(1.0), TypeError)],
+    "kind": [(repr(v), lambda _, v=v: v, ValueError) for v in ("kl", "", None, 3)],
+    "beta": [
+        *((repr(v), lambda _, v=v: v, ValueError) for v in (-0.1, 1.1, math.nan, math.inf)),
+        *((repr(v), lambda _, v=v: v, TypeError) for v in (True, "1", None, torch.tensor(0.5))),
+    ],
     "impl": [(repr(v), lambda _, v=v: v, ValueError) for v in ("cuda", "", "Reference", 3, True)],
 }
+
+WRONG |= {f"teacher_{name}": [*WRONG[name], ("trainable", trainable, ValueError)] for name in ("weight", "bias")}
+WRONG |= {f"teacher_{name}": WRONG[name] for name in ("softcap",)} | {"teacher_temperature": SCALES}
+WRONG["teacher_hidden"] = [
+    *ROWS,
+    *(case for case in BASE if case[0] not in ("no tensor", "a shape that would broadcast")),
+    ("one row", lambda x: x[:1], ValueError),
+]
 
 
 def good(op: str) -> cases.Arguments:
@@ -162,11 +175,16 @@ def good(op: str) -> cases.Arguments:
     return cases.with_lora(arguments) if op.startswith("linear") else arguments
 
 
+ONE_TEMPERATURE = "linear_divergence"  # for all rows, so that it takes no tensor of any shape
+
 TABLE = [
-    pytest.param(op, name, change, error, id=f"{op}-{name}-{what}")
+    pytest.param(
+        *(op, name, change, TypeError if op == ONE_TEMPERATURE and case in BY_ROW else error), id=f"{op}-{name}-{what}"
+    )
     for op in OPERATORS
     for name in inspect.signature(getattr(rmx_kernels, op)).parameters
-    for what, change, error in WRONG[name]
+    for case in WRONG[name]
+    for what, change, error in [case]
     if not (name == "target" and what == "a column" and op.endswith("topk"))  # several targets a row
 ]
 
@@ -193,6 +211,8 @@ def test_error_says_what_was_expected_and_what_came() -> None:
 def test_good_arguments_pass(op: str) -> None:
     cases.call(op, good(op))
     cases.call(op, good(op), temperature=2, softcap=30, impl=None)
+    if op == ONE_TEMPERATURE:
+        return
     cases.call(op, good(op), temperature=torch.ones(6))
     with torch.no_grad():
         cases.call(op, good(op), temperature=torch.ones(6, requires_grad=True))
@@ -200,7 +220,9 @@ def test_good_arguments_pass(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPERATORS if not op.endswith("entropy_topk")])
 def test_constants_may_belong_to_a_graph_where_none_is_recorded(op: str) -> None:
-    arguments = {n: v.requires_grad_() if n.startswith("base") or "_weight" in n else v for n, v in good(op).items()}
+    arguments = {
+        n: v.requires_grad_() if n.startswith(("base", "teacher")) or "_weight" in n else v for n, v in good(op).items()
+    }
     with torch.no_grad():
         cases.call(op, arguments)
 

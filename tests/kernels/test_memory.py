@@ -18,7 +18,7 @@ from rmx_kernels import dispatch
 from rmx_kernels.head.cpu import LOGIT_BYTES
 from rmx_kernels.head.reference import TILE_BYTES
 
-OPERATORS = ("linear_entropy_topk", "linear_gated_contrastive_loss", "linear_logprob_kl")
+OPERATORS = ("linear_entropy_topk", "linear_gated_contrastive_loss", "linear_logprob_kl", "linear_divergence")
 IMPLS = ("reference", "cpu")  # that of the Triton kernels is larger than these shapes: test_triton_gpu.py
 SCRATCH = 64 << 20  # bytes, the bound that is documented for the CPU
 
@@ -69,8 +69,16 @@ def inside(ledger: Ledger, op: str, impl: str) -> Iterator[Ledger]:
 
         return run
 
-    module = dispatch.kernels("losses" if "kl" in op or "loss" in op else "statistics", impl)
-    functions = ("contrastive_loss", "contrastive_loss_backward", "logprob_kl", "logprob_kl_backward")
+    compared = "divergences" if op == "linear_divergence" else "losses"
+    module = dispatch.kernels("statistics" if op.endswith("topk") else compared, impl)
+    functions = (
+        "divergence",
+        "divergence_backward",
+        "contrastive_loss",
+        "contrastive_loss_backward",
+        "logprob_kl",
+        "logprob_kl_backward",
+    )
     names = [name for name in (*functions, "forward", "backward") if hasattr(module, name)]
     assert names
     with patch.dict(vars(module), {name: seen(getattr(module, name)) for name in names}), ledger:

@@ -238,7 +238,7 @@ RANGE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 POOL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, RANGE, ctypes.c_void_p)
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", cases.TARGETED)  # linear_divergence has no native kernel
 def test_the_pool_may_split_rows_in_any_way(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that takes the rows singly and backwards; this also shows that the kernels do hand their rows to the pool."""
     arguments = cases.make(op, (40,), 5000, 16)
@@ -270,9 +270,6 @@ def test_torch_has_a_pool() -> None:
     assert native._pool() is not None
 
 
-PER_ROW = ("logits", "base_logits", "hidden", "base_hidden", "target", "ce_weight", "kl_weight")
-
-
 def row_results(op: str, arguments: cases.Arguments) -> dict[str, Tensor]:
     """What belongs to a row: its results, and the gradient of its own input."""
     name = cases.DIFFERENTIABLE[op][0]
@@ -295,7 +292,7 @@ def test_rows_do_not_depend_on_their_number_or_place(op: str, V: int, H: int, dt
     arguments = cases.make(op, (107,), V, H, dtype)
     whole = row_results(op, arguments)
     for rows in [slice(0, n) for n in (1, 2, 3, 5, 7, 16, 33, 64, 100)] + [slice(n, n + 7) for n in (1, 6, 50, 100)]:
-        part = row_results(op, {n: v[rows] if n in PER_ROW else v for n, v in arguments.items()})
+        part = row_results(op, {n: v[rows] if n in cases.PER_ROW else v for n, v in arguments.items()})
         for field, value in part.items():
             assert torch.equal(cases.integers(value), cases.integers(whole[field][rows])), f"{field} of rows {rows}"
 

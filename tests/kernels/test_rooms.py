@@ -16,7 +16,9 @@ ORDER = (
     *("head.cpu", "head.triton", "statistics", "statistics.op", "statistics.reference", "statistics.cpu"),
     *("statistics.kernels", "statistics.triton", "statistics.api", "statistics.kept", "losses", "losses.op"),
     *("losses.reference", "losses.cpu", "losses.kernels", "losses.triton", "losses.api", "losses.cross_entropy"),
-    *("losses.policy", "vocab_parallel.merge", "vocab_parallel.agreement", "vocab_parallel.shard"),
+    *("losses.policy", "divergences", "divergences.op", "divergences.reference", "divergences.cpu"),
+    *("divergences.kernels", "divergences.triton", "divergences.api"),
+    *("vocab_parallel.merge", "vocab_parallel.agreement", "vocab_parallel.shard"),
     *("vocab_parallel.functions", "vocab_parallel.api", "vocab_parallel", "wrappers", "head_check", "causal_lm"),
     *("doctor", ""),
 )
@@ -27,6 +29,7 @@ DOORS = (
     "losses/api.py",
     "losses/cross_entropy.py",
     "losses/policy.py",
+    "divergences/api.py",
     "vocab_parallel/api.py",
     "causal_lm.py",
 )  # keyword arguments of the public
@@ -81,7 +84,7 @@ def test_one_of_each_class() -> None:
     twice = {name for name in classes if classes.count(name) > 1}
     assert twice <= {
         "Head",  # the head's products on a CPU, and on a GPU
-        "HeadRows",  # the losses' rows of hidden states: CPU, GPU
+        "HeadRows",  # the rows of hidden states of losses and divergences: CPU, GPU
         "Rows",  # as the native library takes them, and as Triton's kernels do
         "Statistics",  # of a GPU's rows, and over ranks
         "StatisticsGradient",  # CPU, GPU

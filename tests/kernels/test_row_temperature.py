@@ -14,6 +14,7 @@ import rmx_kernels
 from rmx_kernels import PolicyOptions, checks, linear_cross_entropy, linear_kept_logprobs, linear_policy_loss
 from rmx_kernels.dispatch import OPERATORS as ALL
 
+OPERATORS = [op for op in ALL if op != "linear_divergence"]  # which has one temperature for all rows
 STATISTICS = [op for op in ALL if op.endswith("entropy_topk")]
 LOSSES = [op for op in ALL if op.endswith("loss")]
 SCALINGS = [{}, {"softcap": 5.0}]

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rmx_kernels import dispatch
+from rmx_kernels.divergences.op import KINDS, HeadPair
 from rmx_kernels.head import configs
 from rmx_kernels.logits import Logits
 from rmx_kernels.losses.op import Pair
@@ -47,7 +48,7 @@ POINTERS = {
 }
 
 
-FAMILIES = ("statistics", "losses")
+FAMILIES = ("statistics", "losses", "divergences")
 
 
 def kernels_of(family: str) -> Any:
@@ -92,6 +93,19 @@ def run_loss(dtype: torch.dtype, V: int, softcap: float | None, by_row: bool = F
     kernels_of("losses").contrastive_loss(pair, (w, w), w, True)
 
 
+def run_divergence(dtype: torch.dtype, V: int, kind: str, softcap: float | None) -> None:
+    """With a teacher of another width and scaling; the gradient of the divergence alone, and of both results."""
+    module, g = kernels_of("divergences"), torch.ones(2)
+    student, teacher = (
+        Logits(torch.zeros(2, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), temperature=T, softcap=cap)
+        for H, T, cap in ((4, 0.7, softcap), (8, 1.0, None))
+    )
+    pair = HeadPair(student, teacher, kind, 0.5)
+    norms = module.divergence(pair, True)[2]
+    module.divergence_backward(pair, norms, (g, g), (True, *[False] * 4))
+    module.divergence_backward(pair, norms, (None, g), (True, *[False] * 4))
+
+
 def recorded(*runs: Callable[[], None], architecture: str = "sm_90") -> list[Launch]:
     """What the operators launch there, each variant once."""
     found: dict[Any, Launch] = {}
@@ -116,6 +130,8 @@ def launches(architecture: str) -> list[Launch]:
         for softcap in () if not dtype.is_floating_point else (30.0, None) if architecture in WHOLE else (30.0,):
             runs.append(partial(run_statistics, dtype, 50257, 2, softcap))  # an odd vocabulary: nothing is aligned
             runs.append(partial(run_loss, dtype, 151936, softcap))
+            kinds = KINDS if dtype == torch.bfloat16 else ("jsd",)  # which needs the most registers
+            runs += [partial(run_divergence, dtype, 151936, kind, softcap) for kind in kinds]
     for softcap in (30.0, None) if architecture in WHOLE else (30.0,):
         runs.append(partial(run_statistics, torch.bfloat16, 151936, 8, softcap, by_row=True))
         runs.append(partial(run_loss, torch.bfloat16, 151936, softcap, by_row=True))
@@ -123,6 +139,7 @@ def launches(architecture: str) -> list[Launch]:
         for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):
             runs.append(partial(run_statistics, torch.bfloat16, V, k, None))
         runs.append(partial(run_loss, torch.bfloat16, 50257, None))
+        runs.append(partial(run_divergence, torch.bfloat16, 50257, "jsd", None))
     return recorded(*runs, architecture=architecture)
 
 
@@ -205,7 +222,7 @@ def test_no_spills_and_within_shared_memory(architecture: str) -> None:
         what = f"{launch[0].fn.__name__} {[kind(a) for a in launch[1]]} {launch[2]}, {launch[3]} warps"
         assert spills(binary) == 0, what
         assert binary.metadata.shared <= shared_kib * 1024, f"{what}: {binary.metadata.shared} bytes"
-    assert len(names) == 6
+    assert len(names) == 9
 
 
 def test_every_architecture_has_a_configuration() -> None:
@@ -214,7 +231,8 @@ def test_every_architecture_has_a_configuration() -> None:
 
 # Instructions a logit in the longest loop, counted in the disassembly for sm_90. At 8192 x 151936 bfloat16 logits an
 # H200 issues about 13 a logit in the time in which it reads them.
-BUDGETS = {("statistics", "fold"): 13.0, ("losses", "fold"): 32.0}
+BUDGETS = {("statistics", "fold"): 13.0, ("losses", "fold"): 32.0, ("divergences", "fold"): 18.0}
+OF_KIND = {"forward_kl": (28.0, 38.0), "reverse_kl": (28.0, 38.0), "jsd": (112.0, 112.0)}  # values, gradient
 FP32_MORE = 3.0  # a step holds half as many logits; they also take twice the time to be read
 GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instructions of a step that is not masked
 
@@ -233,8 +251,21 @@ def test_instructions_a_logit(family: str, kernel: str, dtype: torch.dtype, by_r
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_instructions_of_each_divergence(dtype: torch.dtype) -> None:
+    """A pair of logits, student's and teacher's. The JSD is bound by its arithmetic: a logarithm, four exponentials."""
+    for kernel in ("values", "gradient"):
+        for launch in of_kernel("divergences", kernel, dtype):
+            constants = launch[2]
+            longest = max(loops(disassembly(compiled(launch, TARGETS["sm_90"][0]))), key=len)
+            used = len(longest) / (constants["R"] * constants["J"])
+            kind = KINDS[constants["KIND"]]
+            assert used <= OF_KIND[kind][kernel == "gradient"], f"{kernel} of {kind}: {used:.1f} a pair"
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("by_row", [False, True], ids=["one temperature", "temperature of each row"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["statistics", "losses"])
 def test_arithmetic_of_the_gradients(family: str, by_row: bool) -> None:
     """The pairs of branches (masked or not, anchored or not, with the target or not) cost code, not time."""
     for launch in of_kernel(family, "gradient", torch.bfloat16, by_row):
@@ -265,11 +296,14 @@ def of_kernel(family: str, kernel: str, dtype: torch.dtype, by_row: bool = False
     run = {
         "statistics": lambda: run_statistics(dtype, 151936, 8, None, by_row),
         "losses": lambda: run_loss(dtype, 151936, None, by_row),
+        "divergences": lambda: [run_divergence(dtype, 151936, kind, None) for kind in KINDS],
     }[family]
     found = [
         launch
         for launch in recorded(run)
-        if launch[0].fn.__name__ == kernel and family in launch[0].fn.__module__ and launch[1][0].dtype == dtype
+        if launch[0].fn.__name__ == kernel
+        and family in launch[0].fn.__module__
+        and (launch[1][0].dtype == dtype or family == "divergences")  # float16 heads give float32 logits
     ]
     assert found
     return found

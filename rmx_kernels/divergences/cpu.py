@@ -1,0 +1,159 @@
+"""A CPU without a native kernel: torch.mm makes whole rows of logits, and torch's operations work on tiles of them.
+
+As many rows as fit into 48 MiB are multiplied at once, student and teacher, and kept while a block of them after the
+other gets its normalisers, its values, and its gradient over the student's logits. So a row costs 3 products: student,
+teacher, and back. A gradient of the entropy makes the logits again. The gradient of a trained head takes a sweep of its
+own, by slices of the vocabulary. The arithmetic is :class:`rmx_kernels.divergences.reference.Rows`.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rmx_kernels.divergences.op import NORMS, DivergenceForward, HeadPair, Upstream
+from rmx_kernels.divergences.reference import Rows, Tile, flat_upstream, of_rows
+from rmx_kernels.head import cpu as tiles
+from rmx_kernels.head.cpu import Head
+from rmx_kernels.head.gradient import HeadGradient
+from rmx_kernels.head.reference import VocabTiles
+from rmx_kernels.logits import Gradients, Logits, Needs, chunks, gradient_dtype
+
+BLOCK_BYTES = 1 << 19  # of one tile in full precision: it stays in a core's cache, and some 18 are alive at once
+
+
+class LogitRows:
+    """Logits of n rows of both models [n, columns], which the student's gradient may overwrite."""
+
+    def __init__(self, pair: HeadPair, z: Tensor, teacher_z: Tensor) -> None:
+        student, teacher = (
+            Logits(x, temperature=of.temperature, softcap=of.softcap)
+            for x, of in ((z, pair.student), (teacher_z, pair.teacher))
+        )
+        self.pair, self.z = pair, z
+        self.student, self.teacher = VocabTiles(student), VocabTiles(teacher)
+
+    def blocks(self) -> Iterator[slice]:
+        width = max(cols.stop - cols.start for cols in self.student.columns())
+        return chunks(self.z.shape[0], max(1, BLOCK_BYTES // (width * self.student.dtype.itemsize)))
+
+    def tiles(self, block: slice) -> Iterator[Tile]:
+        """Of one block, whose rows are counted from its beginning."""
+        own = slice(0, block.stop - block.start)
+        for cols in self.student.columns():
+            yield own, cols, self.student(block, cols, None), self.teacher(block, cols, None)
+
+    def values(self, norms: Tensor, gradient: bool) -> Tensor:
+        """The divergence [n]; writes the norms [6, n], and where it is asked for the gradient over the logits."""
+        found = torch.empty_like(norms[0])
+        for block in self.blocks():
+            rows = Rows(self.pair, norms[:, block])
+            walk = functools.partial(self.tiles, block)
+            rows.find_norms(walk)
+            found[block] = rows.values(walk)
+            if gradient:
+                self._turn(rows, block, (torch.ones_like(found[block]), None))
+        return found
+
+    def turn(self, norms: Tensor, upstream: Upstream) -> None:
+        """The gradient of the logits over them, from known norms [6, n] and upstream gradients [n]."""
+        for block in self.blocks():
+            self._turn(Rows(self.pair, norms[:, block]), block, of_rows(upstream, block))
+
+    def _turn(self, rows: Rows, block: slice, upstream: Upstream) -> None:
+        for tile in self.tiles(block):
+            self.z[block, tile[1]] = self.student.unscale(block, rows.gradient(tile, upstream), tile[2]).to(
+                self.z.dtype
+            )
+
+
+class HeadRows:
+    """The rows of a pair [N, H], flattened: their logits are made a chunk at a time."""
+
+    def __init__(self, pair: HeadPair) -> None:
+        self.pair, self.student, self.teacher = pair, Head(pair.student), Head(pair.teacher)
+        self.x, self.u = pair.student.x, pair.student.lora_hidden
+        self.chunk = self.student.row_chunk()  # two whole rows of logits each
+        self.N = self.x.shape[0]
+
+    def values(self, norms: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(divergence [N], d x [N, H] or [0], d lora_hidden [N, r] or [0]); writes the norms [6, N]."""
+        found = torch.empty_like(norms[0])
+        dx, du = self._room(gradient, gradient)
+        buffers = self._buffers(self.chunk, self.student.V)
+        for rows in chunks(self.N, self.chunk):
+            _, _, z, logits = self._multiply(rows, buffers)
+            found[rows] = logits.values(norms[:, rows], gradient)
+            self._back(z, rows, dx, du)
+        return found, dx, du
+
+    def gradients(self, norms: Tensor, upstream: Upstream, needs: Needs) -> tuple[Tensor, Tensor]:
+        """(d x [N, H], d lora_hidden [N, r]) from known norms; without elements where not needed."""
+        dx, du = self._room(needs[0], needs[3])
+        if dx.numel() + du.numel() == 0:
+            return dx, du
+        buffers = self._buffers(self.chunk, self.student.V)
+        for rows in chunks(self.N, self.chunk):
+            _, _, z, logits = self._multiply(rows, buffers)
+            logits.turn(norms[:, rows], of_rows(upstream, rows))
+            self._back(z, rows, dx, du)
+        return dx, du
+
+    def head_gradients(self, norms: Tensor, upstream: Upstream, sink: HeadGradient) -> None:
+        """The gradients of the student's head from known norms, into the sink."""
+        if not sink.wanted:
+            return
+        buffers = self._buffers(tiles.TILE_ROWS, tiles.TILE_COLUMNS)
+        for cols in self.student.columns():
+            sink.open(cols)
+            for rows in chunks(self.N, tiles.TILE_ROWS):
+                n = rows.stop - rows.start
+                x, u, z, logits = self._multiply(rows, buffers, cols)
+                logits.turn(norms[:, rows], of_rows(upstream, rows))
+                sink.add(z[:n], x[:n], None if u is None else u[:n])
+            sink.close()
+
+    def _room(self, need_x: bool, need_lora: bool) -> tuple[Tensor, Tensor]:
+        dx = torch.empty(self.x.shape if need_x else 0, dtype=gradient_dtype(self.x, "cpu"))
+        return dx, dx.new_empty(self.u.shape if self.u is not None and need_lora else 0)
+
+    def _buffers(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        rows = min(rows, self.N)
+        return self.student.buffer(columns, rows), self.teacher.buffer(columns, rows)
+
+    def _multiply(
+        self, rows: slice, buffers: tuple[Tensor, Tensor], cols: slice | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, LogitRows]:
+        """(the student's rows of x and of lora_hidden, its logits, all in fours; the logits of both)."""
+        n = rows.stop - rows.start
+        x, u = self.student.rows(self.x[rows]), self.student.lora_rows(self.u, rows)
+        z = self.student.logits(x, buffers[0], cols, u)
+        teacher_z = self.teacher.logits(self.teacher.rows(self.pair.teacher.x[rows]), buffers[1], cols)
+        return x, u, z, LogitRows(self.pair, z[:n], teacher_z[:n])
+
+    def _back(self, dz: Tensor, rows: slice, dx: Tensor, du: Tensor) -> None:
+        n = rows.stop - rows.start
+        if dx.numel():
+            dx[rows] = self.student.back(dz)[:n]
+        if du.numel():
+            du[rows] = self.student.lora_back(dz)[:n]
+
+
+def divergence(pair: HeadPair, gradient: bool) -> DivergenceForward:
+    z, pair = pair.student, pair.rows()
+    norms = torch.full((NORMS, pair.student.x.shape[0]), float("nan"), dtype=z.real)
+    value, dx, du = HeadRows(pair).values(norms, gradient)
+    dx = dx.view(z.x.shape) if gradient else dx
+    du = du.view(z.lora_hidden.shape) if z.lora_hidden is not None and gradient else du
+    return value.view(z.lead), norms[5].clone().view(z.lead), norms, dx, du
+
+
+def divergence_backward(pair: HeadPair, norms: Tensor, upstream: Upstream, needs: Needs) -> Gradients:
+    z, rows, upstream = pair.student, HeadRows(pair.rows()), flat_upstream(upstream, norms.dtype)
+    dx, du = rows.gradients(norms, upstream, needs)
+    sink = HeadGradient(z, needs)
+    rows.head_gradients(norms, upstream, sink)
+    dx = dx.to(z.x.dtype).view(z.x.shape if needs[0] else -1)
+    du = du.to(z.x.dtype).view(z.lora_hidden.shape if needs[3] and z.lora_hidden is not None else -1)
+    return dx, sink.weight, sink.bias, du, sink.lora_weight
