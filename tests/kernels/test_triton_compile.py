@@ -275,11 +275,12 @@ def test_a_new_size_or_k_compiles_nothing() -> None:
         variants = {variant(launch) for launch in recorded(lambda V=V, k=k: run_statistics(torch.bfloat16, V, k, None))}
         seen.add(frozenset(variants))
     assert len(seen) == 1
-    losses = {
-        frozenset(variant(launch) for launch in recorded(lambda V=V: run_loss(torch.bfloat16, V, None)))
-        for V in (49152, 128256, 151936)
-    }
-    assert len(losses) == 1
+    for run in (run_loss, partial(run_divergence, kind="jsd")):
+        found = {
+            frozenset(variant(launch) for launch in recorded(partial(run, torch.bfloat16, V, softcap=None)))
+            for V in (49152, 128256, 151936)
+        }
+        assert len(found) == 1
 
 
 def of_kernel(family: str, kernel: str, dtype: torch.dtype) -> list[Launch]:
