@@ -229,7 +229,7 @@ def values(
     tl.store(to + field, tl.sum(mean) + nothing)
 
 
-@triton.jit(do_not_specialize=["N", "columns", "S", "STEPS"])
+@triton.jit(do_not_specialize=["norms_stride", "N", "columns", "S", "STEPS"])
 def gradient(
     x, stride, teacher_x, teacher_stride,  # logits [N, columns]
     dx, dx_stride,  # [N, columns]; may be x

@@ -5,6 +5,7 @@ written over the student's logits. So a row costs 3 products: student, teacher, 
 makes the logits again. The gradient of a trained head takes a sweep of its own, by slices of the vocabulary.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ def scale_of(z: Logits) -> tuple[float, float, float | None]:
     return scaling(z)[:3]
 
 
+def single(sweep: configs.Sweep) -> configs.Sweep:
+    """One load a lane and step: what lies between two logits and a term takes the registers of a second one."""
+    return dataclasses.replace(sweep, loads=1)
+
+
 def row_values(rows: RowLogits) -> tuple[Tensor, Tensor]:
     """(divergence [n], norms [6, n]) of whole rows."""
     V, n, device, itemsize = rows.x.shape[1], rows.n, rows.x.device, rows.x.element_size()
@@ -59,6 +65,8 @@ def row_values(rows: RowLogits) -> tuple[Tensor, Tensor]:
         STAGES=sweep.stages,
         **sweep.shape(itemsize),
     )
+    sweep = single(sweep)  # of as many programs
+    S, steps = sweep.division(V, itemsize)
     launch(
         *(kernels.values, n * S, device, *rows.arguments, parts, norms, sums, n, V, S, steps),
         *(*own, *other, rows.pair.beta),
@@ -75,7 +83,7 @@ def row_values(rows: RowLogits) -> tuple[Tensor, Tensor]:
 
 def row_gradient(rows: RowLogits, dx: Tensor, norms: Tensor, upstream: Upstream) -> None:
     """dx [n, columns] of the rows, from norms [6, n] and upstream gradients [n]; in place if dx is x."""
-    sweep, itemsize = configs.config(dx.device).loss_gradient, rows.x.element_size()
+    sweep, itemsize = single(configs.config(dx.device).loss_gradient), rows.x.element_size()
     S, steps = sweep.division(rows.x.shape[1], itemsize)
     launch(
         *(kernels.gradient, rows.n * S, dx.device, *rows.arguments, dx, dx.stride(0), norms, norms.stride(0)),

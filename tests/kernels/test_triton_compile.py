@@ -232,7 +232,7 @@ def test_every_architecture_has_a_configuration() -> None:
 # Instructions a logit in the longest loop, counted in the disassembly for sm_90. At 8192 x 151936 bfloat16 logits an
 # H200 issues about 13 a logit in the time in which it reads them.
 BUDGETS = {("statistics", "fold"): 13.0, ("losses", "fold"): 32.0, ("divergences", "fold"): 18.0}
-OF_KIND = {"forward_kl": (28.0, 38.0), "reverse_kl": (28.0, 38.0), "jsd": (112.0, 112.0)}  # values, gradient
+OF_KIND = {"forward_kl": (36.0, 41.0), "reverse_kl": (46.0, 41.0), "jsd": (126.0, 116.0)}  # values, gradient
 FP32_MORE = 3.0  # a step holds half as many logits; they also take twice the time to be read
 GRADIENT_BUDGET = 20.0  # a logit, of the floating-point and conversion instructions of a step that is not masked
 
@@ -284,11 +284,12 @@ def test_a_new_size_or_k_compiles_nothing() -> None:
         variants = {variant(launch) for launch in recorded(lambda V=V, k=k: run_statistics(torch.bfloat16, V, k, None))}
         seen.add(frozenset(variants))
     assert len(seen) == 1
-    losses = {
-        frozenset(variant(launch) for launch in recorded(lambda V=V: run_loss(torch.bfloat16, V, None)))
-        for V in (49152, 128256, 151936)
-    }
-    assert len(losses) == 1
+    for run in (run_loss, partial(run_divergence, kind="jsd")):
+        found = {
+            frozenset(variant(launch) for launch in recorded(partial(run, torch.bfloat16, V, softcap=None)))
+            for V in (49152, 128256, 151936)
+        }
+        assert len(found) == 1
 
 
 def of_kernel(family: str, kernel: str, dtype: torch.dtype, by_row: bool = False) -> list[Launch]:
