@@ -130,11 +130,11 @@ def launches(architecture: str) -> list[Launch]:
         for softcap in () if not dtype.is_floating_point else (30.0, None) if architecture in WHOLE else (30.0,):
             runs.append(partial(run_statistics, dtype, 50257, 2, softcap))  # an odd vocabulary: nothing is aligned
             runs.append(partial(run_loss, dtype, 151936, softcap))
-            kinds = KINDS if dtype == torch.bfloat16 else ("jsd",)  # which needs the most registers
-            runs += [partial(run_divergence, dtype, 151936, kind, softcap) for kind in kinds]
-    for softcap in (30.0, None) if architecture in WHOLE else (30.0,):
-        runs.append(partial(run_statistics, torch.bfloat16, 151936, 8, softcap, by_row=True))
-        runs.append(partial(run_loss, torch.bfloat16, 151936, softcap, by_row=True))
+        if dtype.is_floating_point:
+            kinds = KINDS if dtype == torch.bfloat16 and architecture in WHOLE else ("jsd",)  # of the most registers
+            runs += [partial(run_divergence, dtype, 151936, kind, 30.0) for kind in kinds]
+    runs.append(partial(run_statistics, torch.bfloat16, 151936, 8, 30.0, by_row=True))
+    runs.append(partial(run_loss, torch.bfloat16, 151936, 30.0, by_row=True))
     if architecture in WHOLE:
         for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):
             runs.append(partial(run_statistics, torch.bfloat16, V, k, None))
