@@ -123,3 +123,41 @@ def plan(
     show(plan_table.table(made))
     for line in plan_table.say(made):
         print(visible(line))
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx watch config.yaml --once")
+def watch(
+    config: ConfigPath,
+    set_: Overrides = None,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="look once")] = False,
+) -> None:
+    """Show what a run is doing, until it stops: its stage, speed, loss and the time left. Reads files alone."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from rmx.config_file import load_config
+    from rmx.runs.rundir import RunDirectory
+    from rmx.runs.watch import Line, changes, look
+
+    run = RunDirectory(load_config(config, set_))
+    if not run.dir.is_dir():
+        raise RmxError(f"{run.dir}: no run has begun there")
+
+    def shown(lines: list[Line]) -> str:
+        return "\n".join(visible(f"{line.stage:<10}{line.state:<11}{line.text}".rstrip()) for line in lines)
+
+    out = Console()
+    if once or not out.is_terminal:
+        said = ""
+        for lines in [look(run)] if once else changes(run, every):
+            if (text := shown(lines)) != said:  # into a pipe only what is new
+                print(
+                    text if once or not said else shown([line for line in lines if line.state == "under way"]),
+                    flush=True,
+                )
+                said = text
+        return
+    with Live(console=out, auto_refresh=False) as live:
+        for lines in changes(run, every):
+            live.update(shown(lines), refresh=True)

@@ -6,8 +6,9 @@
 logprob has the shape of the target, [B...] or [B..., K]. Several targets a row join the ids of the top-k for the
 backward: the gradients of both are added to the logits at their ids.
 
-m = max z and log_d = log sum exp(z - m), kept apart for the backward: log p = (z - m) - log_d. What was not asked for
-has no elements. An implementation is a module of this folder with two functions:
+m = max z and log_d = log sum exp(z - m), kept apart for the backward: log p = (z - m) - log_d. The Triton kernels keep
+m before it is divided by the temperature: its own backward and the sharded forms know. What was not asked for is empty.
+An implementation is a module of this folder with two functions:
 
     forward(z: Logits, target, k) -> Forward
     backward(z: Logits, saved: Saved, upstream: Upstream, needs) -> Gradients
