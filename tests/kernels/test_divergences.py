@@ -144,7 +144,7 @@ def test_equal_inputs_give_exactly_zero(
     assert all(not g.any() for g in torch.autograd.grad(divergence.sum(), inputs))
 
 
-@settings(max_examples=unless_interpreted(80, 20), deadline=None, derandomize=True)
+@settings(max_examples=unless_interpreted(80, 8), deadline=None, derandomize=True)
 @given(
     V=st.integers(1, 40),
     size=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),

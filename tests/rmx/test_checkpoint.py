@@ -211,7 +211,7 @@ def test_two_processes_under_torchrun_equal_one(tiny_path: Path, tmp_path: Path)
         "import sys, torch\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_checkpoint import CONFIG, sequences\n"
-        "from rmx import lora, model\n"
+        "from rmx.models import lora, model\n"
         "from rmx.config import LoraConfig, ModelConfig\n"
         "from rmx.training.distributed import processes\n"
         "from rmx.training.train import train_adapter\n"

