@@ -21,7 +21,7 @@ test: $(INSTALLED)
 # All tests but those that take minutes each (pytest -m slow), or that need a GPU (pytest -m gpu).
 test-all: $(INSTALLED)
 	$(PYTEST) -m "not slow"
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "interpreted and not heavy"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "interpreted and not heavy and not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -24,6 +24,11 @@ CONFIGS |= {"Qwen2": Qwen2Config, "Qwen3": Qwen3Config}
 NORMS = {"Gemma2": 9, "Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9}
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def functions() -> Any:
     import rmx.fused.layers
 
@@ -39,10 +44,14 @@ def test_triton_norm(dtype: torch.dtype, H: int) -> None:
     def eager(x: Tensor) -> Tensor:
         return weight.to(x.dtype) * (x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt())
 
-    assert_as_good(lambda x: functions().RMSNorm.apply(x, weight, 1e-6, 0.0, True), eager, x)
-    assert_as_good(
-        lambda x: functions().RMSNorm.apply(x.transpose(0, 1), weight, 1e-6, 0.0, False).transpose(0, 1), eager, x
-    )
+    # the gradient of a row of one is a difference of terms that are equal but for eps
+    assert_as_good(lambda x: functions().RMSNorm.apply(x, weight, 1e-6, 0.0, True), eager, x, least=1.0)
+
+    def transposed(x: Tensor) -> Tensor:
+        y: Tensor = functions().RMSNorm.apply(x.transpose(0, 1), weight, 1e-6, 0.0, False)
+        return y.transpose(0, 1)
+
+    assert_as_good(transposed, eager, x, least=1.0)
 
 
 @pytest.mark.parametrize("gelu", [False, True])

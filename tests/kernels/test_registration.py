@@ -183,11 +183,18 @@ SAMPLES: list[Callable[[torch.dtype, str], dict[str, list[Call]]]] = [
 ]
 
 
+# Traced, and interpreted, an operator takes minutes; that it traces does not depend on the implementation.
+OPCHECKS = [
+    pytest.param(b.name, dtype, marks=pytest.mark.slow if (b.name, dtype) == ("triton", torch.float32) else ())
+    for b in backends().values()
+    if b.available and "cpu" in b.devices
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
 @pytest.mark.thorough
-@pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("samples", SAMPLES, ids=lambda samples: samples.__name__)
-@pytest.mark.parametrize("chosen", [b.name for b in backends().values() if b.available and "cpu" in b.devices])
+@pytest.mark.parametrize(("chosen", "dtype"), OPCHECKS, ids=str)
 def test_opcheck(chosen: str, samples: Callable[[torch.dtype, str], dict[str, list[Call]]], dtype: torch.dtype) -> None:
     """Schemas tell the truth about mutation and aliases, fakes about shapes and dtypes, and gradients trace."""
     for name, calls in samples(dtype, chosen).items():
