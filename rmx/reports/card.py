@@ -69,7 +69,7 @@ def _body(told: Told) -> str:
     return template.render(
         name=told.repo.rpartition("/")[2],
         base=base,
-        local=_local(base),
+        local=_local(config.model.name),
         repo=told.repo,
         tau=told.tau,
         steps=told.steps,

@@ -43,6 +43,7 @@ def test_a_dry_run_writes_a_card_that_the_hub_understands(finished: Run, config_
     text = card.text
     for said in (str(found.gain), str(found.base.pass_at_1), f"max-lora-rank {finished.config.lora.r}", "me/adapter"):
         assert said in text
+    assert "A LoRA adapter of the base model, trained" in text
     assert finished.config.model.name not in text and 'from_pretrained("BASE")' in text
     assert "base_model" not in card.data.to_dict()  # a directory of this machine is nobody else's base
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
