@@ -72,9 +72,8 @@ def expression(text: str) -> Read:
         return lambda row: _behind(_text(row, column), column, mark)
     if how == BOXED:
         return lambda row: _boxed(_text(row, column), column)
-    raise DataError(
-        f"problems.sources: {text!r}: expected a column, `column: after TEXT`, `column: boxed` or a text with {{columns}}"
-    )
+    forms = "a column, `column: after TEXT`, `column: boxed` or a text with {columns}"
+    raise DataError(f"problems.sources: {text!r}: expected {forms}")
 
 
 def _text(row: Row, column: str) -> str:
