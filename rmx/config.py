@@ -243,6 +243,10 @@ class TrainConfig(Section):
     # where metrics are shown beside metrics.jsonl; no record has it, so a run goes on with others
     trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[], exclude=True)
 
+    def steps(self, sequences: int) -> int:
+        """Of a training on so many sequences, if it does not stop early."""
+        return math.ceil(max(1, round(self.epochs * sequences)) / self.sequences_per_step)
+
     @pydantic.field_validator("activation_checkpointing", mode="plain")
     @classmethod
     def _whether_or_offload(cls, how: Any) -> bool | Literal["offload"]:
@@ -337,7 +341,7 @@ class Config(Section):
         """The largest number of training steps; there are fewer if fewer problems have right and wrong rollouts."""
         problems = min(self.problems.train_count, self.select.max_problems)
         sequences = min(self.select.max_sequences, problems * self.rollouts.samples)
-        return math.ceil(max(1, round(self.train.epochs * sequences)) / self.train.sequences_per_step)
+        return self.train.steps(sequences)
 
     @pydantic.model_validator(mode="after")
     def _as_long_as_the_rollouts(self) -> "Config":

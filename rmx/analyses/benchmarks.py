@@ -22,7 +22,7 @@ from rmx.artefacts import ArtefactError, fingerprint, parser, read_lines, remove
 from rmx.config import EvaluateConfig
 from rmx.errors import RmxError, close_to
 from rmx.grading import metrics
-from rmx.grading.data import DataError, load_rows
+from rmx.grading.data import DataError, load_rows, plain_text
 from rmx.grading.problems import folded, generate, read_jsonl
 from rmx.models import lora
 from rmx.progress import console
@@ -44,14 +44,8 @@ class BenchmarkError(RmxError):
     """A benchmark is not known, cannot be had, or does not hold what it should."""
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise ValueError("expected text or a number")
-    return str(value).strip()
-
-
 def _behind_hashes(value: Any) -> str:
-    _, mark, answer = _plain(value).rpartition("####")
+    _, mark, answer = plain_text(value).rpartition("####")
     if not mark or not answer.strip():
         raise ValueError("expected a solution that ends with #### and the answer")
     return answer.strip().replace(",", "")
@@ -60,7 +54,7 @@ def _behind_hashes(value: Any) -> str:
 def _listed(value: Any) -> str:
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list of answers")
-    return ", ".join(map(_plain, value))
+    return ", ".join(map(plain_text, value))
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Source:
     question: str  # fields
     answer: str
     samples: int = 1  # of each problem, unless told otherwise
-    read: Callable[[Any], str] = _plain  # the ground truth from its field
+    read: Callable[[Any], str] = plain_text  # the ground truth from its field
 
 
 BENCHMARKS = {
@@ -149,7 +143,7 @@ def _problems(name: str, source: Source, rows: Iterable[tuple[str, Any]]) -> Ite
     for number, (where, row) in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise BenchmarkError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        question = _field(where, row, source.question, _plain)
+        question = _field(where, row, source.question, plain_text)
         answer = _field(where, row, source.answer, source.read)
         yield Problem(f"{name}-{number}", question, answer, name, "evaluate")
 

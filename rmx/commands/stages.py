@@ -152,10 +152,7 @@ def watch(
         said = ""
         for lines in [look(run)] if once else changes(run, every):
             if (text := shown(lines)) != said:  # into a pipe only what is new
-                print(
-                    text if once or not said else shown([line for line in lines if line.state == "under way"]),
-                    flush=True,
-                )
+                print(shown([line for line in lines if not said or line.state == "under way"]), flush=True)
                 said = text
         return
     with Live(console=out, auto_refresh=False) as live:

@@ -87,10 +87,18 @@ def _text(row: Row, column: str) -> str:
     return _plain(value, column)
 
 
-def _plain(value: Any, column: str) -> str:
+def plain_text(value: Any) -> str:
+    """A text or a number, as text without space around it. Raises ValueError: it is neither, or empty."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise ValueError(f"{column}: expected text or a number, got {value!r}")
+        raise ValueError("expected text or a number")
     return str(value).strip()
+
+
+def _plain(value: Any, column: str) -> str:
+    try:
+        return plain_text(value)
+    except ValueError as fault:
+        raise ValueError(f"{column}: {fault}, got {value!r}") from fault
 
 
 def _asked(chat: list[dict[str, Any]], column: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from rmx.artefacts import ArtefactError, fingerprint, read_lines
 from rmx.config import ProblemsConfig, ProblemSource
 from rmx.errors import RmxError, close_to
-from rmx.grading.data import content, read_dataset
+from rmx.grading.data import content, plain_text, read_dataset
 from rmx.grading.numerals import number, plain
 from rmx.records import Problem, Split
 
@@ -161,9 +161,10 @@ def read_jsonl(path: Path, *, consistent: bool = False) -> list[Problem]:
         for key in ("question", "answer"):
             if key not in row:
                 raise ArtefactError(f"{path}:{line}: no field {key!r}; there are {', '.join(map(repr, row)) or 'none'}")
-            value = row[key]
-            if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-                raise ArtefactError(f"{path}:{line}: {key}: expected text or a number, got {value!r}")
+            try:
+                plain_text(row[key])
+            except ValueError as fault:
+                raise ArtefactError(f"{path}:{line}: {key}: {fault}, got {row[key]!r}") from fault
         problem_id, category = (row.get(key) for key in ("problem_id", "category"))
         problem_id = f"{path.stem}-{line}" if problem_id is None else problem_id
         category = path.stem if category is None else category

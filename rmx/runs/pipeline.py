@@ -243,7 +243,7 @@ class Run(RunDirectory):
 
     def steps(self) -> int:
         """Of the training, if it does not stop early."""
-        return len(train.step_order(len(self.training_set()), self.config.train, self.config.train_seed))
+        return self.config.train.steps(len(self.training_set()))
 
     def _train(self, group: Group = ALONE) -> dict[str, Any]:
         return train_stage(self, group)

@@ -111,8 +111,7 @@ def _train(run: RunDirectory) -> str:
 def _total(run: RunDirectory) -> int:
     with run.path("training_set.jsonl").open("rb") as file:
         count = sum(1 for _ in file) - 1  # the first line is about the others
-    train = run.config.train
-    return -(-max(1, round(train.epochs * count)) // train.sequences_per_step)
+    return run.config.train.steps(count)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:

@@ -77,13 +77,7 @@ class Trackers:
         run, folder = self.folder.name, str(self.folder)
         given: dict[str, dict[str, Any]] = {
             "tensorboard": {"run_name": "tensorboard", "logging_dir": folder},
-            "wandb": {
-                "run_name": PROJECT,
-                "name": run,
-                "dir": str(self.folder),
-                "resume": "allow",
-                "id": kept.get(name),
-            },
+            "wandb": {"run_name": PROJECT, "name": run, "dir": folder, "resume": "allow", "id": kept.get(name)},
             "trackio": {"run_name": PROJECT, "name": run, "resume": "allow"},
             "mlflow": {"experiment_name": PROJECT, "run_name": run, "run_id": kept.get(name)},
         }
@@ -109,9 +103,8 @@ class Trackers:
         import matplotlib.image
 
         pixels = matplotlib.image.imread(picture)[None, :, :, :3].transpose(0, 3, 1, 2)
-        for name, tracker in list(self.open.items()):
-            if name == "tensorboard":
-                self._try(name, lambda tracker=tracker: tracker.log_images({"report": pixels}, step=step))  # type: ignore[misc]
+        if (tracker := self.open.get("tensorboard")) is not None:
+            self._try("tensorboard", lambda: tracker.log_images({"report": pixels}, step=step))
 
     def _try(self, name: str, do: Callable[[], Any]) -> None:
         """A tracker that fails is said and left out: hours of training are worth more than its curves."""

@@ -33,10 +33,6 @@ class Repeated:
     def __init__(self, device: torch.device, pool: Any) -> None:
         pass
 
-    @staticmethod
-    def serves(device: torch.device) -> bool:
-        return False
-
     new_pool = staticmethod(object)
 
     def capture(self, function: Callable[[], None]) -> None:
