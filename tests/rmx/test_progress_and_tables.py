@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -26,11 +27,18 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return file
 
 
-def minutes(monkeypatch: pytest.MonkeyPatch, log: io.StringIO) -> None:
-    """Let every minute pass at once, whenever the last one's line is written."""
-    now = iter(range(0, 10**6, 60))
-    monkeypatch.setattr(progress, "EVERY", 1e-4)
+def minutes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let every minute pass at once, whenever the last one's line is written, from when the returned event is set."""
+    now, may_pass = iter(range(0, 10**6, 60)), threading.Event()
+
+    class Ended(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            may_pass.wait(60)
+            return super().wait(1e-4)
+
+    monkeypatch.setattr(progress, "threading", SimpleNamespace(Event=Ended, Thread=threading.Thread))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    return may_pass
 
 
 def lines_after(log: io.StringIO, count: int) -> list[str]:
@@ -40,16 +48,19 @@ def lines_after(log: io.StringIO, count: int) -> list[str]:
 
 
 def test_a_log_gets_a_line_a_minute(log: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    minutes(monkeypatch, log)
+    may_pass = minutes(monkeypatch)
+    may_pass.set()
     with progress.progress("rollouts", 1280, "rollouts") as update:
         silent = lines_after(log, 2)  # the first unit takes its time
     assert silent[0] == "rollouts: 0 of 1280 rollouts after 60 s, time left not known yet"
     assert silent[1] == "rollouts: 0 of 1280 rollouts after 2 min, time left not known yet"
     log.truncate(0)
     log.seek(0)
+    may_pass.clear()
     with progress.progress("train", 40, "steps") as update:
         update(10, "")  # of an earlier start
         update(20, "loss +0.1")
+        may_pass.set()
         first = lines_after(log, 1)[0]
     assert first == "train: 20 of 40 steps after 60 s, about 2 min left loss +0.1"
     ended = log.getvalue()
