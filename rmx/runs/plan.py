@@ -27,7 +27,7 @@ from rmx.sampling.rollouts import check_length, cut_units
 from rmx.training import select
 from rmx.training.score import Keep
 from rmx.training.train import check_warmup
-from rmx_kernels import doctor
+from rmx_kernels import machine
 
 SECONDS = 2.0  # of each measurement
 ANSWER_S = 0.002  # that a verifier process takes for an answer
@@ -276,7 +276,7 @@ class _Planner:
 
     def check_fit(self, stages: Sequence[StagePlan]) -> Iterator[str]:
         """What does not fit, with the settings that change it."""
-        limits = {"host_bytes": (doctor.cpu().memory_free, "memory"), "device_bytes": (self.device_free, "GPU memory")}
+        limits = {"host_bytes": (machine.cpu().memory_free, "memory"), "device_bytes": (self.device_free, "GPU memory")}
         loaded = self._base().value if "lm" in self.run.__dict__ else 0  # of what is in use already
         for key, (free, what) in limits.items():
             mine = loaded if (key == "device_bytes") == (self.device.type == "cuda") else process_bytes("VmRSS") or 0
@@ -298,7 +298,7 @@ class _Planner:
 
     def too_large(self) -> str | None:
         """Why the model itself cannot be loaded here."""
-        free = self.device_free if self.device.type == "cuda" else doctor.cpu().memory_free
+        free = self.device_free if self.device.type == "cuda" else machine.cpu().memory_free
         if free is None or self.weights <= SAFE * free:
             return None
         return (
@@ -333,7 +333,7 @@ def make(run: Run, seconds: float = SECONDS) -> Plan:
         planner.advice.append(too_large)
     elif not {"rollouts", "score", "train", "choose", "evaluate"} <= planner.done:
         planner.measure()
-    load, cores = os.getloadavg()[0], doctor.cpu().cores
+    load, cores = os.getloadavg()[0], machine.cpu().cores
     if load > BUSY * cores:
         planner.assumptions.append(
             f"the machine stays as busy with other work as it is (load {load:.0f} on {cores} cores): times are long"
@@ -350,7 +350,7 @@ def make(run: Run, seconds: float = SECONDS) -> Plan:
         stages=stages,
         device=planner.device.type,
         dtype=run.dtype[0],
-        host_free=doctor.cpu().memory_free,
+        host_free=machine.cpu().memory_free,
         device_free=planner.device_free,
         disk_free=planner.disk_free,
         assumptions=planner.assumptions,

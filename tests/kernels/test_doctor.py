@@ -13,13 +13,13 @@ import torch
 from typer.testing import CliRunner
 
 from rmx.cli import app
-from rmx_kernels import doctor, native, precision
+from rmx_kernels import doctor, machine, native, precision
 from rmx_kernels.choice import chosen
 from rmx_kernels.dispatch import IMPLS, OPERATORS
 from rmx_kernels.precision import Precision
 
-CPU = doctor.Cpu("A CPU", ("avx2",), "AVX2", cores=8, threads=8, memory=32 << 30, memory_free=None)
-GPU = doctor.Gpu("A GPU", (9, 0), memory=80 << 30, memory_free=79 << 30)
+CPU = machine.Cpu("A CPU", ("avx2",), "AVX2", cores=8, threads=8, memory=32 << 30, memory_free=None)
+GPU = machine.Gpu("A GPU", (9, 0), memory=80 << 30, memory_free=79 << 30)
 
 
 def test_choices_are_those_of_the_dispatch() -> None:
@@ -72,8 +72,8 @@ def test_threads(threads: int, environment: dict[str, str], busy: float, expecte
 def test_a_container_has_the_cores_of_its_quota(quota: str, cores: int, tmp_path: Path) -> None:
     file = tmp_path / "cpu.max"
     file.write_text(quota)
-    with patch.object(doctor, "CPU_QUOTA", file), patch("os.sched_getaffinity", lambda _: {0, 1, 5}, create=True):
-        assert doctor.cpu().cores == cores
+    with patch.object(machine, "CPU_QUOTA", file), patch("os.sched_getaffinity", lambda _: {0, 1, 5}, create=True):
+        assert machine.cpu().cores == cores
 
 
 def test_gpus_that_torch_cannot_use() -> None:
@@ -94,11 +94,11 @@ def test_a_gpu_is_described() -> None:
 
 
 def test_rates_are_measured() -> None:
-    with patch.object(doctor, "COPY_BYTES", {"cpu": [1 << 16]}), patch.object(doctor, "GEMM_SIZES", {"cpu": [64]}):
-        rates = doctor.measure("cpu", seconds=0.01)
+    with patch.object(machine, "COPY_BYTES", {"cpu": [1 << 16]}), patch.object(machine, "GEMM_SIZES", {"cpu": [64]}):
+        rates = machine.measure("cpu", seconds=0.01)
     assert [(rate.what, rate.size) for rate in rates] == [("copy", 1 << 16), ("GEMM bf16", 64), ("GEMM fp32", 64)]
     for rate in rates:
-        assert rate.rounds >= doctor.FEWEST_ROUNDS and 0 < rate.slowest <= rate.median <= rate.fastest
+        assert rate.rounds >= machine.FEWEST_ROUNDS and 0 < rate.slowest <= rate.median <= rate.fastest
 
 
 class Clock:
@@ -110,16 +110,16 @@ class Clock:
     def make(self, size: int) -> tuple[Callable[[], object], int]:
         def work() -> None:
             self.worked += 1
-            self.now += next(self.costs) * doctor.STEP**size
+            self.now += next(self.costs) * machine.STEP**size
 
-        return work, 16 * doctor.STEP**size
+        return work, 16 * machine.STEP**size
 
 
 def test_rates_are_medians_in_bytes_and_operations_a_second() -> None:
     clock = Clock([1, 1, 2, 4, 8, 9])  # warms up, is looked at, three rounds within the time, and one that is not made
     with patch("time.perf_counter", lambda: clock.now):
-        rate = doctor._rate("cpu", "copy", clock.make, [0, 1], seconds=14)
-    assert rate == doctor.Rate("cpu", "copy", size=0, median=4, slowest=2, fastest=8, rounds=3)
+        rate = machine._rate("cpu", "copy", clock.make, [0, 1], seconds=14)
+    assert rate == machine.Rate("cpu", "copy", size=0, median=4, slowest=2, fastest=8, rounds=3)
 
 
 @pytest.mark.parametrize(("cost", "size"), [(1e-6, 4), (1e-3, 2), (0.01, 1), (0.5, 0)])
@@ -127,14 +127,14 @@ def test_the_time_bounds_the_size(cost: float, size: int) -> None:
     """One second of rounds, and a size that three of them fit; without that a machine could take minutes."""
     clock = Clock([cost] * 10**6)
     with patch("time.perf_counter", lambda: clock.now):
-        rate = doctor._rate("cpu", "GEMM bf16", clock.make, range(5), seconds=1)
+        rate = machine._rate("cpu", "GEMM bf16", clock.make, range(5), seconds=1)
     assert rate.size == size and rate.median == pytest.approx(16 / cost)
-    assert rate.rounds >= doctor.FEWEST_ROUNDS
+    assert rate.rounds >= machine.FEWEST_ROUNDS
     assert clock.now <= 2.5 or size == 0
 
 
 def test_bfloat16_that_is_slower_than_float32() -> None:
-    copy, bf16, fp32 = (doctor.Rate("cpu", w, 64, 1e12, 1e12, 1e12, 3) for w in ("copy", "GEMM bf16", "GEMM fp32"))
+    copy, bf16, fp32 = (machine.Rate("cpu", w, 64, 1e12, 1e12, 1e12, 3) for w in ("copy", "GEMM bf16", "GEMM fp32"))
     half, single = {"cpu": Precision("bfloat16", "its flags")}, {"cpu": Precision("float32", "none")}
     assert doctor.traps_of_rates([], half) == doctor.traps_of_rates([copy, bf16, fp32], half) == []
     slow = [copy, dataclasses.replace(bf16, median=1e11), fp32]

@@ -20,7 +20,7 @@ ORDER = (
     *("divergences.kernels", "divergences.triton", "divergences.api"),
     *("vocab_parallel.merge", "vocab_parallel.agreement", "vocab_parallel.shard"),
     *("vocab_parallel.functions", "vocab_parallel.api", "vocab_parallel", "wrappers", "head_check", "causal_lm"),
-    *("doctor", ""),
+    *("machine", "doctor", ""),
 )
 MOST_PARAMETERS = 8
 DOORS = (

@@ -1,9 +1,11 @@
 """Fixtures: the tiny model of tiny.py, runs of it, and the demo's model."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_tiny_model, tiny_run
 
 from rmx.config import Config, ModelConfig
@@ -53,3 +55,12 @@ def finished(tiny_config: Config, _finished_once: Path) -> Run:
     """The run of tiny_config with all its stages done: a copy, to change at will."""
     shutil.copytree(_finished_once, tiny_config.run_dir)
     return Run(tiny_config)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes that a test starts: their bits are compared with this one's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -114,9 +114,9 @@ def test_mistakes_are_the_errors_that_the_run_would_be(finished: Run) -> None:
 
 def test_what_does_not_fit_is_named_with_its_keys(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = changed(undone(finished, 3).config, score={"cache_gib": 0.0})
-    cpu = plan.doctor.cpu()
+    cpu = plan.machine.cpu()
     with monkeypatch.context() as patch:
-        patch.setattr(plan.doctor, "cpu", lambda: dataclasses.replace(cpu, memory_free=50_000))
+        patch.setattr(plan.machine, "cpu", lambda: dataclasses.replace(cpu, memory_free=50_000))
         made = make(Run(run), QUICK)
     (line,) = [line for line in made.advice if line.startswith("model:")]
     assert "so nothing was measured: set model.dtype" in line

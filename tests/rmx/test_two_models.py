@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from test_engines import Handler, Stub, by_ids
+from stub_server import Handler, Stub, by_ids
 from test_pipeline import changed
 
 from rmx.analyses.ablate import ablate
