@@ -1,6 +1,7 @@
 """The rooms of the pipeline: a module imports from its own and from those below, and nothing imports in a circle."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,9 +80,30 @@ def test_nothing_imports_in_a_circle() -> None:
     assert not [module for module in GRAPH if module in reached(module)]
 
 
-def test_modules_are_short() -> None:
-    long = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
-    assert not {name: lines for name, lines in long.items() if lines > 400}
+def test_files_are_short() -> None:
+    folders = ("rmx", "rmx_kernels", "csrc", "bench", "recipes", "tests")
+    files = [
+        path
+        for folder in folders
+        for kind in ("py", "cpp", "h", "j2")
+        for path in (ROOT.parent / folder).rglob(f"*.{kind}")
+    ]
+    assert len(files) > 250
+    lines = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {path: count for path, count in lines.items() if count > 400}
+
+
+def test_a_run_can_be_followed_through_a_few_files() -> None:
+    """docs/design.md names them: all are there, and each is imported by one that is named before it or with it."""
+    text = (
+        (ROOT.parent / "docs" / "design.md").read_text().partition("## From a configuration")[2].partition("\n## ")[0]
+    )
+    named = re.findall(r"`([\w/]+)\.py`", text)
+    assert len(named) == len(set(named)) <= 15
+    modules = [name.replace("/", ".") for name in named]
+    assert set(modules) <= set(GRAPH)
+    reached = {module for name in modules for module in GRAPH[name]} | {"commands.stages"}
+    assert set(modules) <= reached
 
 
 def test_the_command_starts_without_torch() -> None:
