@@ -15,9 +15,11 @@ from rmx.models.model import load, pad
 from rmx_kernels import head_of, linear_divergence
 
 
-def distillation_loss(student, teacher, ids, mask, temperature=1.0, kind="forward_kl", beta=0.5):
-    """Mean over predicted tokens of the divergence of ``kind`` at a temperature, in nats; both have one tokenizer."""
+def distillation_loss(student, teacher, ids, mask, scored=None, temperature=1.0, kind="forward_kl", beta=0.5):
+    """Mean of the divergence of ``kind`` over the predicted tokens that are 1 in ``scored``; None for all, in nats."""
     rows = (mask[:, 1:] * mask[:, :-1]).bool()  # position p predicts token p + 1, and neither is padding
+    if scored is not None:
+        rows &= scored[:, 1:].bool()
     own, other = head_of(student), head_of(teacher)
     hidden, head = own.hidden(ids, mask)[:, :-1][rows], own.kwargs(temperature)
     with torch.no_grad():

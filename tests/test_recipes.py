@@ -10,15 +10,18 @@ from typing import Any
 
 import distillation
 import eval_entropy
+import on_policy_distillation
 import peft
 import pytest
 import reasonmaxxer_trainer
 import torch
 import trl
+import trl_dpo
 import trl_grpo
+import trl_grpo_sampled
 from tiny import save_tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TopKLogitsWarper, TopPLogitsWarper, TrainingArguments
 
 from rmx.models.model import pad
 
@@ -237,6 +240,125 @@ def test_distillation_refuses_other_heads(path: Path, tmp_path: Path) -> None:
 def test_distillation_trains(path: Path) -> None:
     losses = distillation.main(["--model", str(path), "--steps", "2"])
     assert 0 < losses[1] < losses[0]
+
+
+def test_on_policy_distillation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reverse KL of the sampled tokens alone, of rollouts of unequal lengths, from full logits."""
+    teacher, tokenizer = load(path).requires_grad_(False), AutoTokenizer.from_pretrained(path)
+    student, trained = distillation.pruned(teacher, 1)
+    torch.manual_seed(0)
+    call = {"count": 6, "length": 8, "temperature": 2.0}
+    ids, mask, scored = on_policy_distillation.completions(student, tokenizer, ["sum of 1", "sum of 2 and 3"], **call)
+    starts = [len(tokenizer(text).input_ids) for text in ("sum of 1", "sum of 2 and 3") for _ in range(6)]
+    lengths = mask.sum(1).tolist()
+    assert scored.sum(1).tolist() == [n - start for n, start in zip(lengths, starts, strict=True)]
+    assert len(set(lengths)) > 1 and mask.equal(mask.cummin(1).values)
+    ended = [row[n - 1] == tokenizer.eos_token_id for row, n in zip(ids.tolist(), lengths, strict=True)]
+    full = [n - start == 8 for n, start in zip(lengths, starts, strict=True)]
+    assert all(e or f for e, f in zip(ended, full, strict=True))
+    with no_logits(teacher):
+        loss = distillation.distillation_loss(student, teacher, ids, mask, scored, kind="reverse_kl")
+    own, other = (m(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1) for m in (student, teacher))
+    expected = (own.exp() * (own - other)).sum(-1)[scored[:, 1:].bool()].mean()
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    got, wanted = (torch.autograd.grad(x, trained, retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(got, wanted, **CLOSE)
+    losses = on_policy_distillation.main(["--model", str(path), "--steps", "2"])
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+
+
+# ---- DPO of TRL --------------------------------------------------------------------------------------------------
+
+
+def test_dpo_numbers_are_those_of_trl(path: Path, tmp_path: Path) -> None:
+    """Loss, gradient and metrics of a batch of the trainer's own collator."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    trainer = trl_dpo.make_trainer(load(path), tokenizer, str(tmp_path), 1, use_cpu=True, beta=0.3)
+    for name, p in trainer.model.named_parameters():
+        if "lora_B.default" in name:  # not TRL's copy of the adapter at the start, "ref"
+            nn.init.normal_(p, std=0.3)
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with no_logits(trainer.model):
+        loss = trainer._compute_loss(trainer.model, dict(inputs), return_outputs=False)
+    own = gradients(trainer.model, loss)
+    expected = trl.DPOTrainer._compute_loss(trainer, trainer.model, dict(inputs), return_outputs=False)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(own, gradients(trainer.model, expected), rtol=1e-3, atol=1e-5)
+    for name in ("rewards/margins", "rewards/accuracies"):
+        ours, theirs = trainer._metrics["train"][name]
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert abs(trainer._metrics["train"]["rewards/margins"][0]) > 0.01
+    with pytest.raises(ValueError, match="expected the plain sigmoid loss"):
+        trainer._compute_loss(trainer.model, dict(inputs), return_outputs=True)
+
+
+def test_dpo_trains(path: Path) -> None:
+    trainer = trl_dpo.main(["--model", str(path), "--steps", "4"])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < losses[0]
+
+
+# ---- GRPO over the sampled distribution --------------------------------------------------------------------------
+
+
+def sampled_trainer(path: Path, folder: Path, **settings: Any) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    options = {"use_cpu": True, "top_k": 6, "top_p": 0.8, "temperature": 0.7, "num_iterations": 2} | settings
+    kind = trl_grpo_sampled.SampledGRPOTrainer
+    trainer = trl_grpo.make_trainer(load(path), tokenizer, str(folder), 2, kind, **options)
+    for name, p in trainer.model.named_parameters():
+        if "lora_B.default" in name:  # not TRL's copy of the adapter at the start, "ref"
+            nn.init.normal_(p, std=0.3)
+    return trainer
+
+
+def renormalised(logits: Tensor, kept: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    allowed = torch.zeros_like(logits, dtype=torch.bool)
+    for position in zip(*(x.tolist() for x in torch.where(kept >= 0)), strict=True):
+        allowed[(*position[:2], int(kept[position]))] = True
+    q = logits.masked_fill(~allowed, -math.inf).log_softmax(-1)
+    return q.gather(-1, target[..., None])[..., 0], -(q.exp() * q.masked_fill(~allowed, 0)).sum(-1)
+
+
+def test_grpo_over_the_sampled_distribution(path: Path, tmp_path: Path) -> None:
+    """Rollouts, sets, old and reference log-probs of TRL's own step, from full logits and transformers' own filters."""
+    trainer = sampled_trainer(path, tmp_path)
+    trainer.model.train()
+    rows = [trainer.train_dataset[0]] * 8
+    batch = trainer._generate_and_score_completions(rows)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    n, kept, live = batch["completion_ids"].shape[1], batch["kept"], batch["completion_mask"].bool()
+    logits = trainer.model(ids, attention_mask=mask).logits[:, -n - 1 : -1] / 0.7
+    for b, t in live.nonzero().tolist():
+        filtered = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(6)(None, logits[b, t][None].detach()))[0]
+        expected = set(torch.where(filtered > -math.inf)[0].tolist())
+        assert int(batch["completion_ids"][b, t]) in expected  # it was sampled
+        assert set(kept[b, t].tolist()) - {-1} == expected
+    expected = renormalised(logits, kept, batch["completion_ids"])
+    torch.testing.assert_close(batch["old_per_token_logps"][live], expected[0][live].detach(), **CLOSE)
+    with trainer.model.disable_adapter():
+        base = trainer.model(ids, attention_mask=mask).logits[:, -n - 1 : -1] / 0.7
+    reference = renormalised(base, kept, batch["completion_ids"])[0]
+    torch.testing.assert_close(batch["ref_per_token_logps"][live], reference[live].detach(), **CLOSE)
+
+    trainer.kept = batch["kept"]
+    got = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, n, compute_entropy=True)[:2]
+    weights = torch.randn(2, *live.shape) * live
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x[live], y[live], **CLOSE)
+    own, other = (gradients(trainer.model, (weights * torch.stack(tuple(x))).sum()) for x in (got, expected))
+    torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
+
+
+def test_grpo_over_the_sampled_distribution_trains(path: Path, tmp_path: Path) -> None:
+    trainer = trl_grpo_sampled.main(["--model", str(path), "--steps", "2"])
+    assert len([entry for entry in trainer.state.log_history if "entropy" in entry]) == 2
+    assert any(p.any() for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    for settings, message in (({"num_iterations": 1}, r"^beta: expected 0"), ({"top_k": 0}, "and a top_k")):
+        other = sampled_trainer(path, tmp_path, **settings)
+        with pytest.raises(ValueError, match=message):
+            other._generate_and_score_completions([other.train_dataset[0]] * 8)
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
