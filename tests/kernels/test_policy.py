@@ -236,3 +236,43 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}"):
         linear_policy_loss(**given(torch.float32) | change)
+
+
+def verl_loss(a: dict[str, Any], objective: str, aggregation: str, kl: str) -> Tensor:
+    """The terms as verl 0.9 writes them: losses, not gains, a bound of its own for the dual clip, GSPO by token."""
+    log_p = logits_of(a).log_softmax(-1).gather(-1, a["target"][..., None])[..., 0]
+    mask, A = a["mask"].to(log_p.dtype), a["advantage"][:, None].expand(B, T)
+    log_ratio = (log_p - a["old_logprob"]).clamp(-20, 20)
+    if objective == "gspo":
+        of_sequence = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        ratio = (log_p - log_p.detach() + of_sequence.detach()).exp()
+        terms = torch.maximum(-A * ratio, -A * ratio.clamp(0.95, 1.05))
+    elif objective == "cispo":
+        terms = -log_ratio.exp().clamp(0, 1.2).detach() * A * log_p
+    else:
+        upper = torch.maximum(-A * log_ratio.exp(), -A * log_ratio.exp().clamp(0.9, 1.28))
+        terms = torch.where(A < 0, torch.minimum(-A * 1.5, upper), upper)
+    d = (a["ref_logprob"] - log_p).clamp(-20, 20)
+    terms = terms + 0.3 * {"kl": -d, "mse": 0.5 * d.square(), "low_var_kl": (d.exp() - d - 1).clamp(-10, 10)}[kl]
+    if aggregation == "token-mean":
+        return (terms * mask).sum() / mask.sum()
+    sums = (terms * mask).sum(-1)
+    return (sums if aggregation == "seq-mean-token-sum" else sums / mask.sum(-1)).mean()
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize(("kl", "theirs"), [("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl")])
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("vanilla", {"clip_low": 0.1, "clip_high": 0.28, "delta": 1.5}),
+        ("gspo", {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.05}),
+        ("cispo", {"objective": "cispo", "clip_high": 1.2}),
+    ],
+)
+def test_as_verl(objective: str, settings: dict[str, Any], kl: str, theirs: str, aggregation: str) -> None:
+    a = given()
+    options = PolicyOptions(**settings, aggregation=aggregation, kl=kl, kl_coef=0.3)
+    losses = linear_policy_loss(**a, options=options).loss, verl_loss(a, objective, aggregation, theirs)
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*(torch.autograd.grad(x, trained(a)) for x in losses), rtol=1e-9, atol=1e-11)
