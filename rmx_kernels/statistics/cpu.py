@@ -27,9 +27,8 @@ class RunningStats:
         self.best = torch.empty(N, 2 * k, dtype=torch.int64)
 
     def _sums(self, rows: slice) -> native.Sums:
-        parts = (self.m, self.d, self.T, self.chosen, self.target)
-        pointers = (native.address(None if part is None else part[rows]) for part in parts)
-        return native.Sums(*pointers, self.k, native.address(self.best[rows]))
+        *pointers, best = native.addresses(rows, self.m, self.d, self.T, self.chosen, self.target, self.best)
+        return native.Sums(*pointers, self.k, best)
 
     def fold(self, z: native.Rows, scale: native.Scale, rows: slice, first: int, columns: int) -> None:
         native.call("rmx_entropy_topk", z, scale, rows.stop - rows.start, first, columns, self._sums(rows))
@@ -104,8 +103,8 @@ class StatisticsGradient:
         self, x: native.Rows, dx: native.Rows, scale: native.Scale, rows: slice, first: int, columns: int
     ) -> None:
         """dx of a tile of the logits x, for some of the rows; in place if both are the same."""
-        parts = (*self.norms, self.target, self.ids, self.along_p, self.g_entropy, self.g_logprob, self.g_topk)
-        pointers = (native.address(None if part is None else part[rows]) for part in parts)
+        upstream = self.along_p, self.g_entropy, self.g_logprob, self.g_topk
+        pointers = native.addresses(rows, *self.norms, self.target, self.ids, *upstream)
         gradient = native.StatsGradient(*pointers, self.k)
         count = rows.stop - rows.start
         native.call("rmx_entropy_topk_backward", x, scale, count, first, columns, gradient, dx)
