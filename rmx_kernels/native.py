@@ -183,7 +183,7 @@ def address(x: Tensor | None) -> int | None:
 
 
 def addresses(rows: slice, *parts: Tensor | None) -> list[int | None]:
-    """Where the ``rows`` of each begin, as :func:`address`; without a view of each, which a call of few rows would feel."""
+    """Where the ``rows`` of each begin, as :func:`address`, without a view of each: calls of few rows would feel it."""
     found: list[int | None] = []
     for part in parts:
         start = address(part)
