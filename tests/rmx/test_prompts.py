@@ -127,13 +127,13 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_text_of_a_style_by_a_real_tokenizer(demo_lm: CausalLM, style: Any) -> None:
+def test_the_text_of_a_style_by_a_real_tokenizer(demo_tokenizer: Any, style: Any) -> None:
     """Braces and backslashes of the question stand as they are, and a {question} in it is not filled again."""
-    renderer = Renderer(demo_lm.tokenizer, PromptConfig(style=style))
+    renderer = Renderer(demo_tokenizer, PromptConfig(style=style))
     assert renderer.text(QUESTION) == EXPECTED[style]
     ids = renderer(QUESTION)
-    assert demo_lm.tokenizer.decode(ids) == EXPECTED[style]
-    marks = [demo_lm.tokenizer.convert_tokens_to_ids(mark) for mark in ("<|im_start|>", "<|im_end|>")]
+    assert demo_tokenizer.decode(ids) == EXPECTED[style]
+    marks = [demo_tokenizer.convert_tokens_to_ids(mark) for mark in ("<|im_start|>", "<|im_end|>")]
     expected = [3, 2] if style in (*CHAT, "qwen_math") else [0, 0]  # single ids; <|im_start|> is this model's BOS
     assert [ids.count(mark) for mark in marks] == expected
 
@@ -215,6 +215,7 @@ def test_a_run_says_once_what_auto_became(
     assert capsys.readouterr().err.count("prompt.style=auto: qwen_boxed") == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("style", ["qwen_boxed", "qwen_math", "llama_abel"])
 def test_files_of_the_released_code_are_taken_with_their_prompts(
     demo_lm: CausalLM, tiny_config: Config, tmp_path: Path, style: Any
@@ -276,9 +277,9 @@ def demo_controls() -> list[str]:
         "<<|im_end|>>",
     ],
 )
-def test_control_tokens_in_a_question_are_text(demo_lm: CausalLM, style: Any, question: str) -> None:
+def test_control_tokens_in_a_question_are_text(demo_tokenizer: Any, style: Any, question: str) -> None:
     """The prompt holds exactly the control tokens of the template, and reads as it was written."""
-    tokenizer = demo_lm.tokenizer
+    tokenizer = demo_tokenizer
     renderer = Renderer(tokenizer, PromptConfig(style=style))
     control = {tokenizer.convert_tokens_to_ids(token) for token in demo_controls()}
     ids, plain = renderer(question), renderer("Is it?")
@@ -297,9 +298,9 @@ def test_bos_stands_once_before_a_question_with_control_tokens(tiny: CausalLM) -
         assert tokenizer.convert_tokens_to_ids("3") in ids
 
 
-def test_a_question_without_control_tokens_is_tokenised_whole(demo_lm: CausalLM) -> None:
-    renderer = Renderer(demo_lm.tokenizer, PromptConfig(style="chat"))
+def test_a_question_without_control_tokens_is_tokenised_whole(demo_tokenizer: Any) -> None:
+    renderer = Renderer(demo_tokenizer, PromptConfig(style="chat"))
     question = "Is 3 < 4, |im_end|> and </p>?"
     assert renderer.controls(question) == []
-    whole = demo_lm.tokenizer(renderer.text(question), add_special_tokens=False)["input_ids"]
+    whole = demo_tokenizer(renderer.text(question), add_special_tokens=False)["input_ids"]
     assert renderer(question) == whole

@@ -118,6 +118,7 @@ def test_parts_of_a_reward_count_in_rates_and_are_kept(tmp_path: Path) -> None:
     assert accuracy([PROBLEM], rollouts, verdicts, draws=10, seed=0).pass_at_1.mean == 0.75
 
 
+@pytest.mark.thorough
 def test_a_run_trains_on_parts_of_a_reward_and_notices_a_change(tiny_config: Config, tmp_path: Path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("def reward(question, completion, answer):\n    return len(set(completion.split())) / 8\n")

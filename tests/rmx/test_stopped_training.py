@@ -167,6 +167,7 @@ def stopped(command: str, path: Path, moment: Moment, folder: Path, times: int =
     return said
 
 
+@pytest.mark.thorough
 def test_a_signal_in_the_last_step_is_heard_too(copied: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """`rmx run` would go on to the evaluation otherwise."""
     undisturbed, run = copied("undisturbed"), copied("run")

@@ -20,6 +20,7 @@ from rmx.training.trackers import TrackerError, Trackers
 METRICS = StepMetrics(3, 0.5, 0.25, 0.01, 0.1, None, 2.0, 1e-4, 800, 2.0)
 
 
+@pytest.mark.thorough
 def test_a_run_in_tensorboard(tiny_config: Config, tmp_path: Path) -> None:
     config = changed(tiny_config, train={"trackers": ["tensorboard"]}).model_copy(
         update={"run_dir": str(tmp_path / "r")}

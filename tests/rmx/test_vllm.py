@@ -154,6 +154,7 @@ def plain(rollouts: list[Rollout]) -> list[Rollout]:
     return [dataclasses.replace(rollout, logprobs=None) for rollout in rollouts]
 
 
+@pytest.mark.thorough
 def test_greedy_samples_are_those_of_the_loop(tiny: CausalLM, tmp_path: Path) -> None:
     ours = plain(sampled(tiny, "loop", temperature=0.0))
     assert sampled(tiny, temperature=0.0) == ours
@@ -169,6 +170,7 @@ def test_greedy_samples_are_those_of_the_loop(tiny: CausalLM, tmp_path: Path) ->
     assert LLM.calls[1][2] == LoRARequest("tuned", 1, str(tmp_path / "adapter"))
 
 
+@pytest.mark.thorough
 def test_every_sample_has_a_seed_of_its_own(tiny: CausalLM) -> None:
     whole = sampled(tiny, top_k=5, top_p=0.9)
     ((prompts, params, request),) = LLM.calls
@@ -198,6 +200,7 @@ def test_a_run_evaluates_base_and_adapter_with_it(finished: Run) -> None:
     assert Run(run.config).is_done("evaluate")
 
 
+@pytest.mark.thorough
 def test_a_run_samples_with_it(tiny_config: Config) -> None:
     run = Run(changed(tiny_config, rollouts={"engine": "vllm", "samples": 2, "batch_size": 8}))
     run.execute("problems")
