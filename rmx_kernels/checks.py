@@ -41,15 +41,24 @@ def floating(name: str, value: object, min_dims: int) -> None:
         raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {tuple(value.shape)}")
 
 
-def like(name: str, value: object, other_name: str, other: Tensor) -> None:
-    """A tensor with the shape, dtype and device of another."""
+def like(name: str, value: object, other_name: str, other: Tensor, mixed: bool = False) -> None:
+    """A tensor with the shape, dtype and device of another; ``mixed``: with a dtype that is multiplied with its."""
     is_tensor(name, value)
     assert isinstance(value, Tensor)
     if value.shape != other.shape:
         raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
-    if value.dtype != other.dtype:
+    if mixed:
+        mixable(name, value, other_name, other)
+    elif value.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
     same_device(name, value, other_name, other)
+
+
+def mixable(name: str, value: Tensor, other_name: str, other: Tensor, part: str = "") -> None:
+    """Of two operands of one product: float64 stands alone, the others may differ (:func:`logits.operand_dtype`)."""
+    if value.dtype not in FLOATS or (value.dtype == torch.float64) != (other.dtype == torch.float64):
+        expected = "float64" if other.dtype == torch.float64 else "bfloat16, float16 or float32"
+        raise TypeError(f"{name}: expected {part}{expected}, since {other_name} is of {other.dtype}, got {value.dtype}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -121,13 +130,12 @@ def full_precision(name: str, value: Tensor) -> None:
 
 
 def head(hidden: Tensor, weight: object, bias: object, of: str = "") -> None:
-    """weight [V, H] and bias [V] of the dtype and device of hidden [..., H]; ``of`` begins the names of all three."""
+    """weight [V, H] and bias [V] on the device of hidden [..., H]; ``of`` begins the names of all three."""
     floating(f"{of}weight", weight, 2)
     assert isinstance(weight, Tensor)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"{of}weight: expected shape [V, {hidden.shape[-1]}], got {tuple(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{of}weight: expected the dtype of {of}hidden, {hidden.dtype}, got {weight.dtype}")
+    mixable(f"{of}weight", weight, f"{of}hidden", hidden)
     same_device(f"{of}weight", weight, f"{of}hidden", hidden)
     if bias is None:
         return
@@ -135,13 +143,12 @@ def head(hidden: Tensor, weight: object, bias: object, of: str = "") -> None:
     assert isinstance(bias, Tensor)
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{of}bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if bias.dtype != hidden.dtype:
-        raise TypeError(f"{of}bias: expected the dtype of {of}hidden, {hidden.dtype}, got {bias.dtype}")
+    mixable(f"{of}bias", bias, f"{of}hidden", hidden)
     same_device(f"{of}bias", bias, f"{of}hidden", hidden)
 
 
 def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
-    """None, or (A [r, H], B [V, r], scale), both tensors of the dtype and device of hidden [..., H]."""
+    """None, or (A [r, H], B [V, r], scale), both tensors on the device of hidden [..., H]."""
     if value is None:
         return
     if not isinstance(value, tuple):
@@ -153,8 +160,7 @@ def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"lora: expected {part} to be a torch.Tensor, got {type(x).__name__}")
         no_tangent(f"lora: {part}", x)
-        if x.dtype != hidden.dtype:
-            raise TypeError(f"lora: expected {part} of the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+        mixable("lora", x, "hidden", hidden, f"{part} of ")
         if x.device != hidden.device:
             raise ValueError(f"lora: expected {part} on the device of hidden, {hidden.device}, got {x.device}")
     H, V = hidden.shape[-1], weight.shape[0]
@@ -180,9 +186,9 @@ def operand(
     scaling(temperature, softcap, hidden)
 
 
-def base(name: str, value: object, other_name: str, other: Tensor) -> None:
-    """The frozen base's rows, like the student's."""
-    like(name, value, other_name, other)
+def base(name: str, value: object, other_name: str, other: Tensor, mixed: bool = False) -> None:
+    """The frozen base's rows, :func:`like` the student's."""
+    like(name, value, other_name, other, mixed)
     assert isinstance(value, Tensor)
     frozen(name, value, "the base distribution is a constant")
 

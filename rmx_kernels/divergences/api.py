@@ -4,7 +4,7 @@ from torch import Tensor
 
 from rmx_kernels import checks, choice
 from rmx_kernels.divergences.op import FORWARD_KL, JSD, KINDS, REVERSE_KL, HeadPair, divergence
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import LoRA, linear
 from rmx_kernels.results import DivergenceStats
 
 
@@ -47,9 +47,10 @@ def linear_divergence(
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
         weight, bias: its output head [V, H], and [V] or None. Differentiable.
-        teacher_hidden: the teacher's [..., H2], of the same leading shape, dtype and device; a constant, so it may not
+        teacher_hidden: the teacher's [..., H2], of the same leading shape and device; a constant, so it may not
             require a gradient.
-        teacher_weight, teacher_bias: its head [V, H2], and [V] or None, of the same vocabulary; constants.
+        teacher_weight, teacher_bias: its head [V, H2], and [V] or None, of the same vocabulary; constants. Dtypes may
+            differ, and autocast acts, as in :func:`linear_entropy_topk`, for each of the two models by itself.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: of jsd, in [0, 1], the teacher's share of m. As in TRL's ``GKDTrainer``, 0 is forward_kl and 1 is
             reverse_kl, the limits of jsd / beta and of jsd / (1 - beta). (The formula itself is 0 there.)
@@ -90,12 +91,12 @@ def linear_divergence(
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
     )
-    teacher = Logits(*constants, temperature=teacher_temperature, softcap=teacher_softcap)
+    teacher = linear(*constants, None, teacher_temperature, teacher_softcap)
     return divergence(HeadPair(student, teacher, kind, float(beta)), chosen)
 
 
 def _check_teacher(hidden: object, weight: object, bias: object, student: Tensor, student_weight: Tensor) -> None:
-    """Rows and head of a teacher, of the student's leading shape, vocabulary, dtype and device."""
+    """Rows and head of a teacher, of the student's leading shape, vocabulary and device."""
     checks.floating("teacher_hidden", hidden, 1)
     assert isinstance(hidden, Tensor)
     if hidden.shape[:-1] != student.shape[:-1]:
@@ -103,8 +104,7 @@ def _check_teacher(hidden: object, weight: object, bias: object, student: Tensor
             f"teacher_hidden: expected the leading shape of hidden, {tuple(student.shape[:-1])}, got "
             f"{tuple(hidden.shape[:-1])}"
         )
-    if hidden.dtype != student.dtype:
-        raise TypeError(f"teacher_hidden: expected the dtype of hidden, {student.dtype}, got {hidden.dtype}")
+    checks.mixable("teacher_hidden", hidden, "hidden", student)
     checks.same_device("teacher_hidden", hidden, "hidden", student)
     checks.head(hidden, weight, bias, "teacher_")
     assert isinstance(weight, Tensor)

@@ -90,13 +90,14 @@ def linear_gated_contrastive_loss(
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        base_hidden: the frozen base's, same shape, dtype and device; may not require a gradient.
-        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant.
+        base_hidden: the frozen base's, same shape and device; may not require a gradient.
+        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant. Dtypes may
+            differ, and autocast acts, as in :func:`linear_entropy_topk`.
         target: token ids [...] in [0, V), int64 or int32; not read in rows whose two weights are zero.
         ce_weight, kl_weight: [...] floating point, constants.
         bias: [V] or None. Differentiable like weight.
-        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
-            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
+            and B are differentiable; scale is a finite number. W + scale B A is never made.
             The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
         temperature, softcap: as in :func:`gated_contrastive_loss`.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
@@ -119,14 +120,14 @@ def linear_gated_contrastive_loss(
     tensor(1.3863)
     """
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
-    checks.base("base_hidden", base_hidden, "hidden", hidden)
+    checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
     if base_lse is not None:
         checks.row_weights("base_lse", base_lse, hidden.shape[:-1], hidden.device)
         checks.full_precision("base_lse", base_lse)
     chosen = choice.chosen("linear_gated_contrastive_loss", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
-    return contrastive_loss(Pair(z, base_hidden, target), ce_weight, kl_weight, base_lse, chosen)
+    return contrastive_loss(Pair(z, base_hidden.to(z.x.dtype), target), ce_weight, kl_weight, base_lse, chosen)
 
 
 def linear_logprob_kl(
@@ -153,12 +154,13 @@ def linear_logprob_kl(
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        base_hidden: the frozen base's, same shape, dtype and device; may not require a gradient.
-        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant.
+        base_hidden: the frozen base's, same shape and device; may not require a gradient.
+        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant. Dtypes may
+            differ, and autocast acts, as in :func:`linear_entropy_topk`.
         target: token ids [...] in [0, V), int64 or int32.
         bias: [V] or None. Differentiable like weight.
-        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
-            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
+            and B are differentiable; scale is a finite number. W + scale B A is never made.
         temperature, softcap, impl: as in :func:`entropy_topk`, applied to both distributions.
 
     Returns:
@@ -176,8 +178,8 @@ def linear_logprob_kl(
     LogprobKL(logprob=tensor([-1.3863]), kl=tensor([0.]))
     """
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
-    checks.base("base_hidden", base_hidden, "hidden", hidden)
+    checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     checks.targets(target, hidden.shape[:-1], None, hidden.device)
     chosen = choice.chosen("linear_logprob_kl", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
-    return logprob_kl(Pair(z, base_hidden, target), chosen)
+    return logprob_kl(Pair(z, base_hidden.to(z.x.dtype), target), chosen)

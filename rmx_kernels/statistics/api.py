@@ -75,12 +75,16 @@ def linear_entropy_topk(
 
     .. math:: z_n = \mathrm{cap}(\mathrm{hidden}_n \, (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n
 
+    The dtypes may differ, but for float64, which stands alone. The product is made in the wider of hidden's and
+    weight's (``torch.promote_types``), and under ``torch.autocast`` in its dtype, as torch's own linear is; all
+    operands are cast to it, the head into a copy where it has another. Each gets its gradient in its own dtype.
+
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        weight: output head [V, H] of the same dtype and device. Differentiable; a frozen head costs no gradient.
+        weight: output head [V, H] on the same device. Differentiable; a frozen head costs no gradient.
         target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
-        bias: [V] of the same dtype, or None. Differentiable.
-        lora: (A [r, H], B [V, r], scale), the tensors of the same dtype and device, or None for a head without
+        bias: [V], or None. Differentiable.
+        lora: (A [r, H], B [V, r], scale), the tensors on the same device, or None for a head without
             adapter. A and B are differentiable; scale is a finite number. W + scale B A is never made.
         k, temperature, softcap, impl: as in :func:`entropy_topk`.
 

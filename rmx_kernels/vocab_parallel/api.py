@@ -168,7 +168,7 @@ def vocab_parallel_gated_contrastive_loss(
 
     def claim() -> Claim:
         found = _check_head(hidden, weight, start, bias, lora, temperature, softcap, check)
-        checks.base("base_hidden", base_hidden, "hidden", hidden)
+        checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
         checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
         used = (ce_weight != 0) | (kl_weight != 0)
         checks.target_range(target, MAX_VOCAB, used)
@@ -193,7 +193,7 @@ def vocab_parallel_gated_contrastive_loss(
         )
     shard = Shard(group, start, choice.chosen("linear_logprob_kl", impl, hidden))
     z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
-    base, ids = base_hidden.detach().reshape(z.x.shape), target.reshape(-1).long()
+    base, ids = base_hidden.detach().to(z.x.dtype).reshape(z.x.shape), target.reshape(-1).long()
     ce, kl_w = (w.detach().reshape(-1).to(z.real) for w in (ce_weight, kl_weight))
     decisions, anchors = ce.nonzero().squeeze(1), kl_w.nonzero().squeeze(1)
     _, _, logprob, _, _ = Statistics.apply(shard, *_rows(z, decisions), ids[decisions], 0)

@@ -88,7 +88,7 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
     "weight": [
         ("no tensor", Tensor.tolist, TypeError),
         ("integers", Tensor.long, TypeError),
-        ("another dtype", Tensor.bfloat16, TypeError),
+        ("float64 among others", Tensor.double, TypeError),
         ("one dimension", lambda x: x[0], ValueError),
         ("three dimensions", lambda x: x[None], ValueError),
         ("another hidden size", lambda x: x[:, 1:], ValueError),
@@ -115,7 +115,7 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
             for what, change, error in (
                 ("no tensor", Tensor.tolist, TypeError),
                 ("integers", Tensor.long, TypeError),
-                ("another dtype", Tensor.bfloat16, TypeError),
+                ("float64 among others", Tensor.double, TypeError),
                 ("another device", elsewhere, ValueError),
                 ("one dimension", lambda x: x[0], ValueError),
                 ("three dimensions", lambda x: x[None], ValueError),
