@@ -186,6 +186,14 @@ def operand(
     scaling(temperature, softcap, hidden)
 
 
+def process_group(value: object) -> None:
+    if not isinstance(value, getattr(torch.distributed, "ProcessGroup", ())):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup that this process is in, or None, got "
+            f"{type(value).__name__}"
+        )
+
+
 def base(name: str, value: object, other_name: str, other: Tensor, mixed: bool = False) -> None:
     """The frozen base's rows, :func:`like` the student's."""
     like(name, value, other_name, other, mixed)

@@ -3,9 +3,11 @@
 The linear ones make no tensor of size [tokens, vocabulary].
 """
 
+from typing import Any
+
 from torch import Tensor
 
-from rmx_kernels import checks, choice
+from rmx_kernels import checks, choice, dispatch
 from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
@@ -78,6 +80,8 @@ def linear_gated_contrastive_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     base_lse: Tensor | None = None,
+    process_group: Any = None,
+    reduce_hidden_grad: bool = True,
     impl: str | None = None,
 ) -> ContrastiveLoss:
     r"""What :func:`gated_contrastive_loss` returns for student and base logits that share one output head.
@@ -103,7 +107,9 @@ def linear_gated_contrastive_loss(
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
             float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
-            gradients are NaN.
+            gradients are NaN. Not with a process_group.
+        process_group, reduce_hidden_grad: as in :func:`linear_entropy_topk`, by way of
+            ``vocab_parallel_gated_contrastive_loss``.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -119,6 +125,15 @@ def linear_gated_contrastive_loss(
     >>> linear_gated_contrastive_loss(h, h, torch.ones(4, 3), torch.tensor([2]), one, one).loss
     tensor(1.3863)
     """
+    if process_group is not None:
+        checks.process_group(process_group)
+        if base_lse is not None:
+            raise ValueError("base_lse: expected None with a process_group, over which it is found anew, got one")
+        head: dict[str, Any] = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap}
+        head |= {"group": process_group, "reduce_hidden_grad": reduce_hidden_grad, "impl": impl}
+        rows = hidden, base_hidden, weight, target, ce_weight, kl_weight
+        over_ranks: ContrastiveLoss = dispatch.sharded("gated_contrastive_loss")(*rows, **head)
+        return over_ranks
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)

@@ -155,6 +155,8 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
         *((repr(v), lambda _, v=v: v, ValueError) for v in (-0.1, 1.1, math.nan, math.inf)),
         *((repr(v), lambda _, v=v: v, TypeError) for v in (True, "1", None, torch.tensor(0.5))),
     ],
+    "process_group": [(repr(v), lambda _, v=v: v, TypeError) for v in (3, "gloo", -100)],
+    "reduce_hidden_grad": [],  # read with a process_group alone
     "impl": [(repr(v), lambda _, v=v: v, ValueError) for v in ("cuda", "", "Reference", 3, True)],
 }
 
