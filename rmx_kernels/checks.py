@@ -15,7 +15,22 @@ INTEGERS = (torch.int64, torch.int32)
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    whole(name, value)
     no_tangent(name, value)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether it is a DTensor, as the parameters of fully_shard (FSDP2) are outside of its forward."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(name: str, value: Tensor) -> None:
+    """No DTensor, which does not tell whether its rows are to be gathered or are a part of the vocabulary."""
+    if is_sharded(value):
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor, got a DTensor; pass rmx_kernels.gathered(parameter), or of a head "
+            "that is spread over ranks its to_local() and process_group="
+        )
 
 
 def no_tangent(name: str, value: Tensor) -> None:
@@ -159,6 +174,7 @@ def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
     for part, x in (("A", A), ("B", B)):
         if not isinstance(x, Tensor):
             raise TypeError(f"lora: expected {part} to be a torch.Tensor, got {type(x).__name__}")
+        whole(f"lora: {part}", x)
         no_tangent(f"lora: {part}", x)
         mixable("lora", x, "hidden", hidden, f"{part} of ")
         if x.device != hidden.device:
