@@ -224,17 +224,15 @@ def loss_rows(target: object, ce_weight: object, kl_weight: object, rows: Sequen
     targets(target, rows, None, device)
 
 
-def scaling(temperature: object, softcap: object, x: Tensor | None) -> None:
-    """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each."""
+def scaling(temperature: object, softcap: object, x: Tensor | None, of: str = "") -> None:
+    """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each.
+
+    ``of``: what the names begin with.
+    """
     if isinstance(temperature, Tensor):
-        row_temperature(temperature, x)
+        row_temperature(temperature, x, of)
         temperature = 1.0
-    one_scaling(temperature, softcap)
-
-
-def one_scaling(temperature: object, softcap: object, of: str = "") -> None:
-    """A temperature and a softcap for all rows; ``of``: what their names begin with."""
-    _above_0(f"{of}temperature", temperature, "a number" if of else "a number or a tensor")
+    _above_0(f"{of}temperature", temperature, "a number or a tensor")
     if softcap is not None:
         _above_0(f"{of}softcap", softcap, "a number")
 
@@ -246,14 +244,15 @@ def _above_0(name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
-def row_temperature(value: Tensor, x: Tensor | None) -> None:
+def row_temperature(value: Tensor, x: Tensor | None, of: str = "") -> None:
     """A floating-point constant, one a row of x where they are known; the registered operator looks at its range."""
-    no_tangent("temperature", value)
+    name = f"{of}temperature"
+    no_tangent(name, value)
     if value.dtype not in FLOATS:
-        raise TypeError(f"temperature: expected a number or a floating-point tensor, got {value.dtype}")
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
     if x is not None:
-        _one_a_row("temperature", "temperature", value, x.shape[:-1], x.device)
-    frozen("temperature", value, "temperatures are constants")
+        _one_a_row(name, "temperature", value, x.shape[:-1], x.device)
+    frozen(name, value, "temperatures are constants")
 
 
 def temperature_of(temperature: Any, x: Tensor, live: Tensor) -> Any:
@@ -264,7 +263,7 @@ def temperature_of(temperature: Any, x: Tensor, live: Tensor) -> Any:
     return temperature[live]
 
 
-def temperature_range(value: Tensor | None, used: Tensor | None = None) -> None:
+def temperature_range(value: Tensor | None, used: Tensor | None = None, of: str = "") -> None:
     """Finite numbers above 0, in the rows that are used; looked at as the targets are in :func:`target_range`."""
     if value is None or value.device.type != "cpu":
         return
@@ -272,7 +271,7 @@ def temperature_range(value: Tensor | None, used: Tensor | None = None) -> None:
     if used is not None:
         bad = bad & used
     if bad.any():
-        raise ValueError(f"temperature: expected finite numbers above 0, got {float(value[bad].flatten()[0])}")
+        raise ValueError(f"{of}temperature: expected finite numbers above 0, got {float(value[bad].flatten()[0])}")
 
 
 def top_k(k: object, vocab: int) -> None:

@@ -19,9 +19,9 @@ def linear_divergence(
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    teacher_temperature: float | None = None,
+    teacher_temperature: float | Tensor | None = None,
     teacher_softcap: float | None = None,
     impl: str | None = None,
 ) -> DivergenceStats:
@@ -36,8 +36,8 @@ def linear_divergence(
         \mathrm{jsd} = \beta \, \mathrm{KL}(p \,\|\, m) + (1 - \beta) \, \mathrm{KL}(q \,\|\, m), \qquad
         m = \beta p + (1 - \beta) q
 
-        z_q = \mathrm{cap}(h (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}, \qquad
-        z_p = \mathrm{cap}_t(h_t W_t^\top + b_t) / \mathrm{temperature}_t
+        z_{q,n} = \mathrm{cap}(h_n (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n, \qquad
+        z_{p,n} = \mathrm{cap}_t(h_{t,n} W_t^\top + b_t) / \mathrm{temperature}_{t,n}
 
     Weights of rows and means are the caller's. Values are sums of terms that are never negative: exactly 0 for equal
     logits, and accurate where they are nearly so. The limits of the formulas hold for logits of -inf: a token that
@@ -55,8 +55,9 @@ def linear_divergence(
         beta: of jsd, in [0, 1], the teacher's share of m. As in TRL's ``GKDTrainer``, 0 is forward_kl and 1 is
             reverse_kl, the limits of jsd / beta and of jsd / (1 - beta). (The formula itself is 0 there.)
         lora: (A [r, H], B [V, r], scale) of the student, as in :func:`linear_logprob_kl`. Differentiable.
-        temperature, softcap: of the student, as in :func:`entropy_topk`.
-        teacher_temperature, teacher_softcap: of the teacher; None for the student's temperature, and for no softcap.
+        temperature, softcap: of the student, as in :func:`entropy_topk`, one of each row too.
+        teacher_temperature, teacher_softcap: of the teacher, alike; None for the student's temperature, and for no
+            softcap.
         impl: None (best available), "reference", "cpu" or "triton". On a CPU "cpu" has no native kernel for this
             operator: torch does the arithmetic on rows of logits, a few at a time.
 
@@ -75,12 +76,10 @@ def linear_divergence(
     >>> linear_divergence(h, weight, torch.zeros(1, 5), torch.ones(4, 5), kind="jsd")
     DivergenceStats(divergence=tensor([0.]), entropy=tensor([1.3863]))
     """
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature: expected a number, got Tensor: a divergence has one temperature for all rows")
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     _check_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    checks.one_scaling(teacher_temperature, teacher_softcap, "teacher_")
+    checks.scaling(teacher_temperature, teacher_softcap, hidden, "teacher_")
     _check_kind(kind, beta)
     if kind == JSD and beta in (0, 1):
         kind = REVERSE_KL if beta else FORWARD_KL
