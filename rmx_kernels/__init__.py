@@ -23,7 +23,7 @@ from rmx_kernels.results import (
 from rmx_kernels.statistics.api import entropy_topk, linear_entropy_topk
 from rmx_kernels.statistics.kept import kept_set, linear_kept_logprobs
 from rmx_kernels.version import __version__
-from rmx_kernels.wrappers import in_forward
+from rmx_kernels.wrappers import gathered, in_forward
 
 __all__ = [
     "Backend",
@@ -42,6 +42,7 @@ __all__ = [
     "backends",
     "entropy_topk",
     "gated_contrastive_loss",
+    "gathered",
     "head_of",
     "in_forward",
     "kept_set",

@@ -17,7 +17,7 @@ from rmx_kernels.head_check import check_logits
 from rmx_kernels.logits import LoRA, compute_dtype
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.api import linear_entropy_topk
-from rmx_kernels.wrappers import inside
+from rmx_kernels.wrappers import gathered, inside
 
 # The names under which the configurations of transformers describe what happens to logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Spark
@@ -115,8 +115,8 @@ def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
         :class:`CausalLMHead`.
 
     Raises:
-        TypeError: model is no module. ValueError: no causal LM; a head that is no plain linear layer, is quantised or
-        sharded; an adapter on it other than LoRA, or LoRA with a variant (DoRA), a bias, or dropout in training mode;
+        TypeError: model is no module. ValueError: no causal LM; a head that is no plain linear layer, or is
+        quantised; an adapter on it other than LoRA, or LoRA with a variant (DoRA), a bias, or dropout in training mode;
         prompt learning or activated LoRA; logits that differ from the model's own.
 
     Source: the heads of transformers 5.23 (Gemma 2, Cohere, Granite, ...) and the layers of PEFT 0.21.
@@ -166,7 +166,16 @@ class CausalLMHead:
                 f"{type(self.causal_lm).__name__} alone"
             )
         kwargs.setdefault("use_cache", False)
-        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        try:
+            hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise ValueError(
+                "model: expected a decoder whose parameters are whole in its own forward, got some that fully_shard "
+                f"gathers in that of the {type(self.outer).__name__} alone: make this call in it (in_forward), or give "
+                "the decoder a fully_shard of its own"
+            ) from error
         weight = self.linear()[0].weight
         if hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
@@ -181,16 +190,18 @@ class CausalLMHead:
         temperature: a number, or a tensor with one of each row that the operator will get. The scale of the logits is
         in softcap and temperature. Several LoRA pairs are one of their ranks' sum, in the
         dtype of the head. The operators with a base give ``lora`` to the student alone: make base_hidden under
-        ``model.disable_adapter()``. A head that is trained itself (modules_to_save) serves the base as well.
+        ``model.disable_adapter()``. A head that is trained itself (modules_to_save) serves the base as well. One that
+        fully_shard has spread over ranks is gathered, as :func:`gathered` says.
         """
         checks.scaling(temperature, None, None)
         linear, pairs = self.linear()
+        pairs = [(gathered(A), gathered(B), scale) for A, B, scale in pairs]
         if isinstance(temperature, Tensor):
             temperature = temperature.to(compute_dtype(linear.weight.dtype))
         # cap_c(s u) / T = cap_(c / s)(u) / (T / s), which rounds nothing, as scaled hidden states would
         return {
-            "weight": linear.weight,
-            "bias": linear.bias,
+            "weight": gathered(linear.weight),
+            "bias": None if linear.bias is None else gathered(linear.bias),
             "lora": _one_pair(pairs, linear.weight.dtype),
             "softcap": None if self.softcap is None else self.softcap / self.scale,
             "temperature": temperature / self.scale,
@@ -207,7 +218,7 @@ class CausalLMHead:
                 raise ValueError(
                     "model: expected a module with whole weights, got FullyShardedDataParallel, which gathers weights "
                     "and averages gradients in its own forward alone: make this call in it (in_forward), or use "
-                    "fully_shard and leave the head whole"
+                    "fully_shard"
                 )
             model = inner
         return model
@@ -284,7 +295,8 @@ class CausalLMHead:
         if getattr(type(head), "forward", None) is not nn.Linear.forward:
             raise ValueError(f"model: expected torch.nn.Linear as its output head, got {type(head).__name__}")
         weight = head.weight
-        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in checks.FLOATS or weight.dim() != 2:
+        plain = type(weight) in (Tensor, nn.Parameter) or checks.is_sharded(weight)
+        if not plain or weight.dtype not in checks.FLOATS or weight.dim() != 2:
             raise ValueError(
                 f"model: expected an output head with a whole floating-point weight [V, H], got "
                 f"{type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"

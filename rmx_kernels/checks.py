@@ -15,7 +15,22 @@ INTEGERS = (torch.int64, torch.int32)
 def is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    whole(name, value)
     no_tangent(name, value)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether it is a DTensor, as the parameters of fully_shard (FSDP2) are outside of its forward."""
+    return hasattr(value, "full_tensor")
+
+
+def whole(name: str, value: Tensor) -> None:
+    """No DTensor, which does not tell whether its rows are to be gathered or are a part of the vocabulary."""
+    if is_sharded(value):
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor, got a DTensor; pass rmx_kernels.gathered(parameter), or of a head "
+            "that is spread over ranks its to_local() and process_group="
+        )
 
 
 def no_tangent(name: str, value: Tensor) -> None:
@@ -41,15 +56,24 @@ def floating(name: str, value: object, min_dims: int) -> None:
         raise ValueError(f"{name}: expected a last dimension of at least 1, got shape {tuple(value.shape)}")
 
 
-def like(name: str, value: object, other_name: str, other: Tensor) -> None:
-    """A tensor with the shape, dtype and device of another."""
+def like(name: str, value: object, other_name: str, other: Tensor, mixed: bool = False) -> None:
+    """A tensor with the shape, dtype and device of another; ``mixed``: with a dtype that is multiplied with its."""
     is_tensor(name, value)
     assert isinstance(value, Tensor)
     if value.shape != other.shape:
         raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
-    if value.dtype != other.dtype:
+    if mixed:
+        mixable(name, value, other_name, other)
+    elif value.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}")
     same_device(name, value, other_name, other)
+
+
+def mixable(name: str, value: Tensor, other_name: str, other: Tensor, part: str = "") -> None:
+    """Of two operands of one product: float64 stands alone, the others may differ (:func:`logits.operand_dtype`)."""
+    if value.dtype not in FLOATS or (value.dtype == torch.float64) != (other.dtype == torch.float64):
+        expected = "float64" if other.dtype == torch.float64 else "bfloat16, float16 or float32"
+        raise TypeError(f"{name}: expected {part}{expected}, since {other_name} is of {other.dtype}, got {value.dtype}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -121,13 +145,12 @@ def full_precision(name: str, value: Tensor) -> None:
 
 
 def head(hidden: Tensor, weight: object, bias: object, of: str = "") -> None:
-    """weight [V, H] and bias [V] of the dtype and device of hidden [..., H]; ``of`` begins the names of all three."""
+    """weight [V, H] and bias [V] on the device of hidden [..., H]; ``of`` begins the names of all three."""
     floating(f"{of}weight", weight, 2)
     assert isinstance(weight, Tensor)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"{of}weight: expected shape [V, {hidden.shape[-1]}], got {tuple(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{of}weight: expected the dtype of {of}hidden, {hidden.dtype}, got {weight.dtype}")
+    mixable(f"{of}weight", weight, f"{of}hidden", hidden)
     same_device(f"{of}weight", weight, f"{of}hidden", hidden)
     if bias is None:
         return
@@ -135,13 +158,12 @@ def head(hidden: Tensor, weight: object, bias: object, of: str = "") -> None:
     assert isinstance(bias, Tensor)
     if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{of}bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if bias.dtype != hidden.dtype:
-        raise TypeError(f"{of}bias: expected the dtype of {of}hidden, {hidden.dtype}, got {bias.dtype}")
+    mixable(f"{of}bias", bias, f"{of}hidden", hidden)
     same_device(f"{of}bias", bias, f"{of}hidden", hidden)
 
 
 def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
-    """None, or (A [r, H], B [V, r], scale), both tensors of the dtype and device of hidden [..., H]."""
+    """None, or (A [r, H], B [V, r], scale), both tensors on the device of hidden [..., H]."""
     if value is None:
         return
     if not isinstance(value, tuple):
@@ -152,9 +174,9 @@ def lora(hidden: Tensor, weight: Tensor, value: object) -> None:
     for part, x in (("A", A), ("B", B)):
         if not isinstance(x, Tensor):
             raise TypeError(f"lora: expected {part} to be a torch.Tensor, got {type(x).__name__}")
+        whole(f"lora: {part}", x)
         no_tangent(f"lora: {part}", x)
-        if x.dtype != hidden.dtype:
-            raise TypeError(f"lora: expected {part} of the dtype of hidden, {hidden.dtype}, got {x.dtype}")
+        mixable("lora", x, "hidden", hidden, f"{part} of ")
         if x.device != hidden.device:
             raise ValueError(f"lora: expected {part} on the device of hidden, {hidden.device}, got {x.device}")
     H, V = hidden.shape[-1], weight.shape[0]
@@ -180,9 +202,17 @@ def operand(
     scaling(temperature, softcap, hidden)
 
 
-def base(name: str, value: object, other_name: str, other: Tensor) -> None:
-    """The frozen base's rows, like the student's."""
-    like(name, value, other_name, other)
+def process_group(value: object) -> None:
+    if not isinstance(value, getattr(torch.distributed, "ProcessGroup", ())):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup that this process is in, or None, got "
+            f"{type(value).__name__}"
+        )
+
+
+def base(name: str, value: object, other_name: str, other: Tensor, mixed: bool = False) -> None:
+    """The frozen base's rows, :func:`like` the student's."""
+    like(name, value, other_name, other, mixed)
     assert isinstance(value, Tensor)
     frozen(name, value, "the base distribution is a constant")
 
@@ -194,17 +224,15 @@ def loss_rows(target: object, ce_weight: object, kl_weight: object, rows: Sequen
     targets(target, rows, None, device)
 
 
-def scaling(temperature: object, softcap: object, x: Tensor | None) -> None:
-    """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each."""
+def scaling(temperature: object, softcap: object, x: Tensor | None, of: str = "") -> None:
+    """Of rows x [..., columns], where they are known: a temperature for all of them, or a tensor with one for each.
+
+    ``of``: what the names begin with.
+    """
     if isinstance(temperature, Tensor):
-        row_temperature(temperature, x)
+        row_temperature(temperature, x, of)
         temperature = 1.0
-    one_scaling(temperature, softcap)
-
-
-def one_scaling(temperature: object, softcap: object, of: str = "") -> None:
-    """A temperature and a softcap for all rows; ``of``: what their names begin with."""
-    _above_0(f"{of}temperature", temperature, "a number" if of else "a number or a tensor")
+    _above_0(f"{of}temperature", temperature, "a number or a tensor")
     if softcap is not None:
         _above_0(f"{of}softcap", softcap, "a number")
 
@@ -216,14 +244,15 @@ def _above_0(name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
-def row_temperature(value: Tensor, x: Tensor | None) -> None:
+def row_temperature(value: Tensor, x: Tensor | None, of: str = "") -> None:
     """A floating-point constant, one a row of x where they are known; the registered operator looks at its range."""
-    no_tangent("temperature", value)
+    name = f"{of}temperature"
+    no_tangent(name, value)
     if value.dtype not in FLOATS:
-        raise TypeError(f"temperature: expected a number or a floating-point tensor, got {value.dtype}")
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {value.dtype}")
     if x is not None:
-        _one_a_row("temperature", "temperature", value, x.shape[:-1], x.device)
-    frozen("temperature", value, "temperatures are constants")
+        _one_a_row(name, "temperature", value, x.shape[:-1], x.device)
+    frozen(name, value, "temperatures are constants")
 
 
 def temperature_of(temperature: Any, x: Tensor, live: Tensor) -> Any:
@@ -234,7 +263,7 @@ def temperature_of(temperature: Any, x: Tensor, live: Tensor) -> Any:
     return temperature[live]
 
 
-def temperature_range(value: Tensor | None, used: Tensor | None = None) -> None:
+def temperature_range(value: Tensor | None, used: Tensor | None = None, of: str = "") -> None:
     """Finite numbers above 0, in the rows that are used; looked at as the targets are in :func:`target_range`."""
     if value is None or value.device.type != "cpu":
         return
@@ -242,7 +271,7 @@ def temperature_range(value: Tensor | None, used: Tensor | None = None) -> None:
     if used is not None:
         bad = bad & used
     if bad.any():
-        raise ValueError(f"temperature: expected finite numbers above 0, got {float(value[bad].flatten()[0])}")
+        raise ValueError(f"{of}temperature: expected finite numbers above 0, got {float(value[bad].flatten()[0])}")
 
 
 def top_k(k: object, vocab: int) -> None:

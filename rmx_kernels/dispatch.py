@@ -5,8 +5,10 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -115,3 +117,9 @@ def _warn_of_fallback(name: str, reason: str) -> None:
 def kernels(family: str, impl: str) -> ModuleType:
     """The module of a family, "statistics", "losses" or "divergences", that holds an implementation's functions."""
     return importlib.import_module(f"rmx_kernels.{family}.{impl}")
+
+
+def sharded(op: str) -> Callable[..., Any]:
+    """The form of a linear operator for a head that is spread over processes; loaded where one is asked for."""
+    found: Callable[..., Any] = getattr(kernels("vocab_parallel", "api"), f"vocab_parallel_{op}")
+    return found

@@ -30,12 +30,12 @@ def check_logits(head: Any) -> None:
         return calls[-1][2]
 
     with evaluating(head.outer):  # dropout would make two runs differ
-        hidden = head.hidden(ids)
         handle = module.register_forward_hook(exchange, prepend=True)
         try:
-            theirs = head.outer(input_ids=ids, use_cache=False)[0]
+            theirs = head.outer(input_ids=ids, use_cache=False)[0]  # first, since fully_shard takes it for the root
         finally:
             handle.remove()
+        hidden = head.hidden(ids)
     product = F.linear(hidden.float(), weight.float(), None if given["bias"] is None else given["bias"].float())
     if given["lora"] is not None:
         A, B, scale = given["lora"]

@@ -34,6 +34,18 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return compute_dtype(dtype)
 
 
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """In which hidden states meet their head: under autocast its dtype, elsewhere the wider of the two.
+
+    As torch's own linear under autocast, which leaves float64 alone; as torch promotes types elsewhere, where its
+    linear refuses to mix. bfloat16 with float16 is float32.
+    """
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
 def gradient_dtype(x: Tensor, impl: str) -> torch.dtype:
     """Of a gradient for hidden states that is still to be multiplied by the upstream gradient."""
     if impl == "reference":
@@ -176,17 +188,20 @@ def linear(
     temperature: float | Tensor,
     softcap: float | None,
 ) -> Logits:
-    """The operand from an operator's arguments: hidden states and a head.
+    """The operand from an operator's arguments: hidden states and a head, all in :func:`operand_dtype`.
+
+    The casts are under autograd, so that every argument gets its gradient in its own dtype.
 
     The first product of a LoRA pair, lora_hidden = scale * hidden @ A.T, is a small one under autograd, from which the
     gradients of A and of hidden through A come; the operators make the second. On a CPU its rows come in fours, as in
     head/cpu.py, so that neither a value nor a gradient depends on the number of rows. (MKL's float64 product at ranks
     of 16 to 32 also depends on whether there are more than 2 r rows.)
     """
-    scaling = scaling_of(temperature, softcap, hidden)
+    scaling, dtype = scaling_of(temperature, softcap, hidden), operand_dtype(hidden, weight)
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if lora is None:
         return Logits(hidden, weight, bias, None, None, *scaling)
-    A, B, scale = lora
+    A, B, scale = lora[0].to(dtype), lora[1].to(dtype), lora[2]
     x = hidden.reshape(-1, hidden.shape[-1])
     N = x.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):

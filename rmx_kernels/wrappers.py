@@ -1,10 +1,12 @@
-"""Modules of torch around a model: what is inside, and a call in their forward."""
+"""Modules of torch around a model: what is inside, a call in their forward, and parameters spread over ranks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from rmx_kernels import checks
 
 T = TypeVar("T")
 
@@ -63,3 +65,45 @@ def inside(model: nn.Module) -> Any:
     """What a wrapper of torch wraps: a compiled module, DistributedDataParallel, FullyShardedDataParallel."""
     names = ("_orig_mod", "module", "_fsdp_wrapped_module")
     return next((model._modules[name] for name in names if model._modules.get(name) is not None), None)
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    r"""The whole of a parameter that is spread over ranks as a DTensor; any other tensor as it is.
+
+    .. math:: \frac{\partial}{\partial \mathrm{parameter}} = \frac{1}{R} \sum_{r=1}^{R} g_r
+
+    with the gradient g of the whole on each of the R ranks of its mesh: their mean, as fully_shard (FSDP2) makes of the
+    gradients of its own forward, in the parameter's placements. Where all ranks compute the same (tensor parallelism
+    with replicated rows) the mean is what each of them has.
+
+    A DTensor with Shard(0) may be a shard of FSDP2, or a part of the vocabulary: it does not tell. So it is gathered,
+    which is right for both. A head that is to stay spread is given as ``parameter.to_local()`` with ``process_group=``.
+
+    Args:
+        parameter: a tensor; a DTensor on all ranks of its mesh at once, each of which makes this call.
+
+    Returns:
+        A plain tensor of the whole shape. Differentiable once.
+
+    Source: ``torch.distributed.tensor.DTensor.full_tensor``, whose gradient is each rank's own.
+
+    >>> linear_entropy_topk(hidden, gathered(model.lm_head.weight))  # doctest: +SKIP
+    """
+    return _Gathered.apply(parameter) if checks.is_sharded(parameter) else parameter
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        ctx.mesh, ctx.placements = x.device_mesh, x.placements
+        whole: Tensor = x.full_tensor()
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mean = (gradient / ctx.mesh.size()).contiguous()
+        parts = DTensor.from_local(mean, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return parts.redistribute(placements=ctx.placements)

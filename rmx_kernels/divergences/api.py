@@ -4,7 +4,7 @@ from torch import Tensor
 
 from rmx_kernels import checks, choice
 from rmx_kernels.divergences.op import FORWARD_KL, JSD, KINDS, REVERSE_KL, HeadPair, divergence
-from rmx_kernels.logits import Logits, LoRA, linear
+from rmx_kernels.logits import LoRA, linear
 from rmx_kernels.results import DivergenceStats
 
 
@@ -19,9 +19,9 @@ def linear_divergence(
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    teacher_temperature: float | None = None,
+    teacher_temperature: float | Tensor | None = None,
     teacher_softcap: float | None = None,
     impl: str | None = None,
 ) -> DivergenceStats:
@@ -36,8 +36,8 @@ def linear_divergence(
         \mathrm{jsd} = \beta \, \mathrm{KL}(p \,\|\, m) + (1 - \beta) \, \mathrm{KL}(q \,\|\, m), \qquad
         m = \beta p + (1 - \beta) q
 
-        z_q = \mathrm{cap}(h (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}, \qquad
-        z_p = \mathrm{cap}_t(h_t W_t^\top + b_t) / \mathrm{temperature}_t
+        z_{q,n} = \mathrm{cap}(h_n (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n, \qquad
+        z_{p,n} = \mathrm{cap}_t(h_{t,n} W_t^\top + b_t) / \mathrm{temperature}_{t,n}
 
     Weights of rows and means are the caller's. Values are sums of terms that are never negative: exactly 0 for equal
     logits, and accurate where they are nearly so. The limits of the formulas hold for logits of -inf: a token that
@@ -47,15 +47,17 @@ def linear_divergence(
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
         weight, bias: its output head [V, H], and [V] or None. Differentiable.
-        teacher_hidden: the teacher's [..., H2], of the same leading shape, dtype and device; a constant, so it may not
+        teacher_hidden: the teacher's [..., H2], of the same leading shape and device; a constant, so it may not
             require a gradient.
-        teacher_weight, teacher_bias: its head [V, H2], and [V] or None, of the same vocabulary; constants.
+        teacher_weight, teacher_bias: its head [V, H2], and [V] or None, of the same vocabulary; constants. Dtypes may
+            differ, and autocast acts, as in :func:`linear_entropy_topk`, for each of the two models by itself.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: of jsd, in [0, 1], the teacher's share of m. As in TRL's ``GKDTrainer``, 0 is forward_kl and 1 is
             reverse_kl, the limits of jsd / beta and of jsd / (1 - beta). (The formula itself is 0 there.)
         lora: (A [r, H], B [V, r], scale) of the student, as in :func:`linear_logprob_kl`. Differentiable.
-        temperature, softcap: of the student, as in :func:`entropy_topk`.
-        teacher_temperature, teacher_softcap: of the teacher; None for the student's temperature, and for no softcap.
+        temperature, softcap: of the student, as in :func:`entropy_topk`, one of each row too.
+        teacher_temperature, teacher_softcap: of the teacher, alike; None for the student's temperature, and for no
+            softcap.
         impl: None (best available), "reference", "cpu" or "triton". On a CPU "cpu" has no native kernel for this
             operator: torch does the arithmetic on rows of logits, a few at a time.
 
@@ -74,12 +76,10 @@ def linear_divergence(
     >>> linear_divergence(h, weight, torch.zeros(1, 5), torch.ones(4, 5), kind="jsd")
     DivergenceStats(divergence=tensor([0.]), entropy=tensor([1.3863]))
     """
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature: expected a number, got Tensor: a divergence has one temperature for all rows")
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     _check_teacher(teacher_hidden, teacher_weight, teacher_bias, hidden, weight)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    checks.one_scaling(teacher_temperature, teacher_softcap, "teacher_")
+    checks.scaling(teacher_temperature, teacher_softcap, hidden, "teacher_")
     _check_kind(kind, beta)
     if kind == JSD and beta in (0, 1):
         kind = REVERSE_KL if beta else FORWARD_KL
@@ -90,12 +90,12 @@ def linear_divergence(
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
     )
-    teacher = Logits(*constants, temperature=teacher_temperature, softcap=teacher_softcap)
+    teacher = linear(*constants, None, teacher_temperature, teacher_softcap)
     return divergence(HeadPair(student, teacher, kind, float(beta)), chosen)
 
 
 def _check_teacher(hidden: object, weight: object, bias: object, student: Tensor, student_weight: Tensor) -> None:
-    """Rows and head of a teacher, of the student's leading shape, vocabulary, dtype and device."""
+    """Rows and head of a teacher, of the student's leading shape, vocabulary and device."""
     checks.floating("teacher_hidden", hidden, 1)
     assert isinstance(hidden, Tensor)
     if hidden.shape[:-1] != student.shape[:-1]:
@@ -103,8 +103,7 @@ def _check_teacher(hidden: object, weight: object, bias: object, student: Tensor
             f"teacher_hidden: expected the leading shape of hidden, {tuple(student.shape[:-1])}, got "
             f"{tuple(hidden.shape[:-1])}"
         )
-    if hidden.dtype != student.dtype:
-        raise TypeError(f"teacher_hidden: expected the dtype of hidden, {student.dtype}, got {hidden.dtype}")
+    checks.mixable("teacher_hidden", hidden, "hidden", student)
     checks.same_device("teacher_hidden", hidden, "hidden", student)
     checks.head(hidden, weight, bias, "teacher_")
     assert isinstance(weight, Tensor)

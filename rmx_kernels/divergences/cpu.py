@@ -18,21 +18,18 @@ from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head
 from rmx_kernels.head.gradient import HeadGradient
 from rmx_kernels.head.reference import VocabTiles
-from rmx_kernels.logits import Gradients, Logits, Needs, chunks, gradient_dtype
+from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 
 BLOCK_BYTES = 1 << 19  # of one tile in full precision: it stays in a core's cache, and some 18 are alive at once
 
 
 class LogitRows:
-    """Logits of n rows of both models [n, columns], which the student's gradient may overwrite."""
+    """Logits of some rows of both models [n, columns], which the student's gradient may overwrite."""
 
-    def __init__(self, pair: HeadPair, z: Tensor, teacher_z: Tensor) -> None:
-        student, teacher = (
-            Logits(x, temperature=of.temperature, softcap=of.softcap)
-            for x, of in ((z, pair.student), (teacher_z, pair.teacher))
-        )
+    def __init__(self, pair: HeadPair, rows: slice, z: Tensor, teacher_z: Tensor) -> None:
         self.pair, self.z = pair, z
-        self.student, self.teacher = VocabTiles(student), VocabTiles(teacher)
+        self.student = VocabTiles(pair.student.of_logits(z, rows))
+        self.teacher = VocabTiles(pair.teacher.of_logits(teacher_z, rows))
 
     def blocks(self) -> Iterator[slice]:
         width = max(cols.stop - cols.start for cols in self.student.columns())
@@ -130,7 +127,7 @@ class HeadRows:
         x, u = self.student.rows(self.x[rows]), self.student.lora_rows(self.u, rows)
         z = self.student.logits(x, buffers[0], cols, u)
         teacher_z = self.teacher.logits(self.teacher.rows(self.pair.teacher.x[rows]), buffers[1], cols)
-        return x, u, z, LogitRows(self.pair, z[:n], teacher_z[:n])
+        return x, u, z, LogitRows(self.pair, rows, z[:n], teacher_z[:n])
 
     def _back(self, dz: Tensor, rows: slice, dx: Tensor, du: Tensor) -> None:
         n = rows.stop - rows.start

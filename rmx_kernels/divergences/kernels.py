@@ -26,6 +26,7 @@ from rmx_kernels.head.kernels import (
     read,
     read_part,
     read_row,
+    scaling_of,
     uncapped,
     write_row,
 )
@@ -124,10 +125,14 @@ def row_gradient(log_p, log_q, beta, mean, KIND: tl.constexpr):
 def fold(
     x, stride, teacher_x, teacher_stride,  # logits [N, V]
     parts,  # [5, N, S]: m, d and T of the student, m and d of the teacher
-    N, V, S, STEPS, c, softcap, teacher_c, teacher_softcap,
+    N, V, S, STEPS, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature; the teacher's alike
+    teacher_c, teacher_per_temperature, teacher_softcap, teacher_row_temperature,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start, teacher_start = part_of(S, stride, teacher_stride)
+    c, _unit = scaling_of(row_temperature, row, c, per_temperature)
+    teacher_c, _teacher_unit = scaling_of(teacher_row_temperature, row, teacher_c, teacher_per_temperature)
     TILE: tl.constexpr = R * L * J
     at = offsets(L, J)
     first = segment * STEPS
@@ -169,11 +174,15 @@ def values(
     parts,  # [5, N, S]
     norms,  # [6, N]: m and log d of the student, then of the teacher; the fifth is left out; entropy
     sums,  # [2, N, S]: of the divergence, and of the mean that its gradient needs
-    N, V, S, STEPS, c, per_temperature, softcap, teacher_c, teacher_per_temperature, teacher_softcap, beta,
+    N, V, S, STEPS, c, per_temperature, softcap,
+    row_temperature,  # [N], or None for c and per_temperature; the teacher's alike
+    teacher_c, teacher_per_temperature, teacher_softcap, teacher_row_temperature, beta,
     KIND: tl.constexpr, SEGMENTS: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, segment, start, teacher_start = part_of(S, stride, teacher_stride)
+    c, per_temperature = scaling_of(row_temperature, row, c, per_temperature)
+    teacher_c, teacher_per_temperature = scaling_of(teacher_row_temperature, row, teacher_c, teacher_per_temperature)
     field = N.to(tl.int64) * S
     parts_at = tl.arange(0, SEGMENTS)
     known = parts_at < S
@@ -235,10 +244,16 @@ def gradient(
     dx, dx_stride,  # [N, columns]; may be x
     norms, norms_stride,  # [6, N]: m and log d of the student, then of the teacher; a mean; the student's entropy
     g_divergence, g_entropy,  # [N], or None for 0
-    N, columns, S, STEPS, per_temperature, softcap, teacher_per_temperature, teacher_softcap, beta,
+    N, columns, S, STEPS, per_temperature, softcap,
+    row_temperature,  # [N], or None for per_temperature; the teacher's alike
+    teacher_per_temperature, teacher_softcap, teacher_row_temperature, beta,
     KIND: tl.constexpr, R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start, teacher_start = part_of(S, stride, teacher_stride)
+    _c, per_temperature = scaling_of(row_temperature, row, per_temperature, per_temperature)
+    _c, teacher_per_temperature = scaling_of(
+        teacher_row_temperature, row, teacher_per_temperature, teacher_per_temperature
+    )
     TILE: tl.constexpr = R * L * J
     at = offsets(L, J)
     begin = segment * STEPS * TILE

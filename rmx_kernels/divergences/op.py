@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmx_kernels import dispatch, logits
+from rmx_kernels import checks, dispatch, logits
 from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, gradient_dtype, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import DivergenceStats
@@ -34,9 +34,9 @@ DivergenceForward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Upstream = tuple[Tensor | None, Tensor | None]  # of the divergence and of the entropy [B...]
 PAIR = (
     f"{logits.SCHEMA}, Tensor teacher_x, Tensor teacher_weight, Tensor? teacher_bias, float teacher_temperature, "
-    "float? teacher_softcap, str kind, float beta"
+    "float? teacher_softcap, Tensor? teacher_row_temperature, str kind, float beta"
 )
-ARGUMENTS = OPERANDS + 7  # of PAIR
+ARGUMENTS = OPERANDS + 8  # of PAIR
 
 
 class HeadPair(NamedTuple):
@@ -50,8 +50,8 @@ class HeadPair(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """In the order of PAIR."""
-        x, weight, bias, _, _, temperature, softcap, _ = self.teacher
-        return *self.student, x, weight, bias, temperature, softcap, self.kind, self.beta
+        x, weight, bias, _, _, *scaling = self.teacher
+        return *self.student, x, weight, bias, *scaling, self.kind, self.beta
 
     def rows(self) -> "HeadPair":
         """With the leading dimensions in one."""
@@ -72,6 +72,8 @@ def _run(function: str, impl: str, pair: HeadPair, *arguments: Any) -> Any:
 
 def _divergence(*arguments: Any) -> DivergenceForward:
     pair, (gradient, impl) = _pair(arguments)
+    checks.temperature_range(pair.student.row_temperature)
+    checks.temperature_range(pair.teacher.row_temperature, of="teacher_")
     result: DivergenceForward = _run("divergence", impl, pair, gradient)
     return result
 

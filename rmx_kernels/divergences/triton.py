@@ -16,33 +16,38 @@ from rmx_kernels.divergences.op import KINDS, NORMS, DivergenceForward, HeadPair
 from rmx_kernels.divergences.reference import flat_upstream, of_rows
 from rmx_kernels.head import configs
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.launch import launch, power_of_2, scaling
+from rmx_kernels.head.launch import Scaling, launch, power_of_2, scaling
 from rmx_kernels.head.triton import Head, head_gradient, multiple, row_sizes
-from rmx_kernels.logits import Gradients, Logits, Needs, chunks, gradient_dtype
+from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 from rmx_kernels.losses.triton import LEAST_SEGMENTS
 
 PARTS = 5  # m, d and T of the student, m and d of the teacher
 
 
 class RowLogits(NamedTuple):
-    """The first n rows of the logits of both models [.., columns]."""
+    """The logits [.., columns] of some rows of both models, filled up with others."""
 
     pair: HeadPair
+    rows: slice
     x: Tensor
     teacher_x: Tensor
-    n: int
+
+    @property
+    def n(self) -> int:
+        return int(self.rows.stop - self.rows.start)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         return self.x, self.x.stride(0), self.teacher_x, self.teacher_x.stride(0)
 
     @property
+    def scalings(self) -> tuple[Scaling, Scaling]:
+        """Of the student and of the teacher."""
+        return scaling(self.pair.student, self.rows), scaling(self.pair.teacher, self.rows)
+
+    @property
     def kind(self) -> int:
         return KINDS.index(self.pair.kind)
-
-
-def scale_of(z: Logits) -> tuple[float, float, float | None]:
-    return scaling(z)[:3]
 
 
 def single(sweep: configs.Sweep) -> configs.Sweep:
@@ -58,9 +63,9 @@ def row_values(rows: RowLogits) -> tuple[Tensor, Tensor]:
     parts, norms, sums = (
         torch.empty(*shape, dtype=torch.float32, device=device) for shape in ((PARTS, n, S), (NORMS, n), (2, n, S))
     )
-    own, other = scale_of(rows.pair.student), scale_of(rows.pair.teacher)
+    own, other = rows.scalings
     launch(
-        *(kernels.fold, n * S, device, *rows.arguments, parts, n, V, S, steps, own[0], own[2], other[0], other[2]),
+        *(kernels.fold, n * S, device, *rows.arguments, parts, n, V, S, steps, *own, *other),
         warps=sweep.warps,
         STAGES=sweep.stages,
         **sweep.shape(itemsize),
@@ -85,10 +90,10 @@ def row_gradient(rows: RowLogits, dx: Tensor, norms: Tensor, upstream: Upstream)
     """dx [n, columns] of the rows, from norms [6, n] and upstream gradients [n]; in place if dx is x."""
     sweep, itemsize = single(configs.config(dx.device).loss_gradient), rows.x.element_size()
     S, steps = sweep.division(rows.x.shape[1], itemsize)
+    own, other = rows.scalings
     launch(
         *(kernels.gradient, rows.n * S, dx.device, *rows.arguments, dx, dx.stride(0), norms, norms.stride(0)),
-        *(*upstream, rows.n, rows.x.shape[1], S, steps, *scale_of(rows.pair.student)[1:]),
-        *(*scale_of(rows.pair.teacher)[1:], rows.pair.beta),
+        *(*upstream, rows.n, rows.x.shape[1], S, steps, *own[1:], *other[1:], rows.pair.beta),
         warps=sweep.warps,
         KIND=rows.kind,
         **sweep.shape(itemsize),
@@ -155,7 +160,7 @@ class HeadRows:
         u = None if self.u is None else self.head.take(self.u, rows)
         z = self.head.logits(self.head.take(self.x, rows), u, buffers[0], cols)
         teacher_z = self.teacher.logits(self.teacher.take(self.pair.teacher.x, rows), None, buffers[1], cols)
-        return RowLogits(self.pair, z, teacher_z, rows.stop - rows.start)
+        return RowLogits(self.pair, rows, z, teacher_z)
 
     def _turn(self, part: RowLogits, norms: Tensor, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
         """(the gradient of the student's logits, in their place where it can be; what its rows are divided by)."""

@@ -3,9 +3,11 @@
 The linear ones make no tensor of size [tokens, vocabulary].
 """
 
+from typing import Any
+
 from torch import Tensor
 
-from rmx_kernels import checks, choice
+from rmx_kernels import checks, choice, dispatch
 from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
@@ -78,6 +80,8 @@ def linear_gated_contrastive_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     base_lse: Tensor | None = None,
+    process_group: Any = None,
+    reduce_hidden_grad: bool = True,
     impl: str | None = None,
 ) -> ContrastiveLoss:
     r"""What :func:`gated_contrastive_loss` returns for student and base logits that share one output head.
@@ -90,19 +94,22 @@ def linear_gated_contrastive_loss(
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        base_hidden: the frozen base's, same shape, dtype and device; may not require a gradient.
-        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant.
+        base_hidden: the frozen base's, same shape and device; may not require a gradient.
+        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant. Dtypes may
+            differ, and autocast acts, as in :func:`linear_entropy_topk`.
         target: token ids [...] in [0, V), int64 or int32; not read in rows whose two weights are zero.
         ce_weight, kl_weight: [...] floating point, constants.
         bias: [V] or None. Differentiable like weight.
-        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
-            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
+            and B are differentiable; scale is a finite number. W + scale B A is never made.
             The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
         temperature, softcap: as in :func:`gated_contrastive_loss`.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
             float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
-            gradients are NaN.
+            gradients are NaN. Not with a process_group.
+        process_group, reduce_hidden_grad: as in :func:`linear_entropy_topk`, by way of
+            ``vocab_parallel_gated_contrastive_loss``.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -118,15 +125,24 @@ def linear_gated_contrastive_loss(
     >>> linear_gated_contrastive_loss(h, h, torch.ones(4, 3), torch.tensor([2]), one, one).loss
     tensor(1.3863)
     """
+    if process_group is not None:
+        checks.process_group(process_group)
+        if base_lse is not None:
+            raise ValueError("base_lse: expected None with a process_group, over which it is found anew, got one")
+        head: dict[str, Any] = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap}
+        head |= {"group": process_group, "reduce_hidden_grad": reduce_hidden_grad, "impl": impl}
+        rows = hidden, base_hidden, weight, target, ce_weight, kl_weight
+        over_ranks: ContrastiveLoss = dispatch.sharded("gated_contrastive_loss")(*rows, **head)
+        return over_ranks
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
-    checks.base("base_hidden", base_hidden, "hidden", hidden)
+    checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
     if base_lse is not None:
         checks.row_weights("base_lse", base_lse, hidden.shape[:-1], hidden.device)
         checks.full_precision("base_lse", base_lse)
     chosen = choice.chosen("linear_gated_contrastive_loss", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
-    return contrastive_loss(Pair(z, base_hidden, target), ce_weight, kl_weight, base_lse, chosen)
+    return contrastive_loss(Pair(z, base_hidden.to(z.x.dtype), target), ce_weight, kl_weight, base_lse, chosen)
 
 
 def linear_logprob_kl(
@@ -153,12 +169,13 @@ def linear_logprob_kl(
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        base_hidden: the frozen base's, same shape, dtype and device; may not require a gradient.
-        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant.
+        base_hidden: the frozen base's, same shape and device; may not require a gradient.
+        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant. Dtypes may
+            differ, and autocast acts, as in :func:`linear_entropy_topk`.
         target: token ids [...] in [0, V), int64 or int32.
         bias: [V] or None. Differentiable like weight.
-        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors of the same dtype and device as hidden, or
-            None. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
+            and B are differentiable; scale is a finite number. W + scale B A is never made.
         temperature, softcap, impl: as in :func:`entropy_topk`, applied to both distributions.
 
     Returns:
@@ -176,8 +193,8 @@ def linear_logprob_kl(
     LogprobKL(logprob=tensor([-1.3863]), kl=tensor([0.]))
     """
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
-    checks.base("base_hidden", base_hidden, "hidden", hidden)
+    checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     checks.targets(target, hidden.shape[:-1], None, hidden.device)
     chosen = choice.chosen("linear_logprob_kl", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
-    return logprob_kl(Pair(z, base_hidden, target), chosen)
+    return logprob_kl(Pair(z, base_hidden.to(z.x.dtype), target), chosen)

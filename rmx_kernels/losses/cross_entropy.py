@@ -49,7 +49,8 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        linear_weight, linear_bias: output head [V, H] and [V] or None. Differentiable.
+        linear_weight, linear_bias: output head [V, H] and [V] or None. Differentiable. Dtypes may differ, and
+            autocast acts, as in :func:`linear_entropy_topk`.
         target: token ids [...], int64 or int32, in [0, V) or ``ignore_index``. Rows that are ignored are not read.
         weight: [V] floating point, a weight of each class, a constant; None for 1.
         reduction: "mean", "sum" or "none".

@@ -68,7 +68,8 @@ def linear_policy_loss(
 
     Args:
         hidden: [B, T, H], the final hidden states that predict the tokens of B completions. Differentiable.
-        weight: output head [V, H]. Differentiable, as are bias and the LoRA pair.
+        weight: output head [V, H]. Differentiable, as are bias and the LoRA pair. Dtypes may differ, and autocast acts,
+            as in :func:`linear_entropy_topk`.
         target: the sampled tokens [B, T], int64 or int32.
         advantage: [B], or [B, T] for one of each token. A constant.
         old_logprob: [B, T], log-probs under the policy that sampled; None takes the present ones (r = 1).
@@ -210,7 +211,7 @@ def _check(
     if how not in AGGREGATIONS and (isinstance(how, bool | str) or not how > 0):
         raise ValueError(f"aggregation: expected one of {', '.join(AGGREGATIONS)}, or a number above 0, got {how!r}")
     if base_hidden is not None:
-        checks.like("base_hidden", base_hidden, "hidden", hidden)
+        checks.like("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     if options.kl_coef and base_hidden is None and (options.kl == "full" or ref_logprob is None):
         needed = "base_hidden" if options.kl == "full" else "ref_logprob or base_hidden"
         raise ValueError(f"{needed}: expected one for kl={options.kl!r} with kl_coef={options.kl_coef}, got none")

@@ -1,8 +1,10 @@
 """entropy_topk and linear_entropy_topk: row statistics of logits, or of hidden @ weight.T, which is never stored."""
 
+from typing import Any
+
 from torch import Tensor
 
-from rmx_kernels import checks, choice
+from rmx_kernels import checks, choice, dispatch
 from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.op import statistics
@@ -69,20 +71,31 @@ def linear_entropy_topk(
     k: int = 0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    process_group: Any = None,
+    reduce_hidden_grad: bool = True,
     impl: str | None = None,
 ) -> VocabStats:
     r"""What :func:`entropy_topk` returns for logits = hidden @ weight.T + bias, without making them.
 
     .. math:: z_n = \mathrm{cap}(\mathrm{hidden}_n \, (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n
 
+    The dtypes may differ, but for float64, which stands alone. The product is made in the wider of hidden's and
+    weight's (``torch.promote_types``), and under ``torch.autocast`` in its dtype, as torch's own linear is; all
+    operands are cast to it, the head into a copy where it has another. Each gets its gradient in its own dtype.
+
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        weight: output head [V, H] of the same dtype and device. Differentiable; a frozen head costs no gradient.
+        weight: output head [V, H] on the same device. Differentiable; a frozen head costs no gradient.
         target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
-        bias: [V] of the same dtype, or None. Differentiable.
-        lora: (A [r, H], B [V, r], scale), the tensors of the same dtype and device, or None for a head without
+        bias: [V], or None. Differentiable.
+        lora: (A [r, H], B [V, r], scale), the tensors on the same device, or None for a head without
             adapter. A and B are differentiable; scale is a finite number. W + scale B A is never made.
         k, temperature, softcap, impl: as in :func:`entropy_topk`.
+        process_group: a torch.distributed group over whose ranks the head is spread by rows of the vocabulary, in their
+            order: weight, bias and B are this rank's, target and the results are of the whole vocabulary. All else is
+            the same on every rank, which is checked first; ``vocab_parallel_entropy_topk``, which is called, says more,
+            and has ``check=False`` for inner loops. ``torch.distributed.group.WORLD`` is the default group.
+        reduce_hidden_grad: with a process_group, False leaves the sum of hidden's gradient over ranks to the caller.
 
     Returns:
         :class:`VocabStats` of float32 (float64 for float64 inputs), in nats. Scratch memory does not grow with N x V.
@@ -96,6 +109,12 @@ def linear_entropy_topk(
     >>> linear_entropy_topk(torch.randn(2, 16), torch.zeros(8, 16)).entropy
     tensor([2.0794, 2.0794])
     """
+    if process_group is not None:
+        checks.process_group(process_group)
+        head: dict[str, Any] = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap}
+        head |= {"group": process_group, "reduce_hidden_grad": reduce_hidden_grad, "impl": impl}
+        over_ranks: VocabStats = dispatch.sharded("entropy_topk")(hidden, weight, target, k=k, **head)
+        return over_ranks
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     checks.top_k(k, weight.shape[0])
     if target is not None:

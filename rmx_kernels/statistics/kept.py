@@ -37,7 +37,8 @@ def linear_kept_logprobs(
 
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        weight: output head [V, H] of the same dtype and device. Differentiable, as is bias.
+        weight: output head [V, H] on the same device. Differentiable, as is bias. Dtypes as in
+            :func:`linear_entropy_topk`; where they differ the whole head is cast.
         kept: ids of the set S of each row, [..., K], int64 or int32, distinct, in [0, V), or -1 for none; at least one
             in each row. :func:`kept_set` makes it from :class:`VocabStats`.
         target: token ids [...], or None for no ``logprob``.

@@ -17,6 +17,7 @@ ALIKE = (
     "hidden rows",
     "hidden.shape[-1]",
     "hidden.requires_grad",
+    "reduce_hidden_grad",
     "k",
     "bias given",
     "temperature",
@@ -41,6 +42,7 @@ WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 1 << 20  # values at a time, so that the check needs little memory
 SIZE = ("start", "rows of weight")
 MAX_VOCAB = 2**31 - 1  # ids travel as int32
+UNKNOWN = -1  # a first row that follows from the other ranks' shards
 Claim = dict[str, float]  # of ALIKE, those that are not 0, and SIZE
 
 
@@ -80,11 +82,11 @@ def values_of(name: str, x: Tensor) -> Claim:
     return {f"values of {name}, by a checksum": float(int(total) % 2**53)}
 
 
-def agree(local: Callable[[], Claim], group: dist.ProcessGroup | None) -> None:
-    """Run this rank's own checks, and compare what comes of them with the other ranks.
+def agree(local: Callable[[], Claim], group: dist.ProcessGroup | None) -> int:
+    """Run this rank's own checks, compare what comes of them with the other ranks, and return the id of its first row.
 
     Raises on every rank, if on any: its own error where a rank has one, and a ValueError that tells it elsewhere; or
-    one that names the argument and what came from each rank. Each rank sends 27 numbers of 8 bytes.
+    one that names the argument and what came from each rank. Each rank sends 28 numbers of 8 bytes.
     """
     error: Exception | None = None
     claim: Claim = {}
@@ -107,25 +109,29 @@ def agree(local: Callable[[], Claim], group: dist.ProcessGroup | None) -> None:
             shown = (str(checks.FLOATS[int(v)]) if name == "hidden.dtype" else f"{v:.17g}" for v in values)
             came = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(shown))
             raise ValueError(f"{name}: expected the same on every rank, got {came}")
-    V = _covered([(int(start), int(rows)) for *_, start, rows in table])
+    starts = _covered([(int(start), int(rows)) for *_, start, rows in table])
+    V = starts.pop()
     checks.top_k(int(claim["k"]), V)
     for name in ("lowest target", "highest target"):
         if not 0 <= claim.get(name, 0) < V:
             raise ValueError(f"target: expected ids in [0, {V}), got {int(claim[name])}")
+    return starts[dist.get_rank(group)]
 
 
-def _covered(shards: list[tuple[int, int]]) -> int:
-    """The size of the vocabulary that shards (first row, rows) make up, one after the other."""
-    V = 0
+def _covered(shards: list[tuple[int, int]]) -> list[int]:
+    """Where shards (first row, or UNKNOWN; rows) begin that follow each other, and the size of the vocabulary."""
+    starts = [0]
     for start, rows in shards:
-        if start != V:
+        if start not in (starts[-1], UNKNOWN):
             came = ", ".join(f"[{s}, {s + n}) on rank {rank}" for rank, (s, n) in enumerate(shards))
             raise ValueError(f"start: expected rows that follow each other in the order of ranks from 0 on, got {came}")
-        V += rows
-    return V
+        starts.append(starts[-1] + rows)
+    return starts
 
 
-def shard_start(start: object, rows: int) -> None:
+def shard_start(start: object, rows: int, known_by_others: bool) -> None:
+    if start is None and known_by_others:
+        return
     if isinstance(start, bool) or not isinstance(start, int):
         raise TypeError(f"start: expected an int, got {type(start).__name__}")
     if not 0 <= start <= MAX_VOCAB - rows:

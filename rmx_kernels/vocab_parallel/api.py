@@ -13,6 +13,7 @@ from rmx_kernels.results import ContrastiveLoss, VocabStats, named
 from rmx_kernels.statistics.api import linear_entropy_topk
 from rmx_kernels.vocab_parallel.agreement import (
     MAX_VOCAB,
+    UNKNOWN,
     Claim,
     agree,
     gradient_of,
@@ -21,7 +22,7 @@ from rmx_kernels.vocab_parallel.agreement import (
     targets_of,
     values_of,
 )
-from rmx_kernels.vocab_parallel.functions import Divergence, Statistics
+from rmx_kernels.vocab_parallel.functions import Divergence, Replicated, Statistics
 from rmx_kernels.vocab_parallel.shard import Shard
 
 
@@ -30,8 +31,9 @@ def vocab_parallel_entropy_topk(
     weight: Tensor,
     target: Tensor | None = None,
     *,
-    start: int,
+    start: int | None = None,
     group: dist.ProcessGroup | None = None,
+    reduce_hidden_grad: bool = True,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     k: int = 0,
@@ -56,8 +58,11 @@ def vocab_parallel_entropy_topk(
         weight: this rank's rows [V_r, H] of the output head, ids start to start + V_r - 1. Ranks hold rows in their
             order, without gap or overlap; as many as they like, but at least one. Differentiable, as is bias.
         target: token ids [...] in [0, V), int64 or int32, the same on every rank; None for no ``logprob``.
-        start: id of the first of this rank's rows.
+        start: id of the first of this rank's rows; None, with ``check``, for the rows of the ranks before.
         group: the process group; None for the default one. Works with gloo and NCCL.
+        reduce_hidden_grad: False leaves out the sum over ranks in the backward pass: the gradient of hidden is this
+            rank's share of it, for frameworks that sum it themselves (tensor parallelism with sequence parallelism).
+            Then the one of lora's A, which is small, is still that of the whole vocabulary.
         bias: this rank's [V_r], or None on all. A part whose bias is -inf throughout has no mass; where its logits of a
             row are all -inf for another reason, that row is NaN.
         lora: (A [r, H], B [V_r, r], scale): A and the scale the same on every rank, B this rank's rows. The gradient
@@ -74,7 +79,7 @@ def vocab_parallel_entropy_topk(
         :class:`VocabStats` of float32 (float64 for float64 inputs), in nats, equal on every rank and up to rounding to
         those of one process. In a group of one it is :func:`linear_entropy_topk`.
 
-    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 216 where it checks; backward a sum over
+    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 224 where it checks; backward a sum over
     ranks of 4 N H bytes (8 N H), and of 4 N r more with lora, of what requires a gradient. The statistics are merged in
     rank order; the order of that sum is the backend's.
 
@@ -88,6 +93,7 @@ def vocab_parallel_entropy_topk(
 
     def claim() -> Claim:
         found = _check_head(hidden, weight, start, bias, lora, temperature, softcap, check)
+        found |= {"reduce_hidden_grad": bool(reduce_hidden_grad)}
         checks.top_k(k, MAX_VOCAB)
         if target is not None:
             checks.targets(target, hidden.shape[:-1], MAX_VOCAB, hidden.device)
@@ -100,12 +106,12 @@ def vocab_parallel_entropy_topk(
                 found |= values_of("target", target.long())
         return found
 
-    agree(claim, group) if check else claim()
+    start = agree(claim, group) if check else int(claim()["start"])
     if world == 1:
         scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
         return linear_entropy_topk(hidden, weight, target, bias=bias, lora=lora, k=k, impl=impl, **scaling)
-    shard = Shard(group, start, choice.chosen("linear_entropy_topk", impl, hidden))
-    z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
+    shard = Shard(group, start, choice.chosen("linear_entropy_topk", impl, hidden), reduce_hidden_grad)
+    z = linear(hidden, weight, bias, _pair(lora, shard), temperature, softcap).rows()
     ids = None if target is None else target.reshape(-1).long()
     lse, entropy, logprob, values, topk_ids = Statistics.apply(shard, *z, ids, k)
     lead = hidden.shape[:-1]
@@ -121,8 +127,9 @@ def vocab_parallel_gated_contrastive_loss(
     ce_weight: Tensor,
     kl_weight: Tensor,
     *,
-    start: int,
+    start: int | None = None,
     group: dist.ProcessGroup | None = None,
+    reduce_hidden_grad: bool = True,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
@@ -145,7 +152,7 @@ def vocab_parallel_gated_contrastive_loss(
 
     Args:
         hidden, base_hidden: of student and frozen base, [..., H], the same on every rank; hidden is differentiable.
-        weight, bias, lora, start, group, temperature, softcap, impl, check: as in
+        weight, bias, lora, start, group, reduce_hidden_grad, temperature, softcap, impl, check: as in
             :func:`vocab_parallel_entropy_topk`. The base has no lora; weight's gradient is the student's alone.
         target: token ids [...] of the whole vocabulary; not read in rows whose two weights are zero.
         ce_weight, kl_weight: [...] floating point, constants, the same on every rank.
@@ -156,7 +163,7 @@ def vocab_parallel_gated_contrastive_loss(
         yet: a row with ce_weight costs 3 products with the part, one with kl_weight 5, one with both 8.
 
     Of n rows with ce_weight and m with kl_weight, each rank sends 16 n + 24 m bytes forward (twice that in float64),
-    and 216 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
+    and 224 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
@@ -168,7 +175,8 @@ def vocab_parallel_gated_contrastive_loss(
 
     def claim() -> Claim:
         found = _check_head(hidden, weight, start, bias, lora, temperature, softcap, check)
-        checks.base("base_hidden", base_hidden, "hidden", hidden)
+        found |= {"reduce_hidden_grad": bool(reduce_hidden_grad)}
+        checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
         checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
         used = (ce_weight != 0) | (kl_weight != 0)
         checks.target_range(target, MAX_VOCAB, used)
@@ -184,16 +192,16 @@ def vocab_parallel_gated_contrastive_loss(
             found |= _temperatures(temperature, hidden, used)
         return found
 
-    agree(claim, group) if check else claim()
+    start = agree(claim, group) if check else int(claim()["start"])
     scaling: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
     if world == 1:
         weights = ce_weight, kl_weight
         return linear_gated_contrastive_loss(
             hidden, base_hidden, weight, target, *weights, bias=bias, lora=lora, impl=impl, **scaling
         )
-    shard = Shard(group, start, choice.chosen("linear_logprob_kl", impl, hidden))
-    z = linear(hidden, weight, bias, lora, temperature, softcap).rows()
-    base, ids = base_hidden.detach().reshape(z.x.shape), target.reshape(-1).long()
+    shard = Shard(group, start, choice.chosen("linear_logprob_kl", impl, hidden), reduce_hidden_grad)
+    z = linear(hidden, weight, bias, _pair(lora, shard), temperature, softcap).rows()
+    base, ids = base_hidden.detach().to(z.x.dtype).reshape(z.x.shape), target.reshape(-1).long()
     ce, kl_w = (w.detach().reshape(-1).to(z.real) for w in (ce_weight, kl_weight))
     decisions, anchors = ce.nonzero().squeeze(1), kl_w.nonzero().squeeze(1)
     _, _, logprob, _, _ = Statistics.apply(shard, *_rows(z, decisions), ids[decisions], 0)
@@ -208,7 +216,7 @@ def vocab_parallel_gated_contrastive_loss(
 def _check_head(
     hidden: Tensor,
     weight: Tensor,
-    start: int,
+    start: int | None,
     bias: Tensor | None,
     lora: LoRA | None,
     temperature: float | Tensor,
@@ -216,7 +224,7 @@ def _check_head(
     check: bool,
 ) -> Claim:
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
-    shard_start(start, weight.shape[0])
+    shard_start(start, weight.shape[0], known_by_others=check)
     claim = {
         "hidden.dtype": checks.FLOATS.index(hidden.dtype),
         "hidden rows": hidden.shape[:-1].numel(),
@@ -224,7 +232,7 @@ def _check_head(
         "bias given": bias is not None,
         "temperature": 0 if isinstance(temperature, Tensor) else temperature,  # one a row: 0 is not taken
         "softcap": softcap or 0,  # none: 0 is not taken
-        "start": start,
+        "start": UNKNOWN if start is None else start,
         "rows of weight": weight.shape[0],
     }
     if lora is not None:
@@ -244,6 +252,13 @@ def _temperatures(temperature: float | Tensor, x: Tensor, used: Tensor | None = 
     """Those of the rows x that are used, as the kernels take them."""
     own = scaling_of(temperature, None, x).row_temperature
     return {} if own is None else values_of("temperature", own if used is None else own[used])
+
+
+def _pair(lora: LoRA | None, shard: Shard) -> LoRA | None:
+    """With an A whose gradient is whole where the one of lora_hidden, which leads to it, is a part."""
+    if lora is None or shard.reduce_hidden_grad:
+        return lora
+    return Replicated.apply(lora[0], shard.group), lora[1], lora[2]
 
 
 def _rows(z: Logits, index: Tensor) -> Logits:

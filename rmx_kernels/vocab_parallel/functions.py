@@ -17,11 +17,27 @@ OPERANDS = slice(1, 1 + len(TENSORS))  # of the arguments of a function, after t
 def _over_ranks(gradients: Gradients, shard: Shard) -> Gradients:
     """The gradients of hidden and lora_hidden summed over ranks; the others belong to this rank's rows."""
     found = list(gradients)
+    if not shard.reduce_hidden_grad:
+        return found
     parts = {i: part for i, part in enumerate(found) if i in (0, 3) and part is not None}
     if parts:
         for i, total in zip(parts, merge.summed(list(parts.values()), shard.group), strict=True):
             found[i] = total
     return found
+
+
+class Replicated(torch.autograd.Function):
+    """A tensor that every rank has, and of whose gradient each has a part: they are summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @differentiable_once("vocab_parallel")
+    def backward(ctx: Any, _: Any, gradient: Tensor) -> Any:
+        return merge.summed([gradient], ctx.group)[0], None
 
 
 class Statistics(torch.autograd.Function):

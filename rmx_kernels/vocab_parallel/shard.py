@@ -39,6 +39,7 @@ class Shard:
     group: dist.ProcessGroup | None
     start: int
     impl: str
+    reduce_hidden_grad: bool = True
 
     def local(self, target: Tensor, V: int) -> tuple[Tensor, Tensor]:
         """(ids counted from ``start``, any in rows where they are another rank's; the rows where they are ours)."""

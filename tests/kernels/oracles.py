@@ -98,9 +98,9 @@ def divergence(
     teacher_logits: Tensor,
     kind: str,
     beta: float,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     softcap: float | None = None,
-    teacher_temperature: float | None = None,
+    teacher_temperature: Temperature | None = None,
     teacher_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The divergence of each row from a teacher, a constant, and the student's entropy."""

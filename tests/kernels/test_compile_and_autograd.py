@@ -180,7 +180,7 @@ def test_compiled_code_still_checks_its_inputs(op: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("op", [op for op in OPERATORS if op != "linear_divergence"])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_compiled_with_a_temperature_for_each_row(op: str) -> None:
     """The bits of eager, one compilation, and the check of the values, which nobody knows while it is traced."""
     backend = CompileCounterWithBackend("aot_eager")

@@ -278,17 +278,6 @@ def test_without_grad_mode_nothing_is_recorded(op: str, device: str, impl: str) 
     assert cases.differentiable(result) == []
 
 
-def test_autocast_changes_nothing(op: str, device: str, impl: str) -> None:
-    arguments = make(op, device=device)
-    expected = forward_backward(op, arguments, impl=impl)
-    fresh, inputs = cases.leaves(op, arguments)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        result = cases.call(op, fresh, impl=impl)
-    outputs = cases.differentiable(result)
-    found = torch.autograd.grad(outputs, inputs, cases.cotangents(outputs))
-    assert_same_bits([v.detach() for v in result] + list(found), expected)
-
-
 def test_retained_graph_gives_the_same_gradients_twice(op: str, device: str, impl: str) -> None:
     fresh, inputs = cases.leaves(op, make(op, device=device))
     outputs = cases.differentiable(cases.call(op, fresh, impl=impl))

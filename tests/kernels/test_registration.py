@@ -151,12 +151,13 @@ def logprob_kl(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
 def divergence(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
     head = headed(dtype)[0]
     a = cases.make("linear_divergence", (2, 3), 11, 8, dtype)
-    teacher = *(a[f"teacher_{name}"] for name in ("hidden", "weight", "bias")), 1.5, None
+    teacher = *(a[f"teacher_{name}"] for name in ("hidden", "weight", "bias")), 1.5, None, None
     calls: list[Call] = [
         (*plain(head), *teacher, "forward_kl", 0.5, True, impl),
         (*head, *teacher, "jsd", 0.3, True, impl),
+        (*by_row(head), *teacher[:-1], cases.temperatures(2, 3), "jsd", 0.3, True, impl),
         (*frozen(head._replace(bias=None), "weight"), *teacher, "reverse_kl", 0.5, True, impl),
-        (*frozen(head, "x", "lora_hidden"), *teacher[:2], None, 1.0, 30.0, "jsd", 0.9, False, impl),
+        (*frozen(head, "x", "lora_hidden"), *teacher[:2], None, 1.0, 30.0, None, "jsd", 0.9, False, impl),
     ]
     backward: list[Call] = []
     g = cases.randn(2, 3)

@@ -14,7 +14,7 @@ import rmx_kernels
 from rmx_kernels import PolicyOptions, checks, linear_cross_entropy, linear_kept_logprobs, linear_policy_loss
 from rmx_kernels.dispatch import OPERATORS as ALL
 
-OPERATORS = [op for op in ALL if op != "linear_divergence"]  # which has one temperature for all rows
+OPERATORS = ALL
 STATISTICS = [op for op in ALL if op.endswith("entropy_topk")]
 LOSSES = [op for op in ALL if op.endswith("loss")]
 SCALINGS = [{}, {"softcap": 5.0}]
@@ -118,7 +118,7 @@ def test_leading_dimensions_layout_and_dtype_do_not_matter(op: str, device: str,
     expected = forward_backward(op, arguments, impl=impl, temperature=t.contiguous())
     for same in (t, scattered(t, 1), t.bfloat16(), t.half(), t.double()):
         assert_same_bits(forward_backward(op, arguments, impl=impl, temperature=same), expected)
-    flat = {n: v.flatten(0, 1) if n not in ("weight", "bias", "k") else v for n, v in arguments.items()}
+    flat = {n: v.flatten(0, 1) if n in cases.PER_ROW else v for n, v in arguments.items()}
     got = cases.call(op, flat, impl=impl, temperature=t.flatten())
     for a, b in zip(got, cases.call(op, arguments, impl=impl, temperature=t), strict=True):
         assert_same_bits([a], [b.flatten(0, 1) if b.dim() else b])
@@ -146,7 +146,7 @@ def test_no_plausible_number_at_an_impossible_temperature(
             cases.call(op, arguments, impl=impl, temperature=spoilt)
     if impl == "cpu":
         return
-    monkeypatch.setattr(checks, "temperature_range", lambda *_: None)
+    monkeypatch.setattr(checks, "temperature_range", lambda *_, **__: None)
     got = row_results(op, arguments | {"temperature": spoilt}, name, impl)
     for field, value in got.items():
         assert_same_bits([value[1:]], [clean[field][1:]])
@@ -161,6 +161,29 @@ def test_rows_without_a_weight_need_no_temperature(of: str, chosen: str) -> None
     for bad in BAD:
         t[3] = bad  # whose weights are both zero
         assert_same_bits(forward_backward(of, arguments, impl=chosen, temperature=t.clone()), expected)
+
+
+@pytest.mark.parametrize("own", [0.7, None], ids=["one of the student", "one a row of the student"])
+@pytest.mark.parametrize("chosen", cases.available("cpu"))
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_teachers_temperatures(kind: str, chosen: str, own: float | None) -> None:
+    """Of its own: against the oracle, and row by row the bits of a call at that row's temperature."""
+    of = "linear_divergence"
+    arguments, t = cases.with_lora(cases.make(of)) | {"kind": kind}, temperatures(6).flip(0)
+    scaling = {"temperature": temperatures(6) if own is None else own, "softcap": 5.0}
+    cases.check(of, arguments, chosen, teacher_temperature=t, teacher_softcap=9.0, **scaling)
+    if own is None:
+        return
+    got = row_results(of, arguments | {"teacher_temperature": t} | scaling, "hidden", chosen)
+    for row in range(0, 6, unless_interpreted(1, 3)):
+        alone = row_results(of, arguments | {"teacher_temperature": t[row].item()} | scaling, "hidden", chosen)
+        assert_same_bits([value[row] for value in got.values()], [value[row] for value in alone.values()])
+
+
+def test_an_impossible_temperature_of_a_teacher() -> None:
+    for bad in BAD:
+        with pytest.raises(ValueError, match=r"^teacher_temperature: expected finite numbers above 0, got "):
+            cases.call("linear_divergence", cases.make("linear_divergence"), teacher_temperature=torch.full((6,), bad))
 
 
 @pytest.mark.parametrize("chosen", cases.available("cpu"))

@@ -93,12 +93,14 @@ def run_loss(dtype: torch.dtype, V: int, softcap: float | None, by_row: bool = F
     kernels_of("losses").contrastive_loss(pair, (w, w), w, True)
 
 
-def run_divergence(dtype: torch.dtype, V: int, kind: str, softcap: float | None) -> None:
+def run_divergence(
+    dtype: torch.dtype, V: int, kind: str, softcap: float | None, by_row: bool = False, of_teacher: Any = None
+) -> None:
     """With a teacher of another width and scaling; the gradient of the divergence alone, and of both results."""
     module, g = kernels_of("divergences"), torch.ones(2)
     student, teacher = (
-        Logits(torch.zeros(2, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), temperature=T, softcap=cap)
-        for H, T, cap in ((4, 0.7, softcap), (8, 1.0, None))
+        Logits(torch.zeros(2, H, dtype=t), torch.zeros(V, H, dtype=t), **scaling(cap, by_row))
+        for t, H, cap in ((dtype, 4, softcap), (of_teacher or dtype, 8, None))
     )
     pair = HeadPair(student, teacher, kind, 0.5)
     norms = module.divergence(pair, True)[2]
@@ -135,7 +137,10 @@ def launches(architecture: str) -> list[Launch]:
             runs += [partial(run_divergence, dtype, 151936, kind, 30.0) for kind in kinds]
     runs.append(partial(run_statistics, torch.bfloat16, 151936, 8, 30.0, by_row=True))
     runs.append(partial(run_loss, torch.bfloat16, 151936, 30.0, by_row=True))
+    runs.append(partial(run_divergence, torch.bfloat16, 151936, "jsd", 30.0, by_row=True))
     if architecture in WHOLE:
+        for own, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+            runs.append(partial(run_divergence, own, 151936, "jsd", 30.0, of_teacher=other))
         for V, k in ((49152, 1), (151936, 0), (151936, 8), (262144, 32), (262144, 128)):
             runs.append(partial(run_statistics, torch.bfloat16, V, k, None))
         runs.append(partial(run_loss, torch.bfloat16, 50257, None))
