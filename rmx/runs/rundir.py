@@ -201,7 +201,7 @@ class RunDirectory:
         for section, values in now.items():
             if isinstance(values, dict) and values.get("batch_size") == "auto" and section in old:
                 now[section] = {**values, "batch_size": old[section].get("batch_size")}  # whatever it was made with
-        changed = list(_differences(old, now))
+        changed = [f"{key} was {before!r}, is now {after!r}" for key, before, after in differences(old, now)]
         if changed:
             raise RunError(
                 f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir "
@@ -374,9 +374,10 @@ def meant(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key.path, value, other value) of each setting that differs; None where one side has no such setting."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif old != new:
-        yield f"{where} was {old!r}, is now {new!r}"
+        yield where, old, new
