@@ -90,9 +90,9 @@ def of_each(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[st
         for k, share in zip(sizes, majority(*_ballots(own), sizes), strict=True):
             found[f"pass@{k}"][problem_id] = pass_at_k(len(own), right, k)
             found[f"maj@{k}"][problem_id] = share
-        found["mean tokens"][problem_id] = float(np.mean([len(r.completion_ids) for r in texts]))
+        found["tokens"][problem_id] = float(np.mean([len(r.completion_ids) for r in texts]))
         found["truncated"][problem_id] = float(np.mean([r.finish_reason == "length" for r in texts]))
-        found["boxed answer"][problem_id] = float(np.mean([has_box(r.text) for r in texts]))
+        found["boxed"][problem_id] = float(np.mean([has_box(r.text) for r in texts]))
     return dict(found)
 
 

@@ -69,7 +69,7 @@ class Row:
 
     @property
     def spec(self) -> str:
-        return ".1f" if self.metric.endswith("tokens") else ".3f"
+        return ".1f" if self.metric == "tokens" else ".3f"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _facts(side: Side | None) -> dict[str, str]:
     if side.history:
         last = side.history[-WINDOW:]  # as the curves end
         known["training steps"] = f"{len(side.history)}"
-        known[loss] = f"{mean(m.loss for m in last):+.4f}"
+        known[loss] = signed(mean(m.loss for m in last), ".4f")
         known[kl] = f"{mean(m.anchor_kl for m in last):.5f}"
     if side.costs:
         all_ = cost.total(side.costs)
@@ -159,7 +159,8 @@ def tables(found: Difference) -> list[Table]:
             made[-1].add_row(escape(key), *(escape(_cut(_value(v), WIDEST)) for v in values))
     if found.metrics:
         title = f"{found.metrics[0].problems} held-out problems of both [95 % interval]"
-        made.append(new_table(["metric", *names, "change"], title=title.replace("[", r"\["), padding=(0, 0, 0, 1)))
+        said = {"title": title.replace("[", r"\["), "caption": "tokens, truncated, boxed: of the tuned model"}
+        made.append(new_table(["metric", *names, "change"], padding=(0, 0, 0, 1), **said))
         for row in found.metrics:
             cells = [f"{v.mean:{row.spec}} [{v.low:{row.spec}}, {v.high:{row.spec}}]" for v in (row.first, row.second)]
             change = f"{row.change.mean:+{row.spec}} [{row.change.low:+{row.spec}}, {row.change.high:+{row.spec}}]"
@@ -208,7 +209,7 @@ def _shown(text: str) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.spec == ".3f":
-        limits = [bounds(v) for v in (row.first, row.second)]
+        limits = [bounds(v).replace("-", "−") for v in (row.first, row.second)]
         change = f"[{signed(row.change.low)}, {signed(row.change.high)}]"
     else:
         limits = [f"[{v.low:{row.spec}}, {v.high:{row.spec}}]" for v in (row.first, row.second)]

@@ -191,5 +191,7 @@ def _values(run: Run) -> Values:
     found = {"base pass@1": {key: before[key] for key in before if key in both}}
     found["tuned pass@1"] = {key: after[key] for key in after if key in both}
     found["gain"] = {key: after[key] - before[key] for key in before if key in both}
-    more = [metric for metric in tuned if metric != "pass@1"]
-    return found | {f"tuned {metric}": {k: v for k, v in tuned[metric].items() if k in both} for metric in more}
+    for metric in [metric for metric in tuned if metric != "pass@1"]:
+        label = f"tuned {metric}" if "@" in metric else metric
+        found[label] = {key: value for key, value in tuned[metric].items() if key in both}
+    return found
