@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rmx.commands.shared import PANELS, ConfigPath, Overrides, app, open_run
+from rmx.commands.shared import PANELS, ConfigPath, DryRun, Overrides, app, open_run
 
 
 @app.command(rich_help_panel=PANELS[3], epilog="Example: rmx merge config.yaml merged")
@@ -13,10 +13,21 @@ def merge(
     config: ConfigPath,
     out: Annotated[Path, typer.Argument(help="directory to write")],
     adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
+    dry_run: DryRun = False,
     set_: Overrides = None,
 ) -> None:
     """Write the model with the adapter merged into its weights: a plain Hugging Face model."""
-    open_run(config, set_).merged(out, adapter)
+    run = open_run(config, set_)
+    from rmx.progress import console
+    from rmx.runs.merge import check, merge
+
+    if dry_run:
+        run.writes = False
+        said = f"{adapter or run.path('adapter')} into {run.config.located_model.name}, in {run.dtype[0]}"
+        console.print(f"merge: {said}, would be written to {check(run, out, adapter)}", markup=False, soft_wrap=True)
+        console.print("dry run: nothing was written", markup=False)
+        return
+    console.print(f"merge: written {merge(run, out, adapter)}", markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=PANELS[3], epilog="Example: rmx push config.yaml me/my-adapter --dry-run")

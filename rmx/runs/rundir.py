@@ -46,6 +46,7 @@ class RunDirectory:
         self.dir = config.path(config.run_dir, "stages.json")
         self.under_way = ""  # the stage that is running
         self.kept = ""  # of it, should it be interrupted
+        self.writes = True  # False: no record is kept of what is looked up, here and in the cache of digests
 
     def path(self, name: str) -> Path:
         return self.dir / name
@@ -67,7 +68,7 @@ class RunDirectory:
     def dtype(self) -> tuple[str, str]:
         """(what the configuration says or ``auto`` was when this run began, why); precision.json keeps the latter."""
         found = self.dtype_now()
-        if self.begun_dtype is None:
+        if self.begun_dtype is None and self.writes:
             from rmx_kernels import __version__
 
             write_json(self.path("precision.json"), {"rmx": __version__, "dtype": found[0], "reason": found[1]})
@@ -149,10 +150,13 @@ class RunDirectory:
     @cached_property
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The content of files that settings name, so that a change of theirs is noticed too."""
-        found: dict[str, dict[str, Any]] = {
-            "problems": {"files": fingerprints(self.config.problems, self.config.path)},
-            "rollouts": {"weights": self.weights},
-        }
+        return {"rollouts": {"weights": self.weights}, **self.named_files}
+
+    @property
+    def named_files(self) -> dict[str, dict[str, Any]]:
+        """The same without the model's."""
+        problems = fingerprints(self.config.problems, self.config.path)
+        found: dict[str, dict[str, Any]] = {"problems": {"files": problems}}
         file = self.reward_name.rpartition(":")[0]
         if file.endswith(".py"):
             try:
@@ -178,7 +182,7 @@ class RunDirectory:
 
     @cached_property
     def weights(self) -> str | None:
-        return source.fingerprint(self.config.located_model)
+        return source.fingerprint(self.config.located_model, keep=self.writes)
 
     @property
     def model_mark(self) -> str:

