@@ -92,6 +92,25 @@ def export_command(
         console.print(f"export: wrote {path}", markup=False, soft_wrap=True)
 
 
+@app.command("export-task", rich_help_panel=PANELS[3], epilog="Example: rmx export-task config.yaml tasks")
+def export_task_command(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="directory to write, for lm_eval's --include_path")],
+    split: Annotated[str, typer.Option(help="problems of the task: evaluate, choose or train")] = "evaluate",
+    name: Annotated[str, typer.Option(help="name of the task; default: rmx_ and the name of the run directory")] = "",
+    set_: Overrides = None,
+) -> None:
+    """Write a run's problems as a task of lm-evaluation-harness, which rmx's verifier scores."""
+    run = open_run(config, set_)
+    from rmx.interchange.harness import export_task
+    from rmx.progress import console
+
+    task = export_task(run, out, split, name)
+    written = ", ".join(str(path) for path in task.files)
+    console.print(f"export-task: {task.problems} problems: {written}", markup=False, highlight=False, soft_wrap=True)
+    print(task.command)
+
+
 @app.command("import", rich_help_panel=PANELS[3], epilog="Example: rmx import config.yaml released")
 def import_command(
     config: ConfigPath,
