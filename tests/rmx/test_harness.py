@@ -184,12 +184,12 @@ def test_tokens_that_lm_eval_would_add(begin: bool, style: str, expected: bool |
 
 
 @pytest.mark.skipif(not HAS_LM_EVAL, reason="needs lm_eval: pip install lm_eval")
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.thorough
 def test_lm_eval_gives_the_numbers_of_the_run(
-    samples: int, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy, base and tuned: the same completions, so the same pass@1; by the command that rmx prints."""
-    sampling = tiny_config.evaluate.model_copy(update={"temperature": 0.0, "samples": samples, "max_new_tokens": 12})
+    sampling = tiny_config.evaluate.model_copy(update={"temperature": 0.0, "samples": 2, "max_new_tokens": 12})
     run = Run(tiny_config.model_copy(update={"evaluate": sampling}))
     run.run()
     done = export(config_file(run, tmp_path), tmp_path / "tasks")
