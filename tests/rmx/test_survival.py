@@ -591,7 +591,7 @@ def test_a_merged_model_is_the_model_with_its_adapter(
     assert float((tuned - plain).abs().max()) > 0.01
     again = CliRunner().invoke(cli.app, ["merge", str(path), str(out)])
     assert again.exit_code == 1
-    assert str(again.exception) == f"{out}: is not empty"
+    assert str(again.exception) == f"{out}: is not empty: expected a directory that is empty or new"
     assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
 
 
