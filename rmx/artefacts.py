@@ -134,12 +134,13 @@ def _written(record: Any) -> dict[str, Any]:
     return value
 
 
-def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:
+def read_lines(path: Path, *, plain: bool = False, whole: bool = False) -> Iterator[tuple[int, Any]]:
     """(line number, JSON value) of every line that is not blank.
 
     Args:
         plain: also refuse NaN, infinite numbers, numbers beyond the range of a float, text that is not valid Unicode,
             and duplicate keys.
+        whole: leave out a last line without its end, which is being written or was cut off by a kill.
     """
     if not path.is_file():
         raise ArtefactError(f"{path}: {'expected a file' if path.exists() else 'no such file'}")
@@ -147,7 +148,7 @@ def read_lines(path: Path, *, plain: bool = False) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not text.strip():
+            if not text.strip() or (whole and not line.endswith(b"\n")):
                 continue
             try:
                 value = json.loads(text.decode("utf-8"), **strict if plain else {})
@@ -282,6 +283,18 @@ class Journal(Generic[R]):
         with replacing(path) as aside:
             aside.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
         return cls(path), []
+
+    @staticmethod
+    def read(path: Path, record: type[R], meta: dict[str, Any]) -> list[R]:
+        """The records of the lines that are whole, without touching the file; none if its ``meta`` differs.
+
+        Raises:
+            ArtefactError: a complete line is damaged, or there is no such file.
+        """
+        lines = read_lines(path, whole=True)
+        if next(lines, (1, None))[1] != {"meta": json.loads(json.dumps(meta))}:
+            return []
+        return list(_records(path, lines, parser(record)))
 
     def append(self, records: Iterable[R]) -> None:
         """Write one unit."""

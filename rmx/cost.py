@@ -93,8 +93,7 @@ def stage_costs(log: Path, order: Sequence[str], config: CostConfig) -> list[Sta
     """One row a stage that was started, in the order of the stages."""
     if not log.exists():
         return []
-    journal, starts = Journal.open(log, _Start, META)
-    journal.close()
+    starts = Journal.read(log, _Start, META)
     rows = []
     for stage in order:
         if own := [start for start in starts if start.stage == stage]:

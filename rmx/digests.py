@@ -29,11 +29,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256(paths: list[Path]) -> list[str]:
+def sha256(paths: list[Path], *, keep: bool = True) -> list[str]:
     """Of the content of each file, in hexadecimal digits.
 
     A digest is kept with the file's size, inode, and times of modification and of change; the last of them cannot be
-    set, so that another file under the same name and time is noticed.
+    set, so that another file under the same name and time is noticed. ``keep``: whether new ones are kept.
 
     Raises:
         OSError: a file cannot be read.
@@ -49,7 +49,7 @@ def sha256(paths: list[Path]) -> list[str]:
             if time.time() - max(stat.st_mtime_ns, stat.st_ctime_ns) / 1e9 > SETTLED_S:
                 fresh[name] = kept[name]
         found.append(kept[name][-1])
-    if cache is not None and fresh:
+    if cache is not None and fresh and keep:
         with suppress(OSError):  # a cache that cannot be written costs time, nothing else
             known = {name: entry for name, entry in _read(cache / KEPT).items() if Path(name).exists()}
             write_json(cache / KEPT, {**known, **fresh})

@@ -112,8 +112,10 @@ def test_the_wheel_has_the_library_and_runs_it(tmp_path: Path) -> None:
     data = {
         "rmx/demo.yaml",
         "rmx/py.typed",
-        "rmx/reports/card.md.j2",
-        "rmx/reports/report.html.j2",
+        *(
+            f"rmx/reports/{name}.j2"
+            for name in ("card.md", "chart.html", "difference.html", "layout.html", "report.html")
+        ),
         "rmx_kernels/py.typed",
     }
     assert others == data | {"rmx_kernels/librmx_cpu.so"}

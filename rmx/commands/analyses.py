@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rmx.commands.shared import PANELS, ConfigPath, Overrides, TrustOther, app, open_run
-from rmx.errors import RmxError
+from rmx.errors import RmxError, visible
 
 
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx compare config.yaml")
@@ -38,6 +38,33 @@ def compare(
         result = compare.compare_models(pair, base, run.rollouts(), folder, run.config)
     compare.write(result, folder, run.meta())
     show(compare.table(result))
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx diff runs/first runs/second -o diff.html")
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file of a run, or its directory")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="the run to compare with it")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="page to write; default: none")
+    ] = None,
+) -> None:
+    """Compare two runs: settings, accuracy paired by problem, gate, training curves, cost. Changes neither."""
+    if out is not None and (out.suffix not in (".html", ".htm") or out.is_dir()):
+        raise RmxError(f"-o {out}: expected the name of a file that ends in .html")
+    from rich.console import Console
+
+    from rmx.reports import difference
+    from rmx.runs.diff import compare, open_side
+    from rmx.tables import show
+
+    found = compare(open_side(first), open_side(second), (first, second))
+    for table in difference.tables(found):
+        show(table)
+    for line in (*found.notes, difference.verdict(found)):
+        Console().print(visible(line), highlight=False, markup=False, soft_wrap=True)
+    if out is not None:
+        difference.write_html(out, found)
+        Console().print(f"diff: written {visible(str(out))}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx coverage config.yaml --draws 500")

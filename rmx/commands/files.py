@@ -5,18 +5,51 @@ from typing import Annotated
 
 import typer
 
-from rmx.commands.shared import PANELS, ConfigPath, Overrides, app, open_run
+from rmx.commands.shared import PANELS, ConfigPath, DryRun, Overrides, app, open_run
 
 
-@app.command(rich_help_panel=PANELS[3], epilog="Example: rmx merge config.yaml merged")
+@app.command(rich_help_panel=PANELS[3], epilog="Example: rmx merge config.yaml merged --gguf q8_0")
 def merge(
     config: ConfigPath,
     out: Annotated[Path, typer.Argument(help="directory to write")],
     adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE|FILE",
+            help="also write a GGUF file by llama.cpp's converter (on PATH, or in the folder RMX_LLAMA_CPP): f32, f16, "
+            "bf16, q8_0, tq1_0, tq2_0 or auto, into OUT; or the file, whose name may end with a type, as m-q8_0.gguf",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
     set_: Overrides = None,
 ) -> None:
-    """Write the model with the adapter merged into its weights: a plain Hugging Face model."""
-    open_run(config, set_).merged(out, adapter)
+    """Write the model with the adapter merged into its weights: a plain Hugging Face model, and a GGUF file."""
+    run = open_run(config, set_)
+    run.writes = not dry_run
+    from rmx.interchange.gguf import convert, converter, wanted
+    from rmx.progress import console
+    from rmx.runs import merge
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    folder = merge.check(run, out, adapter)  # mistakes first: to merge takes minutes
+    asked = None if gguf is None else wanted(gguf, folder)
+    command = [] if asked is None else converter()
+    if asked is not None:
+        merge.check_writable(asked.file.parent, "--gguf")
+    if dry_run:
+        said = f"{adapter or run.path('adapter')} into {run.config.located_model.name}, in {run.dtype[0]}"
+        say(f"merge: {said}, would be written to {folder}")
+        if asked is not None:
+            say(f"merge: {command[-1]} would write {asked.file} in {asked.type}")
+        say("dry run: nothing was written")
+        return
+    say(f"merge: written {merge.merge(run, folder, adapter)}")
+    if asked is not None:
+        say(f"merge: {command[-1]} writes {asked.file} in {asked.type}")
+        say(f"merge: written {convert(folder, asked, command)}")
 
 
 @app.command(rich_help_panel=PANELS[3], epilog="Example: rmx push config.yaml me/my-adapter --dry-run")
@@ -57,6 +90,25 @@ def export_command(
 
     for path in export_run(run, out):
         console.print(f"export: wrote {path}", markup=False, soft_wrap=True)
+
+
+@app.command("export-task", rich_help_panel=PANELS[3], epilog="Example: rmx export-task config.yaml tasks")
+def export_task_command(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="directory to write, for lm_eval's --include_path")],
+    split: Annotated[str, typer.Option(help="problems of the task: evaluate, choose or train")] = "evaluate",
+    name: Annotated[str, typer.Option(help="name of the task; default: rmx_ and the name of the run directory")] = "",
+    set_: Overrides = None,
+) -> None:
+    """Write a run's problems as a task of lm-evaluation-harness, which rmx's verifier scores."""
+    run = open_run(config, set_)
+    from rmx.interchange.harness import export_task
+    from rmx.progress import console
+
+    task = export_task(run, out, split, name)
+    written = ", ".join(str(path) for path in task.files)
+    console.print(f"export-task: {task.problems} problems: {written}", markup=False, highlight=False, soft_wrap=True)
+    print(task.command)
 
 
 @app.command("import", rich_help_panel=PANELS[3], epilog="Example: rmx import config.yaml released")

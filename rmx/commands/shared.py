@@ -56,6 +56,9 @@ TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run Python
 BaseUrl = Annotated[
     str | None, typer.Option(help="address of an OpenAI-compatible server, as http://localhost:8000/v1")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check the settings, print what would be done, and write nothing")
+]
 Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rmx.commands.shared import PANELS, Again, BaseUrl, ConfigPath, Engine, Overrides, app, open_run
+from rmx.commands.shared import PANELS, Again, BaseUrl, ConfigPath, DryRun, Engine, Overrides, app, open_run
 from rmx.errors import RmxError, visible
 from rmx.runs.stages import STAGES, Stage
 
@@ -48,14 +48,35 @@ def _execute(name: str, config: Path, overrides: list[str] | None, again: bool) 
                 run.follow_training(group)
 
 
+def _rehearse(config: Path, overrides: list[str] | None, stage: str = "", again: bool = False) -> None:
+    """Print what one stage, or all of them, would do."""
+    from rmx.config_file import load_config
+    from rmx.runs import dry
+    from rmx.runs.rundir import RunDirectory
+    from rmx.tables import show
+
+    run = RunDirectory(load_config(config, overrides))
+    steps = dry.run_one(run, stage, again) if stage else dry.run_all(run)
+    show(dry.table(steps))
+    for line in dry.notes(run, steps):
+        print(visible(line))
+
+
 def _with_engine(overrides: list[str] | None, engine: str | None, base_url: str | None) -> list[str]:
     given = {"engine": engine, "base_url": base_url}
     return [*(overrides or []), *(f"rollouts.{key}={json.dumps(v)}" for key, v in given.items() if v is not None)]
 
 
+def _act(name: str, config: Path, overrides: list[str] | None, again: bool, dry_run: bool) -> None:
+    if dry_run:
+        _rehearse(config, overrides, name, again)
+    else:
+        _execute(name, config, overrides, again)
+
+
 def _stage(stage: Stage) -> None:
-    def command(config: ConfigPath, set_: Overrides = None, again: Again = False) -> None:
-        _execute(stage.name, config, set_, again)
+    def command(config: ConfigPath, set_: Overrides = None, again: Again = False, dry_run: DryRun = False) -> None:
+        _act(stage.name, config, set_, again, dry_run)
 
     app.command(
         stage.name, help=stage.help, rich_help_panel=PANELS[1], epilog=f"Example: rmx {stage.name} config.yaml"
@@ -69,8 +90,9 @@ def _sampling_stage(stage: Stage) -> None:
         again: Again = False,
         engine: Engine = None,
         base_url: BaseUrl = None,
+        dry_run: DryRun = False,
     ) -> None:
-        _execute(stage.name, config, _with_engine(set_, engine, base_url), again)
+        _act(stage.name, config, _with_engine(set_, engine, base_url), again, dry_run)
 
     example = f"Example: rmx {stage.name} config.yaml --engine openai --base-url http://localhost:8000/v1"
     app.command(stage.name, help=stage.help, rich_help_panel=PANELS[1], epilog=example)(command)
@@ -96,9 +118,19 @@ def finish(run: "Run") -> None:
 
 
 @app.command("run", rich_help_panel=PANELS[0], epilog="Example: rmx run config.yaml --set train.epochs=2")
-def run_command(config: ConfigPath, set_: Overrides = None, engine: Engine = None, base_url: BaseUrl = None) -> None:
+def run_command(
+    config: ConfigPath,
+    set_: Overrides = None,
+    engine: Engine = None,
+    base_url: BaseUrl = None,
+    dry_run: DryRun = False,
+) -> None:
     """Run all stages. Started again, it continues where it was stopped."""
-    finish(open_run(config, _with_engine(set_, engine, base_url)))
+    overrides = _with_engine(set_, engine, base_url)
+    if dry_run:
+        _rehearse(config, overrides)
+        return
+    finish(open_run(config, overrides))
 
 
 @app.command(rich_help_panel=PANELS[0], epilog="Example: rmx plan config.yaml --set rollouts.samples=16")

@@ -44,13 +44,12 @@ def accuracy(
         raise EvaluationError("no problem has a judged sample; raise verify.timeout_s")
     counts = [(len(those), sum(v.outcome == "right" for v in those)) for those in own]
     rates = np.array([sum(v.reward or 0.0 for v in those) / len(those) for those in own])
-    samples = max(v.sample for v in verdicts) + 1
-    sizes = sorted({*(2**i for i in range(samples.bit_length())), samples})
+    sizes = _sizes(verdicts)
     passed = {k: [pass_at_k(n, right, k) for n, right in counts if n >= k] for k in sizes}
     votes = np.array([majority(*_ballots(those), sizes) for those in own])
     return Accuracy(
         problems=len(own),
-        samples=samples,
+        samples=sizes[-1],
         pass_at_1=bootstrap(rates, draws, seed),
         standard_error=float(rates.std(ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else None,
         pass_at_k={k: bootstrap(np.array(values), draws, seed) for k, values in passed.items() if values},
@@ -70,6 +69,37 @@ def pass_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict]) -> dict
         for p in problems
         if p.problem_id in judged
     }
+
+
+def of_each(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """{metric: {problem_id: its value}} of the problems with a judged sample, to pair two models by problem.
+
+    pass@1 is the mean reward. pass@k and maj@k have the sizes and the meaning that they have in :func:`accuracy`; both
+    need k judged samples. Mean tokens and the shares truncated and boxed are of all samples of the problem.
+    """
+    judged, found = _judged(verdicts), defaultdict[str, dict[str, float]](dict)
+    written = defaultdict[str, list[Rollout]](list)
+    for rollout in rollouts:
+        written[rollout.problem_id].append(rollout)
+    all_sizes = _sizes(verdicts)
+    for problem_id, own in judged.items():
+        texts = written[problem_id]
+        found["pass@1"][problem_id] = float(np.mean([v.reward for v in own]))
+        sizes = [k for k in all_sizes if 1 < k <= len(own)]
+        right = sum(v.outcome == "right" for v in own)
+        for k, share in zip(sizes, majority(*_ballots(own), sizes), strict=True):
+            found[f"pass@{k}"][problem_id] = pass_at_k(len(own), right, k)
+            found[f"maj@{k}"][problem_id] = share
+        found["tokens"][problem_id] = float(np.mean([len(r.completion_ids) for r in texts]))
+        found["truncated"][problem_id] = float(np.mean([r.finish_reason == "length" for r in texts]))
+        found["boxed"][problem_id] = float(np.mean([has_box(r.text) for r in texts]))
+    return dict(found)
+
+
+def _sizes(verdicts: Sequence[Verdict]) -> list[int]:
+    """1, 2, 4, ... up to the number of samples, and that."""
+    samples = max(v.sample for v in verdicts) + 1
+    return sorted({*(2**i for i in range(samples.bit_length())), samples})
 
 
 def bootstrap(values: np.ndarray, draws: int, seed: int, per: np.ndarray | None = None) -> Interval:

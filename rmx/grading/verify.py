@@ -70,8 +70,14 @@ def verify(
     timeout_s: float = 10.0,
     judge: Callable[[Problem, str], Judgement] = judge,
     on_done: Callable[[int], None] = lambda _: None,
+    kept: "list[Worker] | None" = None,
 ) -> list[Verdict]:
-    """One verdict a rollout, in their order. ``judge`` must be importable by a worker."""
+    """One verdict a rollout, in their order. ``judge`` must be importable by a worker.
+
+    Args:
+        kept: workers that an earlier call with the same judge and kind of problems left here, an empty list at first.
+            This call uses them and leaves its own there; :meth:`Worker.stop` ends one. None: they end with this call.
+    """
     by_id = {problem.problem_id: problem for problem in problems}
     # Short answers repeat: the same text for the same problem is judged once.
     jobs = list(dict.fromkeys((rollout.problem_id, rollout.text) for rollout in rollouts))
@@ -80,9 +86,12 @@ def verify(
     modules: tuple[str, ...] = ()
     if not isinstance(judge, PythonReward):
         modules = tuple({"reasoning_gym" if _is_gym(problem) else "math_verify" for problem in problems})
-    pool = [_Worker(judge, modules) for _ in range(min(workers, len(jobs)))]
+    pool = [] if kept is None else kept
     idle = list(pool)
     try:
+        while len(pool) < min(workers, len(jobs)):
+            pool.append(Worker(judge, modules))
+            idle.append(pool[-1])
         while len(found) < len(jobs):
             while idle and (job := next(todo, None)) is not None:
                 idle.pop().start(job, by_id[job[0]], timeout_s)
@@ -96,15 +105,19 @@ def verify(
                     found[job] = worker.finish()
                     idle.append(worker)
                     on_done(len(found))
+    except BaseException:
+        kept = None
+        raise
     finally:
-        for worker in pool:
-            worker.stop()
+        if kept is None:
+            while pool:
+                pool.pop().stop()
     return [
         Verdict(rollout.problem_id, rollout.sample, *found[rollout.problem_id, rollout.text]) for rollout in rollouts
     ]
 
 
-class _Worker:
+class Worker:
     """A process that judges one job at a time; killed and replaced when it is late or dies."""
 
     def __init__(self, judge: Callable[[Problem, str], Judgement], modules: tuple[str, ...]) -> None:

@@ -169,26 +169,36 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
             (aside / NOTES).write_text(json.dumps(notes) + "\n", encoding="utf-8")
 
 
-def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
-    """The settings of a plain LoRA adapter.
+def description(path: Path) -> dict[str, Any]:
+    """adapter_config.json of a plain LoRA adapter.
 
     Raises:
-        AdapterError: there are none, or one that would make it another adapter, by name.
+        AdapterError: there is none, or one that would make it another adapter, by name.
     """
     try:
-        description: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise AdapterError(f"{path}: cannot be read as an adapter: {fault}") from fault
-    if not isinstance(description, dict):
-        raise AdapterError(f"{path}/{CONFIG}: expected settings by name, got {type(description).__name__}")
-    for key, value in description.items():
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path}/{CONFIG}: expected settings by name, got {type(found).__name__}")
+    for key, value in found.items():
         plain = FIXED.get(key)
         if plain is not None and not any(value is x or value == x for x in plain):
             raise AdapterError(f"{path}: {key} is {value!r}; only {', '.join(map(repr, plain))} is supported")
         if plain is None and key not in FREE and value not in (None, False, "", [], {}):
             raise AdapterError(f"{path}: {key} is {value!r}, which is not supported: the adapter is no plain LoRA")
+    return found
+
+
+def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
+    """The settings of a plain LoRA adapter.
+
+    Raises:
+        AdapterError: see :func:`description`, or layers that this model does not have.
+    """
+    found = description(path)
     try:
-        targets, numbers = description["target_modules"], description.get("layers_to_transform")
+        targets, numbers = found["target_modules"], found.get("layers_to_transform")
         if not isinstance(targets, list):
             raise ValueError(f"target_modules is {targets!r}; only lists of names are supported")
         numbers = [numbers] if isinstance(numbers, int) else numbers or []
@@ -198,11 +208,11 @@ def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
                 f"layers_to_transform is {numbers}; only all layers from one on to the last, {last}, are supported"
             )
         return LoraConfig(
-            r=description["r"],
-            alpha=float(description["lora_alpha"]),
+            r=found["r"],
+            alpha=float(found["lora_alpha"]),
             targets=sorted(targets),
             first_layer=min(numbers, default=0),
-            rslora=True if description.get("use_rslora") else None,
+            rslora=True if found.get("use_rslora") else None,
         )
     except (KeyError, TypeError, ValueError) as fault:
         raise AdapterError(f"{path}/{CONFIG}: {fault}") from fault

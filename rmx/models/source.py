@@ -92,10 +92,10 @@ def _absent(path: Path) -> str:
     return f"no such directory; {str(near)!r} is one"
 
 
-def fingerprint(config: ModelConfig) -> str | None:
+def fingerprint(config: ModelConfig, *, keep: bool = True) -> str | None:
     """Of the whole content of a local model: weights, configuration, generation settings and tokenizer.
 
-    None for a hub name.
+    None for a hub name. ``keep``: see :func:`rmx.digests.sha256`.
     """
     from rmx.digests import sha256
 
@@ -109,7 +109,7 @@ def fingerprint(config: ModelConfig) -> str | None:
         files |= set(folder.glob("*.py"))
     used = sorted(path for path in files if path.is_file())
     return hashlib.sha256(
-        repr([(path.name, d) for path, d in zip(used, sha256(used), strict=True)]).encode()
+        repr([(path.name, d) for path, d in zip(used, sha256(used, keep=keep), strict=True)]).encode()
     ).hexdigest()[:16]
 
 

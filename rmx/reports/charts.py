@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from rmx.records import StepMetrics
+from rmx.records import Interval, StepMetrics
 from rmx.reports.report import running_mean
 
 BINS = 60  # of the histogram
@@ -80,33 +81,60 @@ def histogram(entropy: np.ndarray, tau: float) -> Chart | None:
     )
 
 
+def placed(rows: Sequence[tuple[str, Interval, Interval]], kinds: tuple[str, str]) -> dict[str, Any]:
+    """Two dots of each row, with their intervals, as (class, value, its place, low, high) in percent of the width."""
+    high = max(max(a.high, b.high) for _, a, b in rows)
+    ticks = tick_values(0, max(high, 0.05))
+    x = 100 / ticks[-1]
+    found = [
+        (label, [(kind, i.mean, i.mean * x, i.low * x, i.high * x) for kind, i in zip(kinds, pair, strict=True)])
+        for label, *pair in rows
+    ]
+    return {"rows": found, "ticks": tick_labels(ticks, x)}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart by step."""
+
+    name: str  # its class
+    history: Sequence[StepMetrics]
+    column: str  # of the history
+    exact: bool = False  # as it is; else faint, and its running mean
+
+
 def curves(history: Sequence[StepMetrics]) -> list[Chart]:
     """Small multiples by step."""
+
+    def curve(title: str, unit: str, columns: dict[str, str], exact: bool = False) -> Chart:
+        return by_step(title, unit, [Series(name, history, column, exact) for name, column in columns.items()])
+
     return [
-        _curve(history, "Loss", "nats", {"plain": "loss"}),
-        _curve(history, "Log-prob change", "nats", {"right": "positive_shift", "wrong": "negative_shift"}),
-        _curve(history, "Anchor KL", "nats", {"gated": "anchor_kl"}),
-        _curve(history, "Gradient norm", "before clipping", {"plain": "gradient_norm"}),
-        _curve(history, "Learning rate", "of each step", {"exact": "learning_rate"}),
+        curve("Loss", "nats", {"plain": "loss"}),
+        curve("Log-prob change", "nats", {"right": "positive_shift", "wrong": "negative_shift"}),
+        curve("Anchor KL", "nats", {"gated": "anchor_kl"}),
+        curve("Gradient norm", "before clipping", {"plain": "gradient_norm"}),
+        curve("Learning rate", "of each step", {"exact": "learning_rate"}, exact=True),
     ]
 
 
-def _curve(history: Sequence[StepMetrics], title: str, unit: str, columns: dict[str, str]) -> Chart:
-    """Each column as it is, faint, and its running mean; those of class "exact" as they are alone."""
-    stride = -(-len(history) // POINTS)
-    steps = np.array([m.step for m in history], dtype=float)[::stride]
-    series: list[tuple[str, np.ndarray]] = []
-    for name, column in columns.items():
-        values = np.array([getattr(m, column) for m in history], dtype=float)  # None becomes NaN: a gap
-        if name == "exact":
-            series.append((name, values[::stride]))
+def by_step(title: str, unit: str, series: Sequence[Series]) -> Chart:
+    """Lines by step; each history has a step, and they may differ in length."""
+    drawn: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for own in series:
+        stride = -(-len(own.history) // POINTS)
+        steps = np.array([m.step for m in own.history], dtype=float)[::stride]
+        values = np.array([getattr(m, own.column) for m in own.history], dtype=float)  # None becomes NaN: a gap
+        if own.exact:
+            drawn.append((own.name, steps, values[::stride]))
         else:
             smooth = running_mean(values)
-            series += [(f"{name} faint", values[::stride]), (name, smooth[::stride])]
-    known = np.concatenate([v[~np.isnan(v)] for _, v in series] + [np.zeros(1)])  # zero is always in sight
+            drawn += [(f"{own.name} faint", steps, values[::stride]), (own.name, steps, smooth[::stride])]
+    known = np.concatenate([v[~np.isnan(v)] for _, _, v in drawn] + [np.zeros(1)])  # zero is always in sight
     ticks = tick_values(known.min(), known.max(), 4) if known.any() else [0.0, 1.0]
     low, high = ticks[0], ticks[-1]
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
+    first = min(steps[0] for _, steps, _ in drawn)
+    last = max(max(steps[-1] for _, steps, _ in drawn), first + 1)
     x, y = 100 / (last - first), 100 / (high - low)
     return Chart(
         title=title,
@@ -114,8 +142,8 @@ def _curve(history: Sequence[StepMetrics], title: str, unit: str, columns: dict[
         x_label="step",
         x_ticks=[t for t in tick_labels(tick_values(first, last, 5), x, first) if 0 <= t[0] < 100.01],
         y_ticks=[(100 - at, text) for at, text in tick_labels(ticks, y, low)],
-        lines=[(name, _path(10 * x * (steps - first), 10 * (100 - y * (v - low)))) for name, v in series],
-        legend=[(name, name) for name in columns] if len(columns) > 1 else [],
+        lines=[(name, _path(10 * x * (steps - first), 10 * (100 - y * (v - low)))) for name, steps, v in drawn],
+        legend=[(own.name, own.name) for own in series] if len(series) > 1 else [],
         zero=100 + y * low if low < 0 else None,
     )
 

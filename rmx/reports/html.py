@@ -7,22 +7,20 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
 
 import rmx_kernels
 from rmx import cost
-from rmx.artefacts import replacing
 from rmx.config import Config
 from rmx.errors import CONTROL
 from rmx.records import Evaluation, Interval, Problem, Rollout, Scores, StepMetrics, TrainingSequence, Verdict
 from rmx.reports import report
-from rmx.reports.charts import curves, histogram, percent, tick_labels, tick_values
+from rmx.reports.charts import curves, histogram, percent, placed
+from rmx.reports.pages import bounds, duration, public, signed, write_page
 from rmx.training.select import gated_share
 
 PROBLEMS = 3  # whose rollouts are shown
@@ -93,25 +91,21 @@ def write_html(path: Path, page: Page, decode: Decode) -> None:
     Args:
         decode: text of token ids, special tokens included and white space as it is.
     """
-    source = resources.files("rmx.reports").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     gain = str(page.evaluation.gain)
     top = max(float(page.entropies.max(initial=0)), 1e-6)
-    text = environment.from_string(source).render(
+    write_page(
+        path,
+        "report.html.j2",
         page=page,
         verdict=report.verdict(page.evaluation).replace(gain, gain.replace(" ", "\u00a0")),  # never broken in two
-        version=rmx_kernels.__version__,
-        colours=report.COLOURS,
         facts=_facts(page),
-        run=_public(page.config.run_dir),
+        run=public(page.config.run_dir),
         configuration=yaml.safe_dump(_settings(page.config), sort_keys=False, allow_unicode=True),
         accuracy=_accuracy_rows(page.evaluation),
         dots=_dots(page.evaluation),
         gate=histogram(page.entropies, page.tau),
-        gain=_signed(page.evaluation.gain.mean),
-        bounds=_bounds(page.evaluation.gain),
+        gain=signed(page.evaluation.gain.mean),
+        bounds=bounds(page.evaluation.gain),
         share=percent(gated_share(page.training_set)),
         top=top,
         rule=RULE,
@@ -122,8 +116,6 @@ def write_html(path: Path, page: Page, decode: Decode) -> None:
         costs=_cost_rows(page.costs),
         priced=any(c.price is not None for c in page.costs),
     )
-    with replacing(path) as aside:  # a lone surrogate in a problem's text has no UTF-8
-        aside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def split_tokens(decode: Decode, prompt_ids: list[int], completion_ids: list[int]) -> list[tuple[range, str]]:
@@ -155,7 +147,7 @@ def _facts(page: Page) -> list[tuple[str, str]]:
     sampling = f"{c.rollouts.samples} samples a problem, T = {c.rollouts.temperature:g}, top-p = {c.rollouts.top_p:g}"
     train = f"learning rate {c.train.learning_rate:g}, {len(page.history)} steps of {c.train.sequences_per_step}"
     facts = {
-        "Model": _public(c.model.name),
+        "Model": public(c.model.name),
         "Prompt": f"style {page.style}{' (auto)' if c.prompt.style == 'auto' else ''}, fingerprint {page.prompt}",
         "Rollouts": f"{c.problems.train_count} problems, {sampling}, at most {c.rollouts.max_new_tokens:,} tokens",
         "Training set": f"{problems} problems of mixed outcome, {len(page.training_set)} rollouts, {tokens:,} tokens",
@@ -174,23 +166,11 @@ def _facts(page: Page) -> list[tuple[str, str]]:
 
 def _settings(config: Config) -> dict[str, Any]:
     """All settings, without what only this machine and its network know: the page can be mailed."""
-    tree: dict[str, Any] = _public(config.model_dump(mode="json"))
+    tree: dict[str, Any] = public(config.model_dump(mode="json"))
     for section in ("rollouts", "evaluate"):
         if tree[section]["base_url"]:
             tree[section]["base_url"] = "a server"
     return tree
-
-
-def _public(value: Any) -> Any:
-    """The same, with the last part alone of paths that do not start at the file's directory."""
-    if isinstance(value, dict):
-        return {key: _public(own) for key, own in value.items()}
-    if isinstance(value, list):
-        return [_public(own) for own in value]
-    outside = (
-        isinstance(value, str) and "\n" not in value and (value.startswith(("/", "~")) or ".." in Path(value).parts)
-    )
-    return Path(value).name if outside else value
 
 
 def _gate(page: Page) -> str:
@@ -212,17 +192,17 @@ def _accuracy_rows(result: Evaluation) -> list[list[tuple[str, ...]]]:
     base, tuned = result.base, result.tuned
 
     def plain(label: str, before: float, after: float, spec: str = ".3f") -> tuple[str, ...]:
-        return label, f"{before:{spec}}", "", f"{after:{spec}}", "", _signed(after - before, spec), ""
+        return label, f"{before:{spec}}", "", f"{after:{spec}}", "", signed(after - before, spec), ""
 
     def shares(label: str, before: float, after: float) -> tuple[str, ...]:
-        return label, percent(before), "", percent(after), "", _signed(100 * (after - before), ".1f") + " pt", ""
+        return label, percent(before), "", percent(after), "", signed(100 * (after - before), ".1f") + " pt", ""
 
     def interval(label: str, before: Interval, after: Interval) -> tuple[str, ...]:
         row = plain(label, before.mean, after.mean)
-        return *row[:2], _bounds(before), row[3], _bounds(after), row[5], ""
+        return *row[:2], bounds(before), row[3], bounds(after), row[5], ""
 
     first = interval("pass@1", base.pass_at_1, tuned.pass_at_1)
-    whole = [(*first[:5], _signed(result.gain.mean), _bounds(result.gain))]
+    whole = [(*first[:5], signed(result.gain.mean), bounds(result.gain))]
     whole += [interval(*row) for row in _at_k(result)]
     if base.standard_error is not None and tuned.standard_error is not None:
         whole.append(plain("standard error", base.standard_error, tuned.standard_error))
@@ -246,14 +226,6 @@ def _at_k(result: Evaluation) -> list[tuple[str, Interval, Interval]]:
     return [(f"{name}@{k}", b[k], t[k]) for name, b, t in sides for k in sorted(b) if k > 1 and k in t]
 
 
-def _signed(value: float, spec: str = ".3f") -> str:
-    return f"{value:+{spec}}".replace("-", "−")
-
-
-def _bounds(interval: Interval) -> str:
-    return f"[{interval.low:.3f}, {interval.high:.3f}]"
-
-
 def _short(category: str) -> str:
     return category.removeprefix("reasoning_gym:").translate(INLINE) or "no category"
 
@@ -264,14 +236,7 @@ def _dots(result: Evaluation) -> dict[str, Any]:
     whole += [row for row in _at_k(result) if row[0].endswith(f"@{result.samples}")]
     points = {name: [Interval(rate, rate, rate) for rate in rates] for name, rates in result.categories.items()}
     rows = [*whole, *((_short(name), before, after) for name, (before, after) in points.items())]
-    high = max(max(b.high, t.high) for _, b, t in rows)
-    ticks = tick_values(0, max(high, 0.05))
-    x = 100 / ticks[-1]
-    placed = [
-        (label, [(name, i.mean, i.mean * x, i.low * x, i.high * x) for name, i in (("base", b), ("tuned", t))])
-        for label, b, t in rows
-    ]
-    return {"rows": placed, "ticks": tick_labels(ticks, x), "whole": len(whole)}
+    return placed(rows, ("base", "tuned")) | {"whole": len(whole)}
 
 
 # Rollouts
@@ -323,7 +288,7 @@ def _cost_rows(costs: Sequence[cost.StageCost]) -> list[tuple[str, ...]]:
     return [
         (
             row.stage,
-            _duration(row.seconds),
+            duration(row.seconds),
             known(row.tokens_read, ","),
             known(row.tokens_generated, ","),
             known(row.peak_gib, ".2f"),
@@ -331,9 +296,3 @@ def _cost_rows(costs: Sequence[cost.StageCost]) -> list[tuple[str, ...]]:
         )
         for row in ([*costs, cost.total(costs)] if costs else [])
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -27,7 +27,7 @@ from rmx.cost import Meter, metered, stage_costs
 from rmx.grading.problems import build_problems
 from rmx.grading.rewards import PythonReward
 from rmx.grading.verify import Judgement, verify
-from rmx.models import forward, lora, model
+from rmx.models import forward, lora
 from rmx.models.prompts import CHAT
 from rmx.models.targets import matching, spelled_for_peft
 from rmx.progress import console, progress
@@ -251,17 +251,6 @@ class Run(RunDirectory):
     def follow_training(self, group: Group) -> None:
         """What a process that does not lead does while the leading one runs the stage."""
         self._train(group)
-
-    def merged(self, out: Path, adapter: Path | None = None) -> None:
-        """Write the model with the adapter in its weights, and its tokenizer, as a plain Hugging Face directory."""
-        out = out.expanduser().resolve()
-        if out.exists() and any(out.iterdir()):
-            raise RunError(f"{out}: is not empty")
-        if adapter is None:
-            self.check_adapter()
-        with lora.worn(self.lm.model, adapter or self.path("adapter")) as found:
-            lora.merge(found)
-        model.save(self.lm, out)
 
     def check_adapter(self) -> None:
         """An adapter that lies there may be of an earlier training, or not the chosen one yet."""

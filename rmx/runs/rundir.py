@@ -46,6 +46,7 @@ class RunDirectory:
         self.dir = config.path(config.run_dir, "stages.json")
         self.under_way = ""  # the stage that is running
         self.kept = ""  # of it, should it be interrupted
+        self.writes = True  # False: no record is kept of what is looked up, here and in the cache of digests
 
     def path(self, name: str) -> Path:
         return self.dir / name
@@ -67,7 +68,7 @@ class RunDirectory:
     def dtype(self) -> tuple[str, str]:
         """(what the configuration says or ``auto`` was when this run began, why); precision.json keeps the latter."""
         found = self.dtype_now()
-        if self.begun_dtype is None:
+        if self.begun_dtype is None and self.writes:
             from rmx_kernels import __version__
 
             write_json(self.path("precision.json"), {"rmx": __version__, "dtype": found[0], "reason": found[1]})
@@ -149,10 +150,13 @@ class RunDirectory:
     @cached_property
     def inputs(self) -> dict[str, dict[str, Any]]:
         """The content of files that settings name, so that a change of theirs is noticed too."""
-        found: dict[str, dict[str, Any]] = {
-            "problems": {"files": fingerprints(self.config.problems, self.config.path)},
-            "rollouts": {"weights": self.weights},
-        }
+        return {"rollouts": {"weights": self.weights}, **self.named_files}
+
+    @property
+    def named_files(self) -> dict[str, dict[str, Any]]:
+        """The same without the model's."""
+        problems = fingerprints(self.config.problems, self.config.path)
+        found: dict[str, dict[str, Any]] = {"problems": {"files": problems}}
         file = self.reward_name.rpartition(":")[0]
         if file.endswith(".py"):
             try:
@@ -178,7 +182,7 @@ class RunDirectory:
 
     @cached_property
     def weights(self) -> str | None:
-        return source.fingerprint(self.config.located_model)
+        return source.fingerprint(self.config.located_model, keep=self.writes)
 
     @property
     def model_mark(self) -> str:
@@ -201,7 +205,7 @@ class RunDirectory:
         for section, values in now.items():
             if isinstance(values, dict) and values.get("batch_size") == "auto" and section in old:
                 now[section] = {**values, "batch_size": old[section].get("batch_size")}  # whatever it was made with
-        changed = list(_differences(old, now))
+        changed = [f"{key} was {before!r}, is now {after!r}" for key, before, after in differences(old, now)]
         if changed:
             raise RunError(
                 f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir "
@@ -374,9 +378,10 @@ def meant(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key.path, value, other value) of each setting that differs; None where one side has no such setting."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif old != new:
-        yield f"{where} was {old!r}, is now {new!r}"
+        yield where, old, new

@@ -11,6 +11,7 @@ class Stage:
     help: str  # of that
     settings: tuple[str, ...]  # parts of the configuration that it depends on, beside those of the stages before it
     output: str  # a file that is there when the stage is done
+    beside: tuple[str, ...] = ()  # further files and directories that it writes
     partial: tuple[str, ...] = ()  # what it leaves behind when it is killed, and takes up again
     spent: tuple[str, ...] = ()  # of these, what has no use once the stage is done
 
@@ -52,12 +53,14 @@ STAGES: dict[str, Stage] = {
             "Select problems with right and wrong completions, and their decision tokens, for training.",
             ("seed", "training_seed", "select"),
             "training_set.jsonl",
+            beside=("gate.json", "gate.png"),
         ),
         Stage(
             "train",
             "Train the adapter on the selected completions.",
             ("seed", "training_seed", "lora", "train"),
             "adapter/adapter_model.safetensors",
+            beside=("metrics.jsonl", "candidates"),
             partial=("checkpoint.safetensors",),
             spent=("checkpoint.safetensors",),
         ),
@@ -66,6 +69,7 @@ STAGES: dict[str, Stage] = {
             "Choose the best of the adapters kept by train.candidates, on problems set apart for that.",
             ("seed", "evaluate"),
             "choice.json",
+            beside=("adapter",),
             partial=("choosing",),
             spent=("choosing",),
         ),
@@ -74,6 +78,7 @@ STAGES: dict[str, Stage] = {
             "Measure accuracy on the held-out problems, without and with the adapter.",
             ("seed", "evaluate"),
             "evaluation.json",
+            beside=tuple(f"{side}.jsonl" for side in _SIDES),
             partial=tuple(f"{side}{kind}.jsonl" for side in _SIDES for kind in ("", ".journal")),
             spent=tuple(f"{side}.journal.jsonl" for side in _SIDES),
         ),
@@ -82,6 +87,7 @@ STAGES: dict[str, Stage] = {
             "Write report.html and report.png from the files of the run.",
             (),
             "report.html",
+            beside=("report.png",),
         ),
     )
 }

@@ -37,10 +37,15 @@ def look(run: RunDirectory) -> list[Line]:
             said = ", ".join(f"{key} {value}" for key, value in record.items())
             lines.append(Line(name, "done", f"{duration(done[name]['seconds'])}  {said}"))
         elif name == under_way:
-            lines.append(Line(name, "under way", _PROGRESS.get(name, lambda _: "")(run)))
+            lines.append(Line(name, "under way", progress_of(run, name)))
         else:
             lines.append(Line(name, "to do", ""))
     return lines
+
+
+def progress_of(run: RunDirectory, stage: str) -> str:
+    """How far a stage is whose predecessors are done; empty where that cannot be seen from its files."""
+    return _PROGRESS.get(stage, lambda _: "")(run)
 
 
 def running(run: RunDirectory) -> bool:

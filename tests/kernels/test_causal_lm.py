@@ -201,6 +201,7 @@ def test_entropy_alone_has_a_gradient() -> None:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trained", ["all", "head adapter", "nothing"])
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_no_logits_are_made(kernels: str, trained: str) -> None:

@@ -182,6 +182,7 @@ def test_head_follows_its_adapter_through_training() -> None:
 # ---- wrappers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_compiled_model() -> None:
     model, ids = adapted(make()), tokens()
     got = token_logprobs(torch.compile(model), ids)

@@ -221,6 +221,7 @@ def test_errors_say_what_was_expected_and_what_came(given: dict[str, Any], messa
         token_logprobs(make(), **{"input_ids": tokens()} | given)
 
 
+@pytest.mark.thorough
 def test_neither_transformers_nor_peft_is_imported() -> None:
     code = (
         "import sys; sys.modules['transformers'] = sys.modules['peft'] = None; from rmx_kernels import token_logprobs"

@@ -179,6 +179,7 @@ def test_compiled_code_still_checks_its_inputs(op: str) -> None:
         function(arguments | {"target": target[1:]})
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiled_with_a_temperature_for_each_row(op: str) -> None:

@@ -87,6 +87,7 @@ def test_any_shape_and_tiling(device, impl, fp64, lead, V, H, columns, rows, cho
         cases.check(OPERATOR, make(*chosen, tuple(lead), V, H, fp64, device), impl, **scaling)
 
 
+@pytest.mark.thorough
 @kinds
 @pytest.mark.parametrize("asked", ["divergence", "entropy", "both"])
 def test_gradcheck(device: str, impl: str, fp64: torch.dtype, kind: str, beta: float, asked: str) -> None:

@@ -152,6 +152,7 @@ def test_it_says_what_auto_is() -> None:
     assert "\ndtype      model.dtype=auto is float16 on cpu: asked for cpu\n" in doctor.text(found)
 
 
+@pytest.mark.thorough
 def test_the_operators_alone_suffice_and_json_says_the_same() -> None:
     program = (
         "import runpy, sys; sys.modules |= dict.fromkeys(('typer', 'rich', 'pydantic', 'transformers')); "

@@ -348,6 +348,7 @@ def loops(sass: str) -> list[list[str]]:
     return bodies
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kernel", ["fold", "gradient"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_move_16_bytes_at_a_time(family: str, kernel: str) -> None:

