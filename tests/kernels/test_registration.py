@@ -229,7 +229,7 @@ with FakeTensorMode():
         loss = ops.contrastive_loss(h, W, None, u, B, *scaling, h, ids, w, w, None, True, "cpu")
         assert [tuple(x.shape) for x in loss] == [(), (3,), (3,), (4, 3), (3, 8), shape]
         assert ops.logprob_kl(h, W, None, u, B, *scaling, h, ids, "cpu")[1].shape == (3,)
-        rows = ops.divergence(h, W, None, u, B, *scaling, h, W, None, *scaling[:2], "jsd", 0.5, True, "cpu")
+        rows = ops.divergence(h, W, None, u, B, *scaling, h, W, None, *scaling, "jsd", 0.5, True, "cpu")
         assert [tuple(x.shape) for x in rows] == [(3,), (3,), (6, 3), (3, 8), shape]
 loaded = {m for m in sys.modules if m.startswith("rmx_kernels.") and m.split(".")[-1] in ("cpu", "triton", "reference")}
 assert not loaded, loaded
