@@ -22,7 +22,7 @@ from rmx.models.targets import AdapterError, matching, spelled_for_peft
 CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read one tensor, in this order
-
+PATTERNS = ("rank_pattern", "alpha_pattern")
 
 # Of adapter_config.json. What is in neither has to be empty, since it would change what the adapter is.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -35,6 +35,8 @@ FREE: tuple[str, ...] = (
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
     "target_modules",
     "layers_to_transform",
     "base_model_name_or_path",
@@ -52,7 +54,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     chosen = matching(model, config)
     spelled = spelled_for_peft(model, config, list(chosen))
-    layers = {name: LoraLinear(module, config.r, config.scaling, generator) for name, module in chosen.items()}
+    layers = {name: LoraLinear(module, *config.of(name), generator) for name, module in chosen.items()}
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
@@ -161,6 +163,7 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     } | adapter.spelled
     if adapter.config.rslora:
         description["use_rslora"] = True
+    description |= {name: own for name in PATTERNS if (own := getattr(adapter.config, name))}
     with replacing(path) as aside:
         aside.mkdir()
         (aside / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -203,6 +206,7 @@ def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
             targets=sorted(targets),
             first_layer=min(numbers, default=0),
             rslora=True if description.get("use_rslora") else None,
+            **{name: description.get(name) or None for name in PATTERNS},
         )
     except (KeyError, TypeError, ValueError) as fault:
         raise AdapterError(f"{path}/{CONFIG}: {fault}") from fault
@@ -256,8 +260,15 @@ def begin(model: PreTrainedModel, config: LoraConfig, seed: int, start: Path | N
         return attach(model, config, seed)
     wanted = list(matching(model, config))
     found = load_adapter(model, start)
-    theirs = {"r": found.config.r, "alpha": found.config.alpha, "rslora": bool(found.config.rslora)}
-    ours = {"r": config.r, "alpha": config.alpha, "rslora": bool(config.rslora)}
+    theirs, ours = (
+        {
+            "r": own.r,
+            "alpha": own.alpha,
+            "rslora": bool(own.rslora),
+            **{name: getattr(own, name) or {} for name in PATTERNS},
+        }
+        for own in (found.config, config)
+    )
     odd = [
         f"{key} is {theirs[key]} there, {ours[key]} in the configuration" for key in ours if ours[key] != theirs[key]
     ]

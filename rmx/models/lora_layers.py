@@ -21,7 +21,9 @@ from rmx.models.quantization import dense
 class LoraLinear(nn.Module):
     r"""A frozen linear layer plus a low-rank update.
 
-    .. math:: y = W x + b + s B A x, \qquad s = \frac{\alpha}{r}, \quad A \in R^{r \times in},\; B \in R^{out \times r}
+    .. math:: y = W x + b + s B A x, \qquad A \in R^{r \times in},\; B \in R^{out \times r}
+
+    with s = alpha / r, or alpha / sqrt(r) where it is rank-stabilised.
 
     A starts random (Kaiming uniform), B at zero, so that the layer starts as the base layer (arXiv 2106.09685).
     """
@@ -131,7 +133,8 @@ def _stacked_A(layers: list[LoraLinear], dtype: torch.dtype) -> Tensor:
 
 def projected(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
     """A x of layers that read the same x."""
-    return F.linear(F.dropout(x, layers[0].dropout), _stacked_A(layers, x.dtype)).chunk(len(layers), -1)
+    z = F.linear(F.dropout(x, layers[0].dropout), _stacked_A(layers, x.dtype))
+    return z.split([len(layer.lora_A) for layer in layers], -1)
 
 
 def adapted(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:

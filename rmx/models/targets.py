@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rmx.config import LoraConfig
 from rmx.errors import RmxError
+from rmx.layer_patterns import unmatched
 from rmx.models.forward import decoder_layers
 from rmx.models.model import text_decoder
 from rmx.models.quantization import is_quantized
@@ -32,7 +34,7 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
 
     Raises:
         AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head; the
-            model has no layer ``first_layer``.
+            model has no layer ``first_layer``; a pattern matches none of the layers.
     """
     below = ""
     if config.first_layer:
@@ -71,7 +73,16 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
         if why := _unfit(model, name):
             raise AdapterError(f"lora.targets: {name} {why}; leave it out of the targets")
         layers[name] = module
+    _check_patterns(config, list(layers))
     return layers
+
+
+def _check_patterns(config: LoraConfig, names: list[str]) -> None:
+    """Each pattern is of some adapted layer."""
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if (lost := unmatched(getattr(config, setting), names)) is not None:
+            near = min(names, key=lambda name: -SequenceMatcher(None, lost, name[-len(lost) :]).ratio(), default="none")
+            raise AdapterError(f"lora.{setting}: {lost!r} matches no adapted layer; the nearest one is {near}")
 
 
 def _all_linear(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -373,5 +373,5 @@ def _weight_bytes(config: Any, dtype: torch.dtype, settings: ModelConfig) -> int
 def _adapter_numbers(run: Run) -> int:
     from rmx.models.targets import matching
 
-    layers = matching(run.lm.model, run.config.lora).values()
-    return run.config.lora.r * sum(layer.in_features + layer.out_features for layer in layers)
+    layers = matching(run.lm.model, run.config.lora).items()
+    return sum(run.config.lora.of(name)[0] * (layer.in_features + layer.out_features) for name, layer in layers)

@@ -127,7 +127,8 @@ def _engine(lm: CausalLM, length: int, adapter: Path | None) -> Iterator[tuple[A
 
 def _rank(adapter: Path) -> int:
     """The smallest ``max_lora_rank`` that takes the adapter."""
-    r = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    description = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    r = max(description["r"], *(description.get("rank_pattern") or {}).values(), 0)
     found = next((rank for rank in RANKS if rank >= r), None)
     if found is None:
         raise EngineError(f"engine=vllm: {adapter} has rank {r}, vLLM takes up to {RANKS[-1]}: use another engine")
