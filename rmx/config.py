@@ -200,7 +200,7 @@ class LoraConfig(Section):
         "k_proj",
         "v_proj",
         "o_proj",
-    ]  # adapted layers; all-linear: every linear layer but the output head
+    ]  # adapted layers, lm_head and embed_tokens too; all-linear: every linear layer but the output head
     first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input, in training only
     rslora: bool | None = None  # scale by alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a model: attached to its linear layers, merged into them, and stored as PEFT stores them."""
+"""Low-rank adapters of a model: attached to its layers, merged into them, and stored as PEFT stores them."""
 
 import json
 from collections.abc import Iterator
@@ -10,14 +10,15 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.artefacts import fingerprint, replacing
 from rmx.config import LoraConfig
 from rmx.models.lora_layers import Adapter as Adapter
-from rmx.models.lora_layers import LoraLinear, SharedInput
+from rmx.models.lora_layers import LoraEmbedding, LoraLayer, LoraLinear, SharedInput
 from rmx.models.quantization import is_quantized
-from rmx.models.targets import AdapterError, matching, spelled_for_peft
+from rmx.models.targets import AdapterError, is_tied, matching, spelled_for_peft
 
 CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
@@ -54,13 +55,23 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     chosen = matching(model, config)
     spelled = spelled_for_peft(model, config, list(chosen))
-    layers = {name: LoraLinear(module, *config.of(name), generator) for name, module in chosen.items()}
+    tied = is_tied(model)
+    layers: dict[str, LoraLayer] = {}
+    for name, module in chosen.items():
+        r, scaling = config.of(name)
+        if isinstance(module, nn.Embedding):
+            layers[name] = LoraEmbedding(module, r, scaling, generator)
+        else:
+            layers[name] = LoraLinear(module, r, scaling, generator)
+        layers[name].at_end = module in (model.get_input_embeddings(), model.get_output_embeddings())
+        layers[name].tied = layers[name].at_end and tied
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for family in SAME_INPUT:
-            members = [layers[f"{parent}.{last}"] for last in family if f"{parent}.{last}" in layers]
+            found = (layers.get(f"{parent}.{last}") for last in family)
+            members = [layer for layer in found if isinstance(layer, LoraLinear)]
             if len(members) > 1 and len({member.base.in_features for member in members}) == 1:
                 shared = SharedInput(members)
                 for place, member in enumerate(members):
@@ -76,8 +87,14 @@ def merge(adapter: Adapter, sign: float = 1.0) -> None:
     lost. :func:`unmerge` brings the weights back to rounding.
 
     Raises:
-        AdapterError: the weights are in 4 bits.
+        AdapterError: the weights are in 4 bits, or one is the embedding's and the head's at once.
     """
+    if tied := [name for name, layer in adapter.layers.items() if layer.tied]:
+        raise AdapterError(
+            f"merge: {tied[0]} shares its weight with the model's other end (tied embeddings), which would change too: "
+            "use the adapter as it is, or merge into a copy of the model that was saved with a head of its own "
+            "(tie_word_embeddings=false)"
+        )
     if any(is_quantized(layer.base) for layer in adapter.layers.values()):
         raise AdapterError(
             "merge: the weights are in 4 bits (model.quantization), whose rounding would take most of the adapter; "
@@ -86,7 +103,7 @@ def merge(adapter: Adapter, sign: float = 1.0) -> None:
     for layer in adapter.layers.values():
         weight = layer.base.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_(weight.to(wide) + sign * layer.scaling * (layer.lora_B @ layer.lora_A))
+        weight.copy_(weight.to(wide) + sign * layer.scaling * layer.product())
         layer.enabled = sign < 0
 
 
@@ -145,8 +162,8 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     """
     tensors = {}
     for name, layer in adapter.layers.items():
-        for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            tensors[f"{PREFIX}{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+        for part, tensor in layer.stored().items():
+            tensors[f"{PREFIX}{name}.{part}"] = tensor.detach().cpu().contiguous()
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise AdapterError(f"{path}: not saved: {bad[0]} holds values that are not finite")
     if not any(bool(layer.lora_A.any()) and bool(layer.lora_B.any()) for layer in adapter.layers.values()):
@@ -206,7 +223,8 @@ def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
             targets=sorted(targets),
             first_layer=min(numbers, default=0),
             rslora=True if description.get("use_rslora") else None,
-            **{name: description.get(name) or None for name in PATTERNS},
+            rank_pattern=description.get("rank_pattern") or None,
+            alpha_pattern=description.get("alpha_pattern") or None,
         )
     except (KeyError, TypeError, ValueError) as fault:
         raise AdapterError(f"{path}/{CONFIG}: {fault}") from fault
@@ -228,10 +246,15 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
         raise AdapterError(f"{path}: {bad[0]} holds values that are not finite")
     adapter = attach(model, config, seed=0)
     expected = {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
+        f"{PREFIX}{name}.{part}": tensor
         for name, layer in adapter.layers.items()
-        for part in ("lora_A", "lora_B")
+        for part, tensor in layer.stored().items()
     }
+    for name, layer in adapter.layers.items():
+        theirs = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None) if layer.at_end else None
+        if theirs is not None and not _same(theirs, layer.base.weight):  # PEFT saves those of embeddings and heads too
+            detach(model, adapter)
+            raise AdapterError(f"{path}: belongs to another model: it brings another weight of {name} with it")
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))[0]
         detach(model, adapter)
@@ -247,6 +270,12 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])
     return adapter
+
+
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether two weights are equal in the narrower of their dtypes."""
+    dtype = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+    return theirs.shape == ours.shape and bool(torch.equal(theirs.to(dtype), ours.detach().cpu().to(dtype)))
 
 
 def begin(model: PreTrainedModel, config: LoraConfig, seed: int, start: Path | None = None) -> Adapter:
