@@ -11,6 +11,7 @@ import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rmx.errors import RmxError
+from rmx.layer_patterns import LayerPattern, value_of
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes 64 bits, and evaluations add to it
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -199,16 +200,26 @@ class LoraConfig(Section):
         "k_proj",
         "v_proj",
         "o_proj",
-    ]  # adapted layers; all-linear: every linear layer but the output head
+    ]  # adapted layers, lm_head and embed_tokens too; all-linear: every linear layer but the output head
     first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input, in training only
     rslora: bool | None = None  # scale by alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)
+    # r of single layers, by regular expressions of the ends of their paths, as PEFT's rank_pattern; the first counts
+    rank_pattern: dict[LayerPattern, PositiveInt] | None = None
+    alpha_pattern: dict[LayerPattern, PositiveFloat] | None = None  # alpha of single layers, in the same way
     start: str | None = None  # directory of an adapter to go on from, of the same layers, r and alpha
 
-    @property
-    def scaling(self) -> float:
-        """Of the product B A."""
-        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+    def of(self, path: str) -> tuple[int, float]:
+        """(rank, scale of the product B A) of the layer at this path."""
+        r = value_of(self.rank_pattern, path, self.r)
+        return r, value_of(self.alpha_pattern, path, self.alpha) / (r**0.5 if self.rslora else r)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "use_dora" in given:
+            raise ValueError("use_dora: DoRA is not supported, which also scales the weights' columns; leave it out")
+        return given
 
 
 class TrainConfig(Section):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rmx.config import ModelConfig
@@ -43,7 +43,7 @@ def paired(
     path = Path(other).expanduser()
     if (path / lora.CONFIG).is_file():
         with lora.worn(base.model, path, prompt) as adapter:
-            yield Pair(base, base, lora.adapter_mark(path), adapter)
+            yield Pair(replace(base, adapted=False), base, lora.adapter_mark(path), adapter)
         return
     said = {"name": str(other), "gguf_file": None, "revision": None, "trust_remote_code": trust}
     theirs = settings.model_copy(update=said)

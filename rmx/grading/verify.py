@@ -1,8 +1,8 @@
 """Reward of each rollout: extract an answer, compare it with the ground truth in worker processes that can be killed.
 
 math-verify and reasoning-gym parse what a model wrote, which can take for ever or crash; either is an outcome of its
-own and never "wrong". Workers import neither torch nor the model. On Linux each may take MEMORY_BYTES beyond what its
-imports took, and dies with the process that started it.
+own and never "wrong", and so is a lack of memory. Workers import neither torch nor the model. On Linux each may take
+MEMORY_BYTES beyond what its imports took, and dies with the process that started it.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 
 from rmx.errors import RmxError
 from rmx.grading.answers import HASHES, extract_answer, same_answer
+from rmx.grading.memory import MEMORY_BYTES, let_memory_errors_pass, limit_memory
 from rmx.grading.rewards import PythonReward, RewardError
 from rmx.records import Outcome, Problem, Rollout, Verdict
 
@@ -31,7 +31,6 @@ class VerifierError(RmxError):
 # (verdict outcome, extracted answer, reason), and the reward where a function gave one
 Judgement = tuple[Outcome, str | None, str] | tuple[Outcome, str | None, str, float | None]
 LONGEST_ANSWER = 1000  # characters, where the truth is shorter
-MEMORY_BYTES = 1 << 30  # of address space, for one answer
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 START_LIMIT_S = 120.0  # a worker's imports; not counted against its first answer
 
@@ -189,7 +188,9 @@ def _serve(pipe: Connection, judge: Callable[[Problem, str], Judgement], modules
         except RewardError as fault:
             pipe.send(fault)
             return
-    _limit_memory()
+    elif "math_verify" in modules:
+        let_memory_errors_pass()
+    limit_memory()
     pipe.send("ready")
     while True:
         try:
@@ -233,12 +234,3 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _limit_memory() -> None:
-    if sys.platform == "linux":  # others do not hold to the limit, or do not tell what is taken
-        with open("/proc/self/statm") as file:
-            taken = int(file.read().split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = taken + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a model: attached to its linear layers, merged into them, and stored as PEFT stores them."""
+"""Low-rank adapters of a model: attached to its layers, merged into them, and stored as PEFT stores them."""
 
 import json
 from collections.abc import Iterator
@@ -10,19 +10,20 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rmx.artefacts import fingerprint, replacing
 from rmx.config import LoraConfig
 from rmx.models.lora_layers import Adapter as Adapter
-from rmx.models.lora_layers import LoraLinear, SharedInput
+from rmx.models.lora_layers import LoraEmbedding, LoraLayer, LoraLinear, SharedInput
 from rmx.models.quantization import is_quantized
-from rmx.models.targets import AdapterError, matching, spelled_for_peft
+from rmx.models.targets import AdapterError, is_tied, matching, spelled_for_peft
 
 CONFIG, WEIGHTS, NOTES = "adapter_config.json", "adapter_model.safetensors", "rmx.json"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read one tensor, in this order
-
+PATTERNS = ("rank_pattern", "alpha_pattern")
 
 # Of adapter_config.json. What is in neither has to be empty, since it would change what the adapter is.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -35,6 +36,8 @@ FREE: tuple[str, ...] = (
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
     "target_modules",
     "layers_to_transform",
     "base_model_name_or_path",
@@ -52,13 +55,23 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     chosen = matching(model, config)
     spelled = spelled_for_peft(model, config, list(chosen))
-    layers = {name: LoraLinear(module, config.r, config.scaling, generator) for name, module in chosen.items()}
+    tied = is_tied(model)
+    layers: dict[str, LoraLayer] = {}
+    for name, module in chosen.items():
+        r, scaling = config.of(name)
+        if isinstance(module, nn.Embedding):
+            layers[name] = LoraEmbedding(module, r, scaling, generator)
+        else:
+            layers[name] = LoraLinear(module, r, scaling, generator)
+        layers[name].at_end = module in (model.get_input_embeddings(), model.get_output_embeddings())
+        layers[name].tied = layers[name].at_end and tied
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for family in SAME_INPUT:
-            members = [layers[f"{parent}.{last}"] for last in family if f"{parent}.{last}" in layers]
+            found = (layers.get(f"{parent}.{last}") for last in family)
+            members = [layer for layer in found if isinstance(layer, LoraLinear)]
             if len(members) > 1 and len({member.base.in_features for member in members}) == 1:
                 shared = SharedInput(members)
                 for place, member in enumerate(members):
@@ -74,8 +87,14 @@ def merge(adapter: Adapter, sign: float = 1.0) -> None:
     lost. :func:`unmerge` brings the weights back to rounding.
 
     Raises:
-        AdapterError: the weights are in 4 bits.
+        AdapterError: the weights are in 4 bits, or one is the embedding's and the head's at once.
     """
+    if tied := [name for name, layer in adapter.layers.items() if layer.tied]:
+        raise AdapterError(
+            f"merge: {tied[0]} shares its weight with the model's other end (tied embeddings), which would change too: "
+            "use the adapter as it is, or merge into a copy of the model that was saved with a head of its own "
+            "(tie_word_embeddings=false)"
+        )
     if any(is_quantized(layer.base) for layer in adapter.layers.values()):
         raise AdapterError(
             "merge: the weights are in 4 bits (model.quantization), whose rounding would take most of the adapter; "
@@ -84,7 +103,7 @@ def merge(adapter: Adapter, sign: float = 1.0) -> None:
     for layer in adapter.layers.values():
         weight = layer.base.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_(weight.to(wide) + sign * layer.scaling * (layer.lora_B @ layer.lora_A))
+        weight.copy_(weight.to(wide) + sign * layer.scaling * layer.product())
         layer.enabled = sign < 0
 
 
@@ -143,8 +162,8 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     """
     tensors = {}
     for name, layer in adapter.layers.items():
-        for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            tensors[f"{PREFIX}{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+        for part, tensor in layer.stored().items():
+            tensors[f"{PREFIX}{name}.{part}"] = tensor.detach().cpu().contiguous()
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise AdapterError(f"{path}: not saved: {bad[0]} holds values that are not finite")
     if not any(bool(layer.lora_A.any()) and bool(layer.lora_B.any()) for layer in adapter.layers.values()):
@@ -161,6 +180,7 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     } | adapter.spelled
     if adapter.config.rslora:
         description["use_rslora"] = True
+    description |= {name: own for name in PATTERNS if (own := getattr(adapter.config, name))}
     with replacing(path) as aside:
         aside.mkdir()
         (aside / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -213,6 +233,8 @@ def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
             targets=sorted(targets),
             first_layer=min(numbers, default=0),
             rslora=True if found.get("use_rslora") else None,
+            rank_pattern=found.get("rank_pattern") or None,
+            alpha_pattern=found.get("alpha_pattern") or None,
         )
     except (KeyError, TypeError, ValueError) as fault:
         raise AdapterError(f"{path}/{CONFIG}: {fault}") from fault
@@ -234,10 +256,15 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
         raise AdapterError(f"{path}: {bad[0]} holds values that are not finite")
     adapter = attach(model, config, seed=0)
     expected = {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
+        f"{PREFIX}{name}.{part}": tensor
         for name, layer in adapter.layers.items()
-        for part in ("lora_A", "lora_B")
+        for part, tensor in layer.stored().items()
     }
+    for name, layer in adapter.layers.items():
+        theirs = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None) if layer.at_end else None
+        if theirs is not None and not _same(theirs, layer.base.weight):  # PEFT saves those of embeddings and heads too
+            detach(model, adapter)
+            raise AdapterError(f"{path}: belongs to another model: it brings another weight of {name} with it")
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))[0]
         detach(model, adapter)
@@ -255,6 +282,12 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
     return adapter
 
 
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether two weights are equal in the narrower of their dtypes."""
+    dtype = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+    return theirs.shape == ours.shape and bool(torch.equal(theirs.to(dtype), ours.detach().cpu().to(dtype)))
+
+
 def begin(model: PreTrainedModel, config: LoraConfig, seed: int, start: Path | None = None) -> Adapter:
     """The adapter that a training begins with: a new one, or the one in ``start``.
 
@@ -266,8 +299,15 @@ def begin(model: PreTrainedModel, config: LoraConfig, seed: int, start: Path | N
         return attach(model, config, seed)
     wanted = list(matching(model, config))
     found = load_adapter(model, start)
-    theirs = {"r": found.config.r, "alpha": found.config.alpha, "rslora": bool(found.config.rslora)}
-    ours = {"r": config.r, "alpha": config.alpha, "rslora": bool(config.rslora)}
+    theirs, ours = (
+        {
+            "r": own.r,
+            "alpha": own.alpha,
+            "rslora": bool(own.rslora),
+            **{name: getattr(own, name) or {} for name in PATTERNS},
+        }
+        for own in (found.config, config)
+    )
     odd = [
         f"{key} is {theirs[key]} there, {ours[key]} in the configuration" for key in ours if ours[key] != theirs[key]
     ]

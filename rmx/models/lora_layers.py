@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank update: their products, and their weights in training.
+"""Layers with a low-rank update: their products, and their weights in training.
 
 Master weights are float32 over a base of any dtype; the low-rank products run in the dtype of the base layer. Layers
 that read the same tensor (q, k and v; gate and up) are computed together.
@@ -18,43 +18,27 @@ from rmx.config import LoraConfig
 from rmx.models.quantization import dense
 
 
-class LoraLinear(nn.Module):
-    r"""A frozen linear layer plus a low-rank update.
+class LoraLayer(nn.Module):
+    """A frozen layer plus a low-rank update s B A of its weight, s = alpha / r or, rank-stabilised, alpha / sqrt(r)."""
 
-    .. math:: y = W x + b + s B A x, \qquad s = \frac{\alpha}{r}, \quad A \in R^{r \times in},\; B \in R^{out \times r}
+    parts = ("lora_A.weight", "lora_B.weight")  # as PEFT names them
 
-    A starts random (Kaiming uniform), B at zero, so that the layer starts as the base layer (arXiv 2106.09685).
-    """
-
-    def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator | None) -> None:
+    def __init__(self, base: nn.Module, scaling: float, A: Tensor, B: Tensor) -> None:
         super().__init__()
-        self.base, self.scaling, self.enabled, self.dropout = base, scaling, True, 0.0
-        self.shared: SharedInput | None = None
-        self.place = 0  # in it
+        self.base: Any = base
+        self.scaling, self.enabled, self.dropout = scaling, True, 0.0
+        self.at_end = self.tied = False  # is the input embedding or the head; shares its weight with the other one
         self.lent: tuple[Tensor, Tensor] | None = None  # A and s B for one pass: see Masters
         self.sums: tuple[Tensor, Tensor] | None = None  # and where their gradients are added up
         self.wants: Tensor | None = None  # then, what makes autograd ask for them
-        bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
-        A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return self.base(x)
-        if torch.compiler.is_compiling():  # which makes the sums part of what follows
-            z = projected(x, [self])[0] if self.shared is None else self.shared.own(x, self, projected)
-            return self.base(x) + F.linear(z, self.B(x.dtype))
-        return adapted(x, [self])[0] if self.shared is None else self.shared.own(x, self, adapted)
+        self.lora_A = nn.Parameter(A.to(base.weight.device))  # type: ignore[arg-type]
+        self.lora_B = nn.Parameter(B.to(base.weight.device))  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
         """Of the base, for models that ask it for its dtype."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
+        weight: Tensor = self.base.weight
+        return weight
 
     def A(self, dtype: torch.dtype) -> Tensor:
         return (self.lora_A if self.lent is None else self.lent[0]).to(dtype)
@@ -62,6 +46,97 @@ class LoraLinear(nn.Module):
     def B(self, dtype: torch.dtype) -> Tensor:
         """Times s."""
         return (self.scaling * self.lora_B if self.lent is None else self.lent[1]).to(dtype)
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(A, s B), differentiable, also where they are lent."""
+        if self.sums is None:
+            return self.A(dtype), self.B(dtype)
+        found: tuple[Tensor, Tensor] = _Borrowed.apply(self.wants, self)
+        return found
+
+    def product(self) -> Tensor:
+        """B A in the shape of the weight."""
+        return self.lora_B @ self.lora_A
+
+    def stored(self) -> dict[str, Tensor]:
+        return dict(zip(self.parts, (self.lora_A, self.lora_B), strict=True))
+
+
+class LoraLinear(LoraLayer):
+    r"""A frozen linear layer plus a low-rank update.
+
+    .. math:: y = W x + b + s B A x, \qquad A \in R^{r \times in},\; B \in R^{out \times r}
+
+    A starts random (Kaiming uniform), B at zero, so that the layer starts as the base layer (arXiv 2106.09685).
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator | None) -> None:
+        bound = base.in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
+        A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)
+        super().__init__(base, scaling, A, torch.zeros(base.out_features, r))
+        self.shared: SharedInput | None = None
+        self.place = 0  # in it
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            plain: Tensor = self.base(x)
+            return plain
+        if torch.compiler.is_compiling():  # which makes the sums part of what follows
+            z = projected(x, [self])[0] if self.shared is None else self.shared.own(x, self, projected)
+            y: Tensor = self.base(x) + F.linear(z, self.B(x.dtype))
+            return y
+        return adapted(x, [self])[0] if self.shared is None else self.shared.own(x, self, adapted)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias
+        return bias
+
+
+class LoraEmbedding(LoraLayer):
+    r"""A frozen input embedding plus a low-rank update.
+
+    .. math:: y = W_t + s (B A)_t, \qquad A \in R^{r \times V},\; B \in R^{H \times r}
+
+    of the token t: row t of W, column t of B A. A starts at zero and B random (normal), as in PEFT. Its input are
+    tokens, which no dropout is applied to.
+    """
+
+    parts = ("lora_embedding_A", "lora_embedding_B")
+
+    def __init__(self, base: nn.Embedding, r: int, scaling: float, generator: torch.Generator | None) -> None:
+        B = torch.empty(base.embedding_dim, r).normal_(generator=generator)
+        super().__init__(base, scaling, torch.zeros(r, base.num_embeddings), B)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        if not self.enabled:
+            return y
+        A, B = self.pair(y.dtype)
+        return y + F.embedding(ids, A.T, self.base.padding_idx) @ B.T
+
+    def product(self) -> Tensor:
+        return super().product().T
+
+
+class _Borrowed(torch.autograd.Function):
+    """What a layer is lent, for products that autograd makes; their gradients are added to the layer's sums."""
+
+    @staticmethod
+    def forward(ctx: Any, wants: Tensor, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+        assert layer.lent is not None
+        ctx.sums = layer.sums
+        ctx.set_materialize_grads(False)
+        A, B = layer.lent
+        return A.view_as(A), B.view_as(B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
+        for whole, own in zip(ctx.sums, gradients, strict=True):
+            if own is not None:
+                whole.add_(own)
+        return None, None
 
 
 class _Adapted(torch.autograd.Function):
@@ -131,7 +206,8 @@ def _stacked_A(layers: list[LoraLinear], dtype: torch.dtype) -> Tensor:
 
 def projected(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
     """A x of layers that read the same x."""
-    return F.linear(F.dropout(x, layers[0].dropout), _stacked_A(layers, x.dtype)).chunk(len(layers), -1)
+    z = F.linear(F.dropout(x, layers[0].dropout), _stacked_A(layers, x.dtype))
+    return z.split([len(layer.lora_A) for layer in layers], -1)
 
 
 def adapted(x: Tensor, layers: list[LoraLinear]) -> tuple[Tensor, ...]:
@@ -168,7 +244,7 @@ class SharedInput:
 class Adapter:
     """The adapted layers of one model, by module path."""
 
-    layers: dict[str, LoraLinear]
+    layers: dict[str, LoraLayer]
     config: LoraConfig
     spelled: dict[str, Any]  # the layers in PEFT's settings: target_modules, layers_to_transform
 

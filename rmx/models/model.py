@@ -25,6 +25,7 @@ from rmx.artefacts import fingerprint as fingerprint_of
 from rmx.artefacts import replacing
 from rmx.config import ModelConfig
 from rmx.models import converted, gguf_header, quantization
+from rmx.models.lora_layers import LoraLinear
 from rmx.models.source import ModelError, fingerprint, locate, reach
 from rmx.progress import console, quiet
 from rmx_kernels import CausalLMHead, head_of, precision
@@ -50,6 +51,7 @@ class CausalLM:
     graphs: bool = True  # whether work of one shape is captured on a GPU, and replayed
     settings: ModelConfig | None = None  # by which it was loaded; None: it was made here
     gguf: bool = False  # whether from a GGUF file
+    adapted: bool = True  # whether an adapter on the head counts; False: the head of the base, whatever is attached
 
     @property
     def vocabulary(self) -> str:
@@ -71,8 +73,17 @@ class CausalLM:
         logits = hidden.float() @ self.weight.float().T
         if self.bias is not None:
             logits += self.bias.float()
+        if (lora := self.lora(torch.float32)) is not None:
+            logits += hidden.float() @ lora[0].T @ lora[1].T
         logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def lora(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+        """The adapter on the head that is on, as every linear operator takes it."""
+        head = self.model.get_output_embeddings()
+        if not (self.adapted and isinstance(head, LoraLinear) and head.enabled):
+            return None
+        return (*head.pair(dtype), 1.0)  # the second one has the scale
 
     @property
     def head(self) -> dict[str, Any]:
@@ -83,7 +94,7 @@ class CausalLM:
         """The same, for logits that are divided by ``temperature``."""
         softcap = None if self.softcap is None else self.softcap / self.scale
         scaling = {"softcap": softcap, "temperature": temperature / self.scale}
-        return {"weight": self.weight, "bias": self.bias, **scaling}
+        return {"weight": self.weight, "bias": self.bias, "lora": self.lora(self.weight.dtype), **scaling}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def nf4(dtype: torch.dtype) -> Any:
     )
 
 
-def is_quantized(layer: nn.Linear) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
     return getattr(layer.weight, "quant_state", None) is not None
 
 

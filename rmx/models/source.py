@@ -124,7 +124,7 @@ def reach(name: str, revision: str | None, file: str = "config.json") -> str:
     Raises:
         ModelError: the hub has no such model, or it cannot be reached and the local cache does not hold the model.
     """
-    found, said = _ask_hub(name, revision, file)
+    found, said, _ = _ask_hub(name, revision, file)
     if said:
         raise ModelError(
             f"model.name={name!r}: {said}. Expected a directory that exists, a .gguf file, package:NAME, or a model of "
@@ -133,22 +133,32 @@ def reach(name: str, revision: str | None, file: str = "config.json") -> str:
     return found
 
 
+def commit(config: ModelConfig) -> str | None:
+    """The commit of a hub model that is used now: the hub's, else that of the local cache.
+
+    None for a local model, and where neither tells.
+    """
+    name, gguf_file = locate(config)
+    return None if Path(name).is_dir() else _ask_hub(name, config.revision, gguf_file or "config.json")[2]
+
+
 @functools.cache
-def _ask_hub(name: str, revision: str | None, file: str) -> tuple[str, str]:
-    """(what :func:`reach` returns, what is wrong or an empty text)."""
+def _ask_hub(name: str, revision: str | None, file: str) -> tuple[str, str, str | None]:
+    """(what :func:`reach` returns, what is wrong or an empty text, the commit or None)."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     found = try_to_load_from_cache(name, file, revision=revision)
     kept = str(Path(found).parents[len(Path(file).parts) - 1]) if isinstance(found, str) else ""
+    held = Path(kept).name if kept else None  # models--OWNER--NAME/snapshots/COMMIT
     if constants.HF_HUB_OFFLINE:
-        return kept, "" if kept else "HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model"
-    faults: list[Exception | None] = []
+        return kept, "" if kept else "HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model", held
+    answers: list[str | None] = []
+    faults: list[Exception] = []
 
     def ask() -> None:
         try:
-            HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-            faults.append(None)
+            answers.append(HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).sha)
         except Exception as fault:  # looked at below
             faults.append(fault)
 
@@ -156,19 +166,21 @@ def _ask_hub(name: str, revision: str | None, file: str) -> tuple[str, str]:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
+    if answers:
+        return name, "", answers[0]
     fault = faults[0] if faults else TimeoutError(f"no answer in {HUB_SECONDS:g} s")
-    if fault is None:
-        return name, ""
     if isinstance(fault, GatedRepoError):
-        return name, "the hub lets only users with access see this model: log in with `hf auth login`, or set HF_TOKEN"
+        return (
+            name,
+            "the hub lets only users with access see this model: log in with `hf auth login`, or set HF_TOKEN",
+            None,
+        )
     if isinstance(fault, RevisionNotFoundError):
-        return name, f"the hub's model has no revision {revision!r}"
+        return name, f"the hub's model has no revision {revision!r}", None
     if isinstance(fault, RepositoryNotFoundError):
-        return name, "no directory of this name is here, and the hub has no such model (or a private one)"
+        return name, "no directory of this name is here, and the hub has no such model (or a private one)", None
     if kept:
-        return kept, ""
+        return kept, "", held
     why = next(iter(str(fault).strip().splitlines()), type(fault).__name__)
-    return kept, (
-        f"no directory of this name is here, the hub's local cache does not hold it, and {constants.ENDPOINT} "
-        f"cannot be reached ({why})"
-    )
+    said = f"no directory of this name is here, the hub's local cache does not hold it, and {constants.ENDPOINT} "
+    return kept, f"{said}cannot be reached ({why})", None

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rmx.config import LoraConfig
 from rmx.errors import RmxError
+from rmx.layer_patterns import unmatched
 from rmx.models.forward import decoder_layers
 from rmx.models.model import text_decoder
 from rmx.models.quantization import is_quantized
@@ -27,12 +29,15 @@ class AdapterError(RmxError):
     """The adapter does not fit the model, cannot be read, or is not worth saving."""
 
 
-def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]:
-    """Each linear layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on, by its path.
+def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear | nn.Embedding]:
+    """Each layer whose last name (or dotted end) is in ``config.targets``, from ``first_layer`` on, by its path.
+
+    Layers are linear ones, the output head among them, and the input embedding.
 
     Raises:
-        AdapterError: a target names no layer, one that is not linear or is adapted already, or the output head; the
-            model has no layer ``first_layer``.
+        AdapterError: a target names no layer, one of another kind or one that is adapted already; the input embedding,
+            where layers are left out, or the head, where there is dropout; the model has no layer ``first_layer``; a
+            pattern matches none of the layers.
     """
     below = ""
     if config.first_layer:
@@ -50,28 +55,64 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear]
             continue
         matches = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
         if not matches:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
-            raise AdapterError(
-                f"lora.targets: {target!r} names no layer; this model's linear layers: {', '.join(linear)}"
-            )
+            fit = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or m is model.get_input_embeddings()}
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in fit}))
+            raise AdapterError(f"lora.targets: {target!r} names no layer; this model's layers: {known}")
         found |= matches
-    layers = {}
+    layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name, module in modules.items():  # the order of the model, whatever that of the targets
         if name not in found or (below and re.match(below, name)):
             continue
-        if not isinstance(module, nn.Linear):
-            raise AdapterError(f"lora.targets: {name} is a {type(module).__name__}, not a plain linear layer")
+        why = _other_kind(model, module, config)
+        if why or not isinstance(module, nn.Linear | nn.Embedding):
+            raise AdapterError(f"lora.targets: {name} {why}")
         if not (module.weight.dtype in WHOLE or is_quantized(module)):
             raise AdapterError(
                 f"lora.targets: {name} is a {type(module).__name__} with weights in {module.weight.dtype}, of which no "
                 "gradient is made here: use the model without that quantisation, or model.quantization=nf4"
             )
-        if module is model.get_output_embeddings():
-            raise AdapterError(f"lora.targets: {name} is the output head, which stays frozen here")
         if why := _unfit(model, name):
             raise AdapterError(f"lora.targets: {name} {why}; leave it out of the targets")
         layers[name] = module
+    _check_patterns(config, list(layers))
     return layers
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the input embedding and the head are one weight."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    first, last = (getattr(end, "weight", None) for end in ends)
+    return first is not None and first is last
+
+
+def size(module: nn.Linear | nn.Embedding) -> int:
+    """Numbers in a pair A, B of rank 1."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings + module.embedding_dim
+    return module.in_features + module.out_features
+
+
+def _other_kind(model: PreTrainedModel, module: nn.Module, config: LoraConfig) -> str:
+    """Why a layer that is no linear one, or is the head, cannot be adapted; empty where it can."""
+    if isinstance(module, nn.Linear):
+        if config.dropout and module is model.get_output_embeddings():
+            return "is the output head, whose adapter has no dropout here: set lora.dropout=0 or leave it out"
+        return ""
+    if module is not model.get_input_embeddings() or not isinstance(module, nn.Embedding):
+        return f"is a {type(module).__name__}, not a plain linear layer or the input embedding"
+    if type(module).forward is not nn.Embedding.forward or module.max_norm is not None:
+        return f"is a {type(module).__name__}, which does more than to look up a row: leave it out of the targets"
+    if config.first_layer:
+        return f"comes before the layers that lora.first_layer={config.first_layer} leaves out: set that to 0"
+    return ""
+
+
+def _check_patterns(config: LoraConfig, names: list[str]) -> None:
+    """Each pattern is of some adapted layer."""
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if (lost := unmatched(getattr(config, setting), names)) is not None:
+            near = min(names, key=lambda name: -SequenceMatcher(None, lost, name[-len(lost) :]).ratio(), default="none")
+            raise AdapterError(f"lora.{setting}: {lost!r} matches no adapted layer; the nearest one is {near}")
 
 
 def _all_linear(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -111,7 +111,8 @@ class Run(RunDirectory):
         if (most := self.lm.weight.shape[0]) < self.config.score.top_k:
             raise RunError(f"score.top_k: expected at most the vocabulary's {most}, got {self.config.score.top_k}")
         trackers.check(self.config.train.trackers)
-        spelled_for_peft(self.lm.model, self.config.lora, list(matching(self.lm.model, self.config.lora)))
+        adapted = matching(self.lm.model, self.config.lora)
+        spelled_for_peft(self.lm.model, self.config.lora, list(adapted))
         forward.check(self.lm, self.wanted().layer)
         for section, splits in (("rollouts", ["train"]), ("evaluate", ["choose", "evaluate"])):
             questions = [problem.question for split in splits for problem in self.problems(split)]
@@ -119,7 +120,7 @@ class Run(RunDirectory):
             sampling: Sampling = getattr(self.config, section)
             rollouts.check_length(self.lm, longest, sampling.max_new_tokens, f"{section}.")
             if sampling.engine == "vllm":
-                vllm_engine.check(self.lm)
+                vllm_engine.check(self.lm, adapted.values() if section == "evaluate" else ())
             if sampling.engine != "openai":
                 rollouts.check_rotation(self.lm, longest, sampling.max_new_tokens, f"{section}.")
 

@@ -371,7 +371,7 @@ def _weight_bytes(config: Any, dtype: torch.dtype, settings: ModelConfig) -> int
 
 
 def _adapter_numbers(run: Run) -> int:
-    from rmx.models.targets import matching
+    from rmx.models.targets import matching, size
 
-    layers = matching(run.lm.model, run.config.lora).values()
-    return run.config.lora.r * sum(layer.in_features + layer.out_features for layer in layers)
+    layers = matching(run.lm.model, run.config.lora).items()
+    return sum(run.config.lora.of(name)[0] * size(layer) for name, layer in layers)

@@ -143,6 +143,8 @@ class RunDirectory:
         found = {name: tree[name] for name in STAGES[stage].settings}
         if "model" in found:
             found["model"] = self.model_settings.model_dump(mode="json")
+            if self.commit is not None:
+                found["commit"] = self.commit
         if stage == "score" and self.config.score.problems == "selected":
             found["select"] = {key: tree["select"][key] for key in CHOICE}
         return {**found, **self.inputs.get(stage, {})}
@@ -184,6 +186,11 @@ class RunDirectory:
     def weights(self) -> str | None:
         return source.fingerprint(self.config.located_model, keep=self.writes)
 
+    @cached_property
+    def commit(self) -> str | None:
+        """Of a model of the hub: what its name and revision stand for now."""
+        return source.commit(self.config.located_model)
+
     @property
     def model_mark(self) -> str:
         """Tells the model from another one: by its local weights, else by its name and revision."""
@@ -205,6 +212,10 @@ class RunDirectory:
         for section, values in now.items():
             if isinstance(values, dict) and values.get("batch_size") == "auto" and section in old:
                 now[section] = {**values, "batch_size": old[section].get("batch_size")}  # whatever it was made with
+        if not (old.get("commit") and now.get("commit")):  # one is not known
+            old, now = ({k: v for k, v in tree.items() if k != "commit"} for tree in (old, now))
+        elif old["commit"] == now["commit"]:  # then it does not matter by which revision
+            now["model"] = {**now["model"], "revision": old["model"].get("revision")}
         changed = [f"{key} was {before!r}, is now {after!r}" for key, before, after in differences(old, now)]
         if changed:
             raise RunError(

@@ -6,14 +6,16 @@ stage that samples, and ended with it. Not run on hardware yet: tested against a
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rmx.config import Sampling
+from rmx.models.lora_layers import LoraLayer
 from rmx.models.model import CausalLM
 from rmx.models.prompts import Renderer
 from rmx.progress import console
@@ -23,8 +25,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank may 
 USED = 0.9  # of the memory that is free
 
 
-def check(lm: CausalLM) -> None:
-    """Raise EngineError where vLLM cannot sample from this model here."""
+def check(lm: CausalLM, adapted: Iterable[nn.Module] = ()) -> None:
+    """Raise EngineError where vLLM cannot sample from this model here, with an adapter on these layers if any."""
     try:
         import vllm  # noqa: F401
     except ImportError as fault:
@@ -37,6 +39,12 @@ def check(lm: CausalLM) -> None:
         raise EngineError(
             "engine=vllm: the model is a GGUF file, whose weights vLLM would read in another way than rmx: use engine "
             "loop, or write the model as safetensors and name that"
+        )
+    ends, to_be = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()), set(map(id, adapted))
+    if any(isinstance(end, LoraLayer) or id(end) in to_be for end in ends):
+        raise EngineError(
+            "engine=vllm: the adapter is on the input embedding or the output head, which vLLM takes for some models "
+            "alone: use engine loop, or leave them out of lora.targets"
         )
 
 
@@ -127,7 +135,8 @@ def _engine(lm: CausalLM, length: int, adapter: Path | None) -> Iterator[tuple[A
 
 def _rank(adapter: Path) -> int:
     """The smallest ``max_lora_rank`` that takes the adapter."""
-    r = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    description = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    r = max(description["r"], *(description.get("rank_pattern") or {}).values(), 0)
     found = next((rank for rank in RANKS if rank >= r), None)
     if found is None:
         raise EngineError(f"engine=vllm: {adapter} has rank {r}, vLLM takes up to {RANKS[-1]}: use another engine")

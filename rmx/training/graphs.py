@@ -20,7 +20,7 @@ from rmx.attention.packing import Frame
 from rmx.config import TrainConfig
 from rmx.models import forward
 from rmx.models.cuda_graph import Graph, raise_full_memory
-from rmx.models.lora_layers import Adapter, LoraLinear
+from rmx.models.lora_layers import Adapter, LoraEmbedding, LoraLayer
 from rmx.models.model import CausalLM
 from rmx.models.quantization import is_quantized
 from rmx.progress import console
@@ -128,7 +128,10 @@ def capturable(lm: CausalLM, adapter: Adapter, config: TrainConfig) -> bool:
         return False
     if config.compile or config.activation_checkpointing:
         return False
-    return not any(is_quantized(layer.base) for layer in adapter.layers.values())
+    layers = adapter.layers.values()
+    if any(isinstance(layer, LoraEmbedding) for layer in layers) or all(layer.at_end for layer in layers):
+        return False  # how the gradient of a lookup is made depends on the tokens; of the head alone, no pass has one
+    return not any(is_quantized(layer.base) for layer in layers)
 
 
 class _Size:
@@ -152,7 +155,7 @@ class _Size:
     def states_of(self, lm: CausalLM, first_layer: int) -> Tensor:
         return forward.frame_hidden(lm, self.frame, first_layer, self.entry)
 
-    def capture(self, lm: CausalLM, first_layer: int, layer: LoraLinear, pool: Any) -> None:
+    def capture(self, lm: CausalLM, first_layer: int, layer: LoraLayer, pool: Any) -> None:
         """``layer``: any that is adapted; all of them share the leaf of a pass."""
         ahead, back = Graph(lm.device, pool), Graph(lm.device, pool)
         self.upstream = lm.weight.new_zeros(self.frame.tokens, lm.weight.shape[1])

@@ -44,6 +44,13 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("select: {tau: 1.0, budget: 0.1}", "select: .*exactly one of tau, quantile and budget"),
         ("prompt: {style: haiku}", "prompt.style: .*got 'haiku'"),
         ("seed: true", "seed: .*got True"),
+        ("lora: {use_dora: true}", "lora: .*use_dora: DoRA is not supported.*leave it out"),
+        ("lora: {rank_patern: {q_proj: 4}}", "lora.rank_patern: unknown key.*rank_pattern"),
+        ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern.q_proj: .*got 0"),
+        ("lora: {alpha_pattern: {q_proj: wide}}", "lora.alpha_pattern.q_proj: .*got 'wide'"),
+        ("lora: {rank_pattern: {'q_(': 4}}", r"lora.rank_pattern.*'q_\(' is no regular expression"),
+        ("lora: {rank_pattern: {'(a|aa)+': 4}}", "lora.rank_pattern.*repeats a group"),
+        ("lora: {alpha_pattern: {'.*.*.*.*': 4.0}}", "lora.alpha_pattern.*up to 3 repeats"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(tmp_path: Path, extra: str, named: str) -> None:

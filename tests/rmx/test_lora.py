@@ -118,7 +118,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny: model.CausalLM, tmp_pa
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [(["qproj"], "'qproj' names no layer.*q_proj"), (["norm"], "LlamaRMSNorm"), (["lm_head"], "output head")],
+    [(["qproj"], "'qproj' names no layer.*q_proj"), (["norm"], "LlamaRMSNorm"), (["mlp"], "LlamaMLP")],
 )
 def test_targets_that_do_not_fit_are_named(tiny: model.CausalLM, targets: list[str], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
@@ -148,7 +148,10 @@ def test_an_adapter_for_another_model_is_refused_and_leaves_the_model_alone(
         ("peft_type", "IA3"),
         ("use_dora", True),
         ("bias", "all"),
-        ("rank_pattern", {"q_proj": 4}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"(a+)+": 4}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj": "much"}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),

@@ -1,6 +1,7 @@
 """Where a model is looked for: a path is never a question to the hub, and the hub is asked once."""
 
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -16,9 +17,11 @@ import torch
 from huggingface_hub import constants
 
 from rmx import digests
-from rmx.config import ModelConfig
+from rmx.config import Config, ModelConfig
+from rmx.errors import RmxError
 from rmx.models import model, source
 from rmx.models.source import ModelError
+from rmx.runs.pipeline import Run
 
 
 def config(name: object, **more: object) -> ModelConfig:
@@ -178,8 +181,44 @@ def test_a_model_of_the_hubs_cache_needs_no_network(
     assert lm.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
     assert model.load_vocabulary(settings).size == 21
     assert lm.tokenizer.name_or_path == lm.model.name_or_path == "owner/tiny"
-    assert source.fingerprint(settings) is None
+    assert source.fingerprint(settings) is None and source.commit(settings) == commit
+    assert source.commit(config(tiny_path)) is None
     assert len(hanging) == 1
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, tiny_path: Path, tiny_config: Config
+) -> None:
+    """A branch of the hub moves on: a name without a revision then stands for another model."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    first, second = "a" * 40, "b" * 40
+    folder = hub_cache / "models--owner--tiny"
+    for commit in (first, second):
+        shutil.copytree(tiny_path, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(first)
+
+    def run(**change: str) -> Run:
+        source._ask_hub.cache_clear()
+        model = tiny_config.model.model_copy(update={"name": "owner/tiny", **change})
+        return Run(tiny_config.model_copy(update={"model": model}))
+
+    begun = run()
+    with begun.locked():
+        begun.execute("problems")
+        begun.execute("rollouts")
+    assert json.loads((begun.dir / "stages.json").read_text())["rollouts"]["settings"]["commit"] == first
+    assert run().is_done("rollouts")
+    (folder / "refs" / "main").write_text(second)
+    with pytest.raises(
+        RmxError, match=f"'rollouts' was run with other settings: commit was '{first}', is now '{second}'"
+    ):
+        run().is_done("rollouts")
+    with pytest.raises(RmxError, match="commit was"):
+        run(revision=second).is_done("rollouts")
+    assert run(revision=first).is_done("rollouts")  # the way on: the same commit, now by its name
+    shutil.rmtree(folder)  # nobody tells what the name stands for
+    assert run().commit is None and run().is_done("rollouts")
 
 
 def test_offline_mode_asks_nobody(

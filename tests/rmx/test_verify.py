@@ -147,6 +147,47 @@ def test_a_large_expansion_is_held_within_the_memory_of_a_worker() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 2 << 20)  # KiB
 
 
+def starved(problem: Problem, text: str) -> Judgement:
+    """What sympy does inside math-verify where memory is short."""
+    from math_verify import grader
+
+    class Greedy:
+        def doit(self) -> None:
+            raise MemoryError if text == "much" else ValueError
+
+    grader.safe_sympy_doit(Greedy())
+    return "wrong", text, ""
+
+
+def test_math_verify_does_not_take_a_lack_of_memory_for_a_wrong_answer() -> None:
+    rollouts = [Rollout("p", i, [1], [2], "stop", text) for i, text in enumerate(["much", "odd"])]
+    verdicts = verify([Problem("p", "q", "1")], rollouts, workers=1, judge=starved)
+    assert [(v.outcome, v.reward) for v in verdicts] == [("crash", None), ("wrong", 0)]
+    assert verdicts[0].reason == "no verdict within 1024 MiB of memory"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory has no limit")
+def test_a_formula_that_takes_all_memory_has_no_verdict() -> None:
+    """The same with real formulas, in a process that may take 8 MiB more."""
+    script = r"""
+        import math_verify
+        from rmx.grading import memory, verify
+        from rmx.records import Problem
+        memory.let_memory_errors_pass()
+        memory.MEMORY_BYTES = 8 << 20
+        verify.judge(Problem("p", "q", "1 + x"), r"\boxed{x + 1}")
+        memory.limit_memory()
+        for truth, answer in (("x^{2} + 1", "(x+1)^{20000}"), ("1 + x", "x + 1"), ("x^{2}", "(x+1)^{2}")):
+            try:
+                print(verify.judge(Problem("p", "q", truth), rf"\boxed{{{answer}}}")[0])
+            except MemoryError:
+                print("none")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.split() == ["none", "right", "wrong"]
+
+
 def busy(problem: Problem, text: str) -> Judgement:
     print(os.getpid(), flush=True)
     while True:
