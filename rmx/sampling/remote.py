@@ -18,7 +18,7 @@ from rmx.config import EvaluateConfig, Sampling
 from rmx.models.model import CausalLM
 from rmx.models.prompts import CHAT, Renderer
 from rmx.progress import console
-from rmx.sampling.calls import Calls, ServerError, check_address
+from rmx.sampling.calls import Calls, ServerError, check_address, without_key
 from rmx.sampling.engines import Completion, EngineError, Finished, Unit, stream_key
 
 REFUSED = (400, 404, 405, 415, 422, 501)  # statuses by which a server says that it does not speak this way
@@ -235,7 +235,7 @@ class Server:
         return Completion(ids, None)
 
     def _read(self, url: str, choice: Choice) -> list[int]:
-        """The token ids of the text of a choice."""
+        """The token ids of the text of a choice, should it repeat the key without that."""
         assert self.dialect is not None
         text = choice.text
         if self.dialect.prompt == "chat":
@@ -246,7 +246,7 @@ class Server:
             text = choice.message.content or ""
         if text is None:
             raise ServerError(url, f"expected a choice with text or token_ids, got {choice.model_dump_json()[:300]}")
-        return list(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.lm.tokenizer(without_key(text), add_special_tokens=False)["input_ids"])
 
     def say(self, note: str) -> None:
         """Once."""

@@ -5,6 +5,7 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from rmx.models.lora import AdapterError
 from rmx.models.prompts import PromptError, Renderer
 from rmx.reports import html
 from rmx.runs.pipeline import Run
+from rmx.sampling import remote
 
 page, serve = _page, _serve  # fixtures
 
@@ -221,3 +223,13 @@ def test_the_key_is_in_no_file_and_no_output_of_a_run(
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
     said = capfd.readouterr()
     assert KEY not in said.out + said.err
+
+
+def test_the_key_in_a_completion_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMX_API_KEY", KEY)
+    by_text = SimpleNamespace(
+        dialect=SimpleNamespace(prompt="text"),
+        lm=SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": list(text.encode())}),
+    )
+    ids = remote.Server._read(by_text, "http://127.0.0.1", remote.Choice(text=f"4 {KEY}!"))
+    assert bytes(ids) == b"4 [RMX_API_KEY]!"
