@@ -68,11 +68,12 @@ setup(
             sources=[
                 "csrc/decode_attention.cpp",
                 "csrc/decoder_layer.cpp",
+                "csrc/divergence.cpp",
                 "csrc/entropy_topk.cpp",
                 "csrc/gated_contrastive_loss.cpp",
                 "csrc/library.cpp",
             ],
-            depends=["csrc/rmx_cpu.h", "csrc/rows.h", "csrc/parallel.h", "csrc/vec_math.h"],
+            depends=["csrc/rmx_cpu.h", "csrc/divergence.h", "csrc/rows.h", "csrc/parallel.h", "csrc/vec_math.h"],
             extra_compile_args=FLAGS,
             language="c++",
             optional=True,

@@ -3,6 +3,7 @@
 // both gated contrastive losses and linear_logprob_kl.
 #include <algorithm>
 
+#include "divergence.h"
 #include "rows.h"
 
 namespace rmx {
@@ -32,35 +33,7 @@ RMX_INLINE void find_norm(const X* x, int64_t V, const Scale<T>& scale, T* m, T*
     *log_d = static_cast<T>(log_(sums.d));
 }
 
-// e^x - 1 - x for |x| <= 1/2: in float x^2 times the minimax polynomial of degree 5 (relative error 2.4e-8), in double
-// the Taylor polynomial to x^14 / 14! (1e-16).
-RMX_INLINE float exp_less_line(float x) {
-    float q = 0x1.a0d27cp-13f;
-    q = q * x + 0x1.6e87a0p-10f;
-    q = q * x + 0x1.111210p-7f;
-    q = q * x + 0x1.555382p-5f;
-    q = q * x + 0x1.555554p-3f;
-    q = q * x + 0.5f;
-    return q * x * x;
-}
-RMX_INLINE double exp_less_line(double x) {
-    double q = 1.0 / 87178291200.0;
-    q = q * x + 1.0 / 6227020800.0;
-    q = q * x + 1.0 / 479001600.0;
-    q = q * x + 1.0 / 39916800.0;
-    q = q * x + 1.0 / 3628800.0;
-    q = q * x + 1.0 / 362880.0;
-    q = q * x + 1.0 / 40320.0;
-    q = q * x + 1.0 / 5040.0;
-    q = q * x + 1.0 / 720.0;
-    q = q * x + 1.0 / 120.0;
-    q = q * x + 1.0 / 24.0;
-    q = q * x + 1.0 / 6.0;
-    q = q * x + 0.5;
-    return q * x * x;
-}
-
-// The same for |x| <= 2: x^2 times the minimax polynomial of degree 9 (relative error 2.1e-8), its coefficients in pairs.
+// exp_less_line for |x| <= 2: x^2 times the minimax polynomial of degree 9 (relative error 2.1e-8), its coefficients in pairs.
 RMX_INLINE float exp_less_line_near(float x) {
     const float s = x * x;
     float q = __builtin_fmaf(0x1.b74978p-26f, x, 0x1.3e9a62p-22f);
@@ -69,16 +42,6 @@ RMX_INLINE float exp_less_line_near(float x) {
     q = __builtin_fmaf(q, s, __builtin_fmaf(0x1.11114ep-7f, x, 0x1.55553cp-5f));
     q = __builtin_fmaf(q, s, __builtin_fmaf(0x1.555554p-3f, x, 0.5f));
     return q * s;
-}
-
-// p_b (e^delta - 1 - delta) = p_s - p_b (1 + delta), without cancellation near 0 or overflow far from it.
-template <class T>
-RMX_INLINE T kl_term(T p_s, T p_b, T delta) {
-    T d = delta < T(-0.5) ? T(-0.5) : delta;
-    d = d > T(0.5) ? T(0.5) : d;
-    const T near = p_b * exp_less_line(d), far = p_s - p_b * (T(1) + delta);
-    const T term = d == delta ? near : far;
-    return p_b == T(0) ? p_s : term;
 }
 
 template <class T, class X, bool TERMS, bool GRADIENT>

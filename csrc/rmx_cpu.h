@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 #define RMX_API __attribute__((visibility("default")))
-#define RMX_ABI 4  // raised with every change of this file; the Python side refuses a library of another number
+#define RMX_ABI 5  // raised with every change of this file; the Python side refuses a library of another number
 
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
@@ -102,6 +102,25 @@ RMX_API int rmx_gated_contrastive_loss(const rmx_rows* student, const rmx_rows* 
 RMX_API int rmx_gated_contrastive_loss_backward(const rmx_rows* student, const rmx_rows* base, int64_t anchored,
                                         const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
                                         const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool);
+
+// The divergence of student rows q from teacher rows p, and its gradient. `kind`: KL(p || q), KL(q || p), or
+// JSD = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+// norms: m and log d of the student, then of the teacher; the mean that the gradient of the last two kinds needs; the
+// student's entropy. With `value` rows are whole, and norms and value are written; without it norms are read. With dx,
+//   dz = g_divergence d divergence / dz + g_entropy d entropy / dz of the student, in place if dx is the student.
+// Logits of both have dtypes of one precision. Where the student is impossible KL(p || q) is inf, as KL(q || p) is where the teacher is.
+enum { RMX_FORWARD_KL = 0, RMX_REVERSE_KL = 1, RMX_JSD = 2 };
+typedef struct {
+    void* norms;                             // real [6, norm_stride]
+    void* value;                             // real [N], or NULL
+    const void *g_divergence, *g_entropy;    // real [N], each NULL where it is zero
+    int64_t norm_stride;
+    double beta;
+    int32_t kind;
+} rmx_divergence_rows;
+RMX_API int rmx_divergence(const rmx_rows* student, const rmx_rows* teacher, const rmx_scale* scale,
+                           const rmx_scale* teacher_scale, int64_t N, int64_t columns, const rmx_divergence_rows* rows,
+                           const rmx_rows* dx, rmx_parallel_for pool);
 
 // Attention of one new token a sequence, B sequences, Hk heads of keys with G heads of queries each, L keys of width D, all
 // in float: out[b, h, g] = sum_l p_l v[b, h, l], p = softmax_l(scale q[b, h, g] . k[b, h, l] + bias[b, l]).

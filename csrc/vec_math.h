@@ -56,15 +56,23 @@ template <> struct constants<float> {
     using bits = uint32_t;
     static constexpr float lowest = -88.03f;  // here n = -127, whose biased exponent is that of 0
     static constexpr float magic = 0x1.8p23f + 127;  // adding it rounds to an integer and puts n + 127 into the low bits
-    static constexpr float log2e = 0x1.715476p+0f;
+    static constexpr float log2e = 0x1.715476p+0f, log2e_low = 0x1.4ae0c0p-26f;
     static constexpr int mantissa = 23;
+    using integer = int32_t;
+    static constexpr uint32_t root_half = 0x3f3504f3u;
+    static constexpr int odd = 11;  // the last power of the series
+    static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;  // 15 bits, and the rest
 };
 template <> struct constants<double> {
     using bits = uint64_t;
     static constexpr double lowest = -709.09;
     static constexpr double magic = 0x1.8p52 + 1023;
-    static constexpr double log2e = 0x1.71547652b82fep+0;
+    static constexpr double log2e = 0x1.71547652b82fep+0, log2e_low = 0x1.777d0ffda0d24p-56;
     static constexpr int mantissa = 52;
+    using integer = int64_t;
+    static constexpr uint64_t root_half = 0x3fe6a09e667f3bccull;
+    static constexpr int odd = 23;
+    static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 1.9082149292705877e-10;  // 33 bits, and the rest
 };
 
 // 2^f for |f| <= 1/2, exactly 1 at 0. In float the minimax polynomial of degree 6 (relative error 2.3e-9 before
@@ -117,6 +125,17 @@ RMX_INLINE T exp_in_range(T x) {
     return exp2_fraction(f) * bits_of<T>(static_cast<typename C::bits>(bits_of<typename C::bits>(shifted) << C::mantissa));
 }
 
+// exp(x) for lowest <= x <= 80 to a rounding or two at any x: what is off in x log2(e) is made up for.
+RMX_INLINE float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+RMX_INLINE double fused(double x, double y, double z) { return __builtin_fma(x, y, z); }
+template <class T>
+RMX_INLINE T exp_exactly(T x) {
+    using C = constants<T>;
+    const T shifted = fused(x, C::log2e, C::magic), n = shifted - C::magic;
+    const T f = fused(x, C::log2e_low, fused(x, C::log2e, -n));
+    return exp2_fraction(f) * bits_of<T>(static_cast<typename C::bits>(bits_of<typename C::bits>(shifted) << C::mantissa));
+}
+
 // exp(x) for x <= 80, exactly 0 below constants::lowest. lowest: that constant, made opaque by the caller.
 template <class T>
 RMX_INLINE T exp_or_zero(T lowest, T x) {
@@ -134,6 +153,22 @@ RMX_INLINE T tanh_(T x) {
     const T e = exp_or_zero(constants<T>::lowest, T(-2) * a);
     const T far = T(1) - (e + e) / (T(1) + e);
     return a < T(0.625) ? near : (x < T(0) ? -far : far);  // a NaN takes the last branch, where e is NaN
+}
+
+// log of positive normal numbers, many at a time: 2 atanh((f - 1) / (f + 1)) + exponent log 2.
+template <class T>
+RMX_INLINE T log_positive(T x) {
+    using C = constants<T>;
+    using B = typename C::bits;
+    constexpr B half = C::root_half;  // the bits of sqrt(1/2), rounded down
+    const B above = bits_of<B>(x) - half;
+    const auto exponent = static_cast<typename C::integer>(above) >> C::mantissa;
+    const T f = bits_of<T>(static_cast<B>((above & ((B(1) << C::mantissa) - 1)) + half));
+    const T s = (f - T(1)) / (f + T(1)), w = s * s;  // |s| <= 0.1716
+    T series = T(1) / T(C::odd);
+    for (int n = C::odd - 2; n >= 3; n -= 2) series = series * w + T(1) / T(n);
+    const T k = static_cast<T>(exponent);
+    return k * C::ln2_high + (T(2) * s + (T(2) * s * w * series + k * C::ln2_low));
 }
 
 // log of one positive number, in double: 2 atanh((f - 1) / (f + 1)) + exponent log 2; NaN for anything else.

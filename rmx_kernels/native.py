@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 4  # RMX_ABI of csrc/rmx_cpu.h
+ABI = 5  # RMX_ABI of csrc/rmx_cpu.h
 LIBRARY = Path(__file__).with_name("librmx_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -52,6 +52,15 @@ class Loss(Structure):
         ("upstream", c_double),
         ("mass_tolerance", c_double),
         ("find_base_norm", c_int32),
+    ]
+
+
+class Divergence(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("norms", "value", "g_divergence", "g_entropy")),
+        ("norm_stride", c_int64),
+        ("beta", c_double),
+        ("kind", c_int32),
     ]
 
 
@@ -105,6 +114,10 @@ SIGNATURES: dict[str, list[Any]] = {
         *(POINTER(Loss), POINTER(Rows), c_void_p),
     ],
 }
+SIGNATURES["rmx_divergence"] = [
+    *(POINTER(Rows), POINTER(Rows), POINTER(Scale), POINTER(Scale), c_int64, c_int64),
+    *(POINTER(Divergence), POINTER(Rows), c_void_p),
+]
 SIGNATURES["rmx_decode_attention"] = [POINTER(Attention), c_void_p]
 SIGNATURES |= {"rmx_rms_norm": [POINTER(Norm), c_void_p], "rmx_gated_activation": [POINTER(Gated), c_void_p]}
 SIGNATURES["rmx_rotate"] = [POINTER(Rotation), c_void_p]

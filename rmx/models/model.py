@@ -80,8 +80,8 @@ class CausalLM:
 
     def lora(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
         """The adapter on the head that is on, as every linear operator takes it."""
-        head = self.model.get_output_embeddings()
-        if not (self.adapted and isinstance(head, LoraLinear) and head.enabled):
+        head = self.model.get_output_embeddings() if self.adapted else None
+        if not (isinstance(head, LoraLinear) and head.enabled):
             return None
         return (*head.pair(dtype), 1.0)  # the second one has the scale
 

@@ -1,68 +1,48 @@
-"""A CPU without a native kernel: torch.mm makes whole rows of logits, and torch's operations work on tiles of them.
+"""Native kernels: torch.mm makes whole rows of logits, and one kernel goes over each row of student and teacher.
 
-As many rows as fit into 48 MiB are multiplied at once, student and teacher, and kept while a block of them after the
-other gets its normalisers, its values, and its gradient over the student's logits. So a row costs 3 products: student,
+As many rows as fit into 48 MiB are multiplied at once, student and teacher, and kept while the kernel goes over them
+for normalisers, values and the gradient, which it writes over the student's logits. So a row costs 3 products: student,
 teacher, and back. A gradient of the entropy makes the logits again. The gradient of a trained head takes a sweep of its
-own, by slices of the vocabulary. The arithmetic is :class:`rmx_kernels.divergences.reference.Rows`.
+own, by slices of the vocabulary.
 """
-
-import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from rmx_kernels.divergences.op import NORMS, DivergenceForward, HeadPair, Upstream
-from rmx_kernels.divergences.reference import Rows, Tile, flat_upstream, of_rows
+from rmx_kernels import native
+from rmx_kernels.divergences.op import KINDS, NORMS, DivergenceForward, HeadPair, Upstream
+from rmx_kernels.divergences.reference import flat_upstream, of_rows
 from rmx_kernels.head import cpu as tiles
-from rmx_kernels.head.cpu import Head
+from rmx_kernels.head.cpu import Head, scale_of
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.head.reference import VocabTiles
 from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
-
-BLOCK_BYTES = 1 << 19  # of one tile in full precision: it stays in a core's cache, and some 18 are alive at once
 
 
 class LogitRows:
     """Logits of some rows of both models [n, columns], which the student's gradient may overwrite."""
 
     def __init__(self, pair: HeadPair, rows: slice, z: Tensor, teacher_z: Tensor) -> None:
-        self.pair, self.z = pair, z
-        self.student = VocabTiles(pair.student.of_logits(z, rows))
-        self.teacher = VocabTiles(pair.teacher.of_logits(teacher_z, rows))
-
-    def blocks(self) -> Iterator[slice]:
-        width = max(cols.stop - cols.start for cols in self.student.columns())
-        return chunks(self.z.shape[0], max(1, BLOCK_BYTES // (width * self.student.dtype.itemsize)))
-
-    def tiles(self, block: slice) -> Iterator[Tile]:
-        """Of one block, whose rows are counted from its beginning."""
-        own = slice(0, block.stop - block.start)
-        for cols in self.student.columns():
-            yield own, cols, self.student(block, cols, None), self.teacher(block, cols, None)
+        self.pair, self.z, self.teacher_z = pair, z, teacher_z
+        self.scales = scale_of(pair.student, rows), scale_of(pair.teacher, rows)
 
     def values(self, norms: Tensor, gradient: bool) -> Tensor:
         """The divergence [n]; writes the norms [6, n], and where it is asked for the gradient over the logits."""
-        found = torch.empty_like(norms[0])
-        for block in self.blocks():
-            rows = Rows(self.pair, norms[:, block])
-            walk = functools.partial(self.tiles, block)
-            rows.find_norms(walk)
-            found[block] = rows.values(walk)
-            if gradient:
-                self._turn(rows, block, (torch.ones_like(found[block]), None))
+        found = torch.empty(norms.shape[1], dtype=norms.dtype)
+        self._sweep(norms, found, (torch.ones_like(found), None), gradient)
         return found
 
     def turn(self, norms: Tensor, upstream: Upstream) -> None:
         """The gradient of the logits over them, from known norms [6, n] and upstream gradients [n]."""
-        for block in self.blocks():
-            self._turn(Rows(self.pair, norms[:, block]), block, of_rows(upstream, block))
+        self._sweep(norms, None, upstream, True)
 
-    def _turn(self, rows: Rows, block: slice, upstream: Upstream) -> None:
-        for tile in self.tiles(block):
-            self.z[block, tile[1]] = self.student.unscale(block, rows.gradient(tile, upstream), tile[2]).to(
-                self.z.dtype
-            )
+    def _sweep(self, norms: Tensor, value: Tensor | None, upstream: Upstream, gradient: bool) -> None:
+        student, teacher = native.rows(self.z), native.rows(self.teacher_z)
+        addresses = norms.data_ptr(), *(native.address(x) for x in (value, *upstream))
+        rows = native.Divergence(*addresses, norms.stride(0), self.pair.beta, KINDS.index(self.pair.kind))
+        count, columns = self.z.shape
+        native.call(
+            *("rmx_divergence", student, teacher, *self.scales, count, columns, rows, student if gradient else None)
+        )
 
 
 class HeadRows:
@@ -147,7 +127,9 @@ def divergence(pair: HeadPair, gradient: bool) -> DivergenceForward:
 
 
 def divergence_backward(pair: HeadPair, norms: Tensor, upstream: Upstream, needs: Needs) -> Gradients:
-    z, rows, upstream = pair.student, HeadRows(pair.rows()), flat_upstream(upstream, norms.dtype)
+    z, rows = pair.student, HeadRows(pair.rows())
+    g_divergence, g_entropy = (None if g is None else g.contiguous() for g in flat_upstream(upstream, norms.dtype))
+    upstream = g_divergence, g_entropy
     dx, du = rows.gradients(norms, upstream, needs)
     sink = HeadGradient(z, needs)
     rows.head_gradients(norms, upstream, sink)

@@ -61,7 +61,7 @@ def test_values_and_gradients(
 def test_scaled_values_and_gradients(
     device: str, impl: str, dtype: torch.dtype, scaling: dict[str, float], kind: str, beta: float
 ) -> None:
-    arguments = make(kind, beta, (4,), 1100, 17, dtype, device)
+    arguments = make(kind, beta, (24,), 1100, 17, dtype, device)
     if "softcap" not in scaling:
         del arguments["bias"], arguments["teacher_bias"]
     cases.check(OPERATOR, arguments, impl, **scaling)

@@ -111,7 +111,7 @@ def test_loss_and_gradient_are_the_naive_ones(lm: CausalLM, config: TrainConfig,
     for source in (base, None):
         loss = batch_loss(lm, adapter, SEQUENCES, config, len(SEQUENCES), base=source)[0].loss
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gradient(adapter, [loss]), expected_gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient(adapter, [loss]), expected_gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"token_budget": 20}], ids=str)
