@@ -55,7 +55,7 @@ class Loss(Structure):
     ]
 
 
-class Divergence(Structure):
+class DivergenceRows(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("norms", "value", "g_divergence", "g_entropy")),
         ("norm_stride", c_int64),
@@ -116,7 +116,7 @@ SIGNATURES: dict[str, list[Any]] = {
 }
 SIGNATURES["rmx_divergence"] = [
     *(POINTER(Rows), POINTER(Rows), POINTER(Scale), POINTER(Scale), c_int64, c_int64),
-    *(POINTER(Divergence), POINTER(Rows), c_void_p),
+    *(POINTER(DivergenceRows), POINTER(Rows), c_void_p),
 ]
 SIGNATURES["rmx_decode_attention"] = [POINTER(Attention), c_void_p]
 SIGNATURES |= {"rmx_rms_norm": [POINTER(Norm), c_void_p], "rmx_gated_activation": [POINTER(Gated), c_void_p]}

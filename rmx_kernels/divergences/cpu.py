@@ -38,7 +38,7 @@ class LogitRows:
     def _sweep(self, norms: Tensor, value: Tensor | None, upstream: Upstream, gradient: bool) -> None:
         student, teacher = native.rows(self.z), native.rows(self.teacher_z)
         addresses = norms.data_ptr(), *(native.address(x) for x in (value, *upstream))
-        rows = native.Divergence(*addresses, norms.stride(0), self.pair.beta, KINDS.index(self.pair.kind))
+        rows = native.DivergenceRows(*addresses, norms.stride(0), self.pair.beta, KINDS.index(self.pair.kind))
         count, columns = self.z.shape
         native.call(
             *("rmx_divergence", student, teacher, *self.scales, count, columns, rows, student if gradient else None)

@@ -116,6 +116,7 @@ MIRRORS = {
     "rmx_stats": native.Stats,
     "rmx_stats_gradient": native.StatsGradient,
     "rmx_loss": native.Loss,
+    "rmx_divergence_rows": native.DivergenceRows,
     "rmx_attention": native.Attention,
     "rmx_norm": native.Norm,
     "rmx_gated": native.Gated,
@@ -157,6 +158,8 @@ def test_numbers_mirror_the_header() -> None:
     numbers = dict(re.findall(r"(RMX_\w+) = (\d+)", HEADER))
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
     assert {names[n]: int(numbers.pop(f"RMX_{n}")) for n in names} == native.DTYPES
+    kinds = [int(numbers.pop(f"RMX_{kind.upper()}")) for kind in KINDS]
+    assert kinds == list(range(len(KINDS)))
     assert numbers.pop("RMX_OK") == "0"
     assert set(native.ERRORS) == {int(value) for value in numbers.values()}
 

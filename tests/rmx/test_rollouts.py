@@ -56,7 +56,7 @@ def test_the_nucleus_is_exact_however_wide(
     hidden = torch.randn(6, 8, generator=generator)
     uniforms = torch.rand(6, dtype=torch.float64, generator=generator)
     params = SamplingParams(temperature, top_p, top_k)
-    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset(), adapted=False)  # type: ignore[arg-type]
     got, logprobs = sample_tokens(lm, hidden, uniforms, params)
     logits = hidden @ head.T
     assert got.tolist() == [naive_nucleus(z, float(u), params) for z, u in zip(logits, uniforms, strict=True)]
@@ -66,7 +66,7 @@ def test_the_nucleus_is_exact_however_wide(
 
 def test_draws_follow_the_distribution() -> None:
     head = torch.tensor([[0.0], [1.0], [2.0], [-9.0]])
-    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset(), adapted=False)  # type: ignore[arg-type]
     uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     drawn, _ = sample_tokens(lm, torch.ones(4000, 1), uniforms, SamplingParams(top_p=0.99))
     p = torch.tensor([0.0, 1.0, 2.0]).softmax(-1)
@@ -208,7 +208,7 @@ def test_ids_are_kept_as_sampled_with_the_eos(tiny: CausalLM) -> None:
 
 def test_wide_nuclei_are_looked_up_again_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first width would lose tokens: with it alone the draw at u -> 1 would be another token."""
-    lm = CausalLM(None, None, torch.zeros(300, 4), None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    lm = CausalLM(None, None, torch.zeros(300, 4), None, None, 1.0, frozenset(), adapted=False)  # type: ignore[arg-type]
     monkeypatch.setattr(sampling, "WIDTHS", (8, 16))
     uniform = torch.tensor([0.999], dtype=torch.float64)
     drawn, logprob = sample_tokens(lm, torch.ones(1, 4), uniform, SamplingParams())
@@ -223,7 +223,7 @@ def test_draws_from_the_most_probable_tokens_are_those_of_a_full_sort(
     """All of 3000 tokens can be drawn; 5,000 numbers, each below 64 tokens' mass, 1024 tokens' or above."""
     generator = torch.Generator().manual_seed(1)
     head, hidden = torch.randn(3000, 8, generator=generator) * spread, torch.randn(1, 8, generator=generator)
-    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset(), adapted=False)  # type: ignore[arg-type]
     uniforms = torch.rand(5_000, dtype=torch.float64, generator=generator)
     sort, left = sampling._sorted, list[int]()
 
@@ -264,7 +264,7 @@ def test_a_draw_that_the_first_tokens_decide_waits_for_the_device_once(
 ) -> None:
     """For whether it is decided; a read of a list is no operation that could be counted."""
     head = 3 * torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
-    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset(), adapted=False)  # type: ignore[arg-type]
     stats = linear_entropy_topk(torch.ones(5, 8), k=64 if params.top_k is None else 5, **lm.head_at(params.temperature))
     monkeypatch.setattr(sampling, "linear_entropy_topk", lambda *_, **__: stats)
     lists, tolist = [], Tensor.tolist
@@ -279,7 +279,7 @@ def test_the_nucleus_is_of_the_top_k_as_in_transformers(top_k: int, top_p: float
     """A flat distribution, of which top_k hold little: cut from the whole, the nucleus would be all of them."""
     generator = torch.Generator().manual_seed(0)
     head, hidden = torch.randn(2000, 8, generator=generator) * 0.1, torch.randn(1, 8, generator=generator)
-    lm = CausalLM(None, None, head, None, None, 1.0, frozenset())  # type: ignore[arg-type]
+    lm = CausalLM(None, None, head, None, None, 1.0, frozenset(), adapted=False)  # type: ignore[arg-type]
     ids = torch.zeros(1, 1, dtype=torch.int64)
     kept = TopPLogitsWarper(top_p)(ids, TopKLogitsWarper(top_k)(ids, hidden @ head.T)).softmax(-1)[0].double()
     uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
