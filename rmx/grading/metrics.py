@@ -72,6 +72,12 @@ def pass_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict]) -> dict
     }
 
 
+def vote_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:
+    """maj@k of each problem that has a judged sample: :func:`majority`."""
+    judged = _judged(verdicts)
+    return {p.problem_id: majority(*_ballots(judged[p.problem_id]), [k])[0] for p in problems if p.problem_id in judged}
+
+
 def bootstrap(values: np.ndarray, draws: int, seed: int, per: np.ndarray | None = None) -> Interval:
     """Mean of per-problem values, or sum(values) / sum(per) with per > 0, and its 95 % percentile interval.
 
