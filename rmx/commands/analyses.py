@@ -74,7 +74,8 @@ def benchmark_command(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK (reasoning-gym), or a JSONL file",
+            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK (reasoning-gym), held-out (the run's "
+            "own problems), or a JSONL file",
         ),
     ],
     tuned: Annotated[bool, typer.Option("--tuned", help="evaluate with the run's own adapter, too")] = False,
@@ -187,6 +188,30 @@ def baselines(
         result = baselines.baselines(run, folder, options)
     baselines.write(result, folder)
     show(baselines.table(result))
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx drift config.yaml novel.txt --window 1024")
+def drift(
+    config: ConfigPath,
+    text: Annotated[Path, typer.Argument(help="file with plain text, in UTF-8, that the training has nothing of")],
+    adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
+    window: Annotated[int, typer.Option(help="number of tokens that are read at a time")] = 512,
+    out: Annotated[Path | None, typer.Option(help="directory to write; default: drift/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Measure how far the adapter moves the model on other text: KL(base || tuned), and the perplexity of both."""
+    run = open_run(config, set_)
+    from rmx.analyses import drift
+    from rmx.tables import show
+
+    try:
+        content = text.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise RmxError(f"{text}: cannot be read as text: {fault}") from fault
+    with run.locked():
+        result = drift.drift(run, content, adapter, window)
+    drift.write(result, out or run.path("drift"), run.meta(file=text.name, window=window))
+    show(drift.table(result))
 
 
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx intervene config.yaml --gate entropy --tau 2.5")

@@ -72,6 +72,16 @@ def pass_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict]) -> dict
     }
 
 
+def pass_rates_at(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:
+    """:func:`pass_at_k` of each problem that has k judged samples."""
+    judged = _judged(verdicts)
+    return {
+        p.problem_id: pass_at_k(len(own), sum(v.outcome == "right" for v in own), k)
+        for p in problems
+        if len(own := judged.get(p.problem_id, [])) >= k
+    }
+
+
 def vote_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:
     """maj@k of each problem that has a judged sample: :func:`majority`."""
     judged = _judged(verdicts)

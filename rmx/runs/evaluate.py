@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmx.grading.metrics import EvaluationError, accuracy, bootstrap, pass_rates
+from rmx.grading.metrics import EvaluationError, accuracy, bootstrap, pass_rates, pass_rates_at
 from rmx.records import Evaluation, Interval, Problem, Rollout, Verdict
 
 Samples = tuple[Sequence[Rollout], Sequence[Verdict]]
@@ -43,6 +43,18 @@ def compare(
         gain=bootstrap(differences, draws, seed),
         categories=categories,  # type: ignore[arg-type]
     )
+
+
+def gains_at_k(
+    problems: Sequence[Problem], base: Samples, tuned: Samples, sizes: Sequence[int], *, draws: int, seed: int
+) -> dict[int, Interval]:
+    """pass@k of the tuned model - that of the base, over the problems with k judged samples on both sides."""
+    gains = {}
+    for k in sizes:
+        before, after = (pass_rates_at(problems, side[1], k) for side in (base, tuned))
+        if both := [p for p in before if p in after]:
+            gains[k] = bootstrap(np.array([after[p] - before[p] for p in both]), draws, seed)
+    return gains
 
 
 @dataclass(frozen=True, slots=True)
