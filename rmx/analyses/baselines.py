@@ -80,7 +80,7 @@ def baselines(run: Run, out: Path, options: Options = Options()) -> Baselines:
             found[f"{model} {name}".strip()] = samples, 1
         n = max(v.sample for v in decoded[""][1]) + 1
         sizes = sorted({*(2**i for i in range(1, n.bit_length())), n} - {1})
-        found |= {f"{model} vote of {k}": (decoded[""], k) for k in sizes}
+        found |= {f"{model} vote {k}": (decoded[""], k) for k in sizes}
     rates = {
         name: pass_rates(problems, side[1]) if k == 1 else vote_rates(problems, side[1], k)
         for name, (side, k) in found.items()
@@ -126,7 +126,7 @@ def _decodings(sampling: EvaluateConfig, options: Options) -> dict[str, Evaluate
     own = _limited(sampling, options)
     found = {"": own.model_copy(update={"samples": options.samples or own.samples})}
     found["greedy"] = own.model_copy(update={"temperature": 0.0, "samples": 1})
-    found |= {f"temperature {t:g}": own.model_copy(update={"temperature": t}) for t in options.temperatures}
+    found |= {f"T {t:g}": own.model_copy(update={"temperature": t}) for t in options.temperatures}
     return {**found, **{f"top-p {p:g}": own.model_copy(update={"top_p": p}) for p in options.top_ps}}
 
 

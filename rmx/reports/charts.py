@@ -40,15 +40,18 @@ def interval_lines(
 ) -> None:
     """Draw named lines of (x > 0, estimate) with their intervals, over a logarithmic x; a lone point is a point.
 
-    Points of one x are set apart by a little, so that whiskers do not cover each other. ``ticks``: at each x alone.
+    ``ticks``: at each x alone, and points of one x are set apart by a little, so that whiskers do not cover each other.
     """
     for number, (name, points) in enumerate(lines.items()):
-        x = np.array([at for at, _ in points]) * 1.03 ** (number - (len(lines) - 1) / 2)
+        apart = 1.03 ** (number - (len(lines) - 1) / 2) if ticks else 1.0
+        x = np.array([at for at, _ in points]) * apart
         mean, low, high = (np.array([getattr(own, key) for _, own in points]) for key in ("mean", "low", "high"))
         errors = np.maximum([mean - low, high - mean], 0.0)
         axes.errorbar(x, mean, yerr=errors, color=colours[name], marker="o", capsize=3, linewidth=1.5, label=name)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(plain)
     if ticks:
         axes.set_xticks(sorted({at for points in lines.values() for at, _ in points}))
         axes.xaxis.set_minor_locator(NullLocator())

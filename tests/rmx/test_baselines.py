@@ -39,13 +39,13 @@ def test_arms_are_those_of_their_files(finished: Run) -> None:
     run = finished
     options = Options(temperatures=(0.5,), top_ps=(0.7,), samples=3)
     result = baselines(run, run.path("baselines"), options)
-    names = ["base", "base greedy", "base temperature 0.5", "base top-p 0.7"]
-    assert list(result.arms) == [*names, "base vote of 2", "base vote of 3", "tuned", "tuned vote of 2"]
+    names = ["base", "base greedy", "base T 0.5", "base top-p 0.7"]
+    assert list(result.arms) == [*names, "base vote 2", "base vote 3", "tuned", "tuned vote 2"]
     problems = [p.problem_id for p in run.problems("evaluate")]
     tuned = run.evaluated("tuned")
     assert result.arms["tuned"].accuracy.mean == pytest.approx(np.mean([v.reward for v in tuned[1]]))  # type: ignore[arg-type]
     assert result.arms["tuned"].behind is None
-    files = ["base.evaluate", "base.greedy", "base.temperature-0.5", "base.top-p-0.7"]
+    files = ["base.evaluate", "base.greedy", "base.T-0.5", "base.top-p-0.7"]
     for name, file, samples in zip(names, files, (3, 1, 2, 2), strict=True):
         arm = result.arms[name]
         rows = run.path(f"baselines/{file}.jsonl").read_text().splitlines()[1:]
@@ -54,7 +54,7 @@ def test_arms_are_those_of_their_files(finished: Run) -> None:
         assert arm.tokens.mean == pytest.approx(np.mean(counts))
         assert arm.behind is not None
         assert arm.behind.mean == pytest.approx(result.arms["tuned"].accuracy.mean - arm.accuracy.mean)
-    assert result.arms["base vote of 3"].tokens.mean == pytest.approx(3 * result.arms["base"].tokens.mean)
+    assert result.arms["base vote 3"].tokens.mean == pytest.approx(3 * result.arms["base"].tokens.mean)
     first = [json.loads(row) for row in run.path("baselines/base.evaluate.jsonl").read_text().splitlines()[1:]]
     same = {(r.problem_id, r.sample): r.completion_ids for r in run.evaluated("base")[0]}
     assert all(same.get((r["problem_id"], r["sample"]), r["completion_ids"]) == r["completion_ids"] for r in first)
@@ -66,7 +66,7 @@ def test_the_command_and_both_models(finished: Run, tmp_path: Path) -> None:
     path = write_yaml(run.config, tmp_path / "run.yaml")
     done = command("baselines", path, "--both", "--max-new-tokens", 6)
     assert done.returncode == 0, done.stderr
-    for words in ("tuned greedy", "base vote of 2", "tuned is above by"):
+    for words in ("tuned greedy", "base vote 2", "tuned is above by"):
         assert words in done.stdout
     found = json.loads(run.path("baselines/baselines.json").read_text())
     assert found["sampling"]["max_new_tokens"] == 6 and found["arms"]["base"]["tokens"]["mean"] > 4

@@ -12,7 +12,9 @@ from rmx.analyses.ablate import Options, ablate
 from rmx.analyses.variants import curve_variants
 from rmx.config import SelectConfig, TrainConfig
 from rmx.models.model import CausalLM
-from rmx.records import Problem, Rollout, Scores, Verdict
+from rmx.records import Interval, Problem, Rollout, Scores, Verdict
+from rmx.reports.charts import interval_lines
+from rmx.reports.report import new_figure
 from rmx.runs.evaluate import lengths
 from rmx.runs.pipeline import Run
 from rmx.training.loss import sequence_weights
@@ -183,3 +185,19 @@ def test_the_command_makes_a_curve(finished: Run, tmp_path: Path) -> None:
     assert run.path("ablate/curve.png").read_bytes()[:4] == b"\x89PNG"
     refused = command("ablate", path, "--share", "0.4")
     assert refused.returncode == 1 and "--share: is of --curve" in refused.stderr
+
+
+def test_the_points_of_a_curve_stand_where_they_are() -> None:
+    one, two = Interval(0.1, 0.05, 0.2), Interval(0.3, 0.2, 0.35)
+    for ticks in (True, False):
+        axes = new_figure(4, 3).subplots()
+        colours = {"a": "red", "b": "blue"}
+        interval_lines(axes, {"a": [(1, one), (20, two)], "b": [(20, one)]}, colours, ticks)
+        lines = [container.lines[0] for container in axes.containers]
+        shift = 1.03**0.5 if ticks else 1
+        np.testing.assert_allclose(lines[0].get_xdata(), [1 / shift, 20 / shift])
+        np.testing.assert_allclose(lines[1].get_xdata(), [20 * shift])
+        assert lines[0].get_ydata().tolist() == [0.1, 0.3]
+        (ends,) = axes.containers[0].lines[2][0].get_segments()[:1]
+        assert ends[:, 1].tolist() == pytest.approx([0.05, 0.2])
+        assert not ticks or axes.get_xticks().tolist() == [1, 20]
