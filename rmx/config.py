@@ -171,6 +171,8 @@ class SelectConfig(Section):
     # Controls: as many decision tokens a sequence, but drawn at random, or of the lowest entropy; or every token.
     gate: Literal["entropy", "random", "lowest", "all"] = "entropy"
     shuffle_advantages: bool = False  # among the rollouts of a problem: what is left when right and wrong say nothing
+    matched_gradient: bool | None = None  # scale each rollout's decision tokens to the gradient of its entropy gate's
+    right_only: bool | None = None  # only right rollouts, each with the advantage 1: with gate all, supervised training
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -90,6 +90,7 @@ class TrainingSequence:
     advantage: float
     decision_tokens: list[int]  # ascending t with base entropy > tau: the gate
     base_logprob: list[float]  # T, nats
+    scale: float = field(default=1.0, metadata={"unwritten": 1.0})  # of the decision tokens' weights; 1 but in controls
 
     @property
     def ids(self) -> list[int]:

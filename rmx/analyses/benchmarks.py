@@ -27,13 +27,15 @@ from rmx.grading.problems import folded, generate, read_jsonl
 from rmx.models import lora
 from rmx.progress import console
 from rmx.records import Accuracy, Interval, Problem, Rollout, Verdict
-from rmx.reports.report import new_figure, plot_bars, save_png
+from rmx.reports.charts import interval_lines
+from rmx.reports.report import COLOURS, new_figure, plot_bars, save_png
 from rmx.runs import evaluate
 from rmx.runs.pipeline import Run
 from rmx.runs.rundir import meant
 from rmx.sampling.remote import check_served
 from rmx.tables import new_table
 
+HELD_OUT = "held-out"  # the run's own held-out problems
 GYM = "gym:"
 GYM_COUNT = 200  # questions of a reasoning-gym task, where no limit is given
 GYM_SEED = 2**40  # far from the seeds that training problems are drawn from: rmx.grading.problems.SEED_STRIDE
@@ -100,6 +102,8 @@ class Result:
     base: Accuracy
     tuned: Accuracy | None = None  # with the adapter
     gain: Interval | None = None  # of pass@1, tuned - base, paired over problems
+    gain_at_k: dict[int, Interval] | None = None  # of pass@k, the same, k as in base.pass_at_k
+    lengths: evaluate.Lengths | None = None  # of both, and the gain where neither is cut off
     trained_on: int | None = None  # questions among the run's training problems; None: not the run's own adapter
 
 
@@ -126,7 +130,7 @@ def read_benchmark(name: str, limit: int | None = None, data: Path | None = None
         path = Path(name).expanduser()
         found = Benchmark(path.stem, read_jsonl(path))
     else:
-        known = ", ".join(BENCHMARKS)
+        known = ", ".join((*BENCHMARKS, HELD_OUT))
         raise BenchmarkError(
             f"unknown benchmark {name!r}; expected {known}, {GYM}TASK or a path that ends with .jsonl"
             f"{close_to(name, BENCHMARKS)}"
@@ -137,6 +141,11 @@ def read_benchmark(name: str, limit: int | None = None, data: Path | None = None
         random.Random(0).shuffle(found.problems)
         del found.problems[limit:]
     return found
+
+
+def _held_out(home: Run, limit: int | None) -> Benchmark:
+    home.need("problems")
+    return Benchmark(HELD_OUT, home.problems("evaluate")[:limit])
 
 
 def _problems(name: str, source: Source, rows: Iterable[tuple[str, Any]]) -> Iterator[Problem]:
@@ -194,7 +203,7 @@ def run_benchmarks(
     both sides. A benchmark that is there with the same settings is not sampled again.
 
     Args:
-        names: see :func:`read_benchmark`, as are ``limit`` and ``data``.
+        names: see :func:`read_benchmark`, as are ``limit`` and ``data``; or "held-out", the run's own problems.
         tuned: with the run's own adapter. adapter: with this one.
         samples: of each problem; default: the benchmark's own number, else that of the configuration.
         out: where NAME.json and benchmarks.png go; default: benchmarks/ in the run directory.
@@ -210,7 +219,7 @@ def run_benchmarks(
         raise BenchmarkError("expected --tuned or --adapter, got both")
     if tuned:
         home.check_adapter()
-    found = [read_benchmark(name, limit, data) for name in names]
+    found = [_held_out(home, limit) if name == HELD_OUT else read_benchmark(name, limit, data) for name in names]
     for name, count in Counter(benchmark.name for benchmark in found).items():
         if count > 1:
             raise BenchmarkError(f"{count} benchmarks are called {name!r}: their files would be the same")
@@ -228,6 +237,8 @@ def run_benchmarks(
                 check_served(run.lm, run.config.evaluate, path)
         results = [_evaluate(run, benchmark, samples, worn, trained) for benchmark in found]
     plot(results, run.path("benchmarks.png"))
+    if several := [result for result in results if result.base.samples > 1]:
+        plot_at_k(several, run.path("pass_at_k.png"))
     console.print(f"benchmark: written to {run.dir}", markup=False, soft_wrap=True)
     return results
 
@@ -276,7 +287,10 @@ def _evaluate(
         if seen:
             said = f"{name}: {seen} of {len(problems)} questions are among the run's training problems"
             console.print(said, markup=False, soft_wrap=True)
-        result = Result(name, settings, both.base, both.tuned, both.gain, seen)
+        interval: dict[str, Any] = {"draws": sampling.bootstrap, "seed": config.seed}
+        at_k = evaluate.gains_at_k(problems, base, own, list(both.base.pass_at_k), **interval)
+        cut = evaluate.lengths(problems, base, [own], **interval)
+        result = Result(name, settings, both.base, both.tuned, both.gain, at_k, cut, seen)
     write_json(path, dataclasses.asdict(result))
     return result
 
@@ -324,6 +338,9 @@ def table(results: Sequence[Result]) -> Table:
         if result.tuned is not None:
             add("tuned", result.tuned)
             grid.add_row("  gain", f"[bold]{result.gain}[/]")
+            n = result.base.samples
+            if n > 1 and result.gain_at_k and n in result.gain_at_k:
+                grid.add_row(f"  gain @{n}", str(result.gain_at_k[n]))
     return grid
 
 
@@ -337,4 +354,15 @@ def plot(results: Sequence[Result], path: Path) -> None:
         sides["tuned"] = tuned
     plot_bars(axes, names, sides)
     axes.set(title="pass@1 [95 % interval]", xlabel="problems x samples")
+    save_png(figure, path)
+
+
+def plot_at_k(results: Sequence[Result], path: Path) -> None:
+    """PNG: pass@k against k with 95 % intervals, a panel for each benchmark."""
+    figure = new_figure(max(5.0, 4.2 * len(results)), 4.2)
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        sides = {"base": result.base, **({} if result.tuned is None else {"tuned": result.tuned})}
+        interval_lines(axes, {name: list(own.pass_at_k.items()) for name, own in sides.items()}, COLOURS)
+        axes.set(title=f"{result.name}: {result.base.problems} problems", xlabel="k", ylabel="pass@k", ylim=(0, None))
     save_png(figure, path)

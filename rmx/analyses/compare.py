@@ -22,9 +22,10 @@ from rmx.progress import console
 from rmx.records import Interval, Rollout, Scores
 from rmx.reports.report import BASE, GATE, TUNED, new_figure, save_png
 from rmx.tables import new_table
-from rmx.training.text_scores import TOP, score_text
+from rmx.training.text_scores import RANKS, TOP, score_text
 
 KINDS = ("unshifted", "reranked", "shifted")
+SHOWN = (1, 2, 3, 5, 10, 20)  # of the k of outside_top, in the table
 BINS = 10  # of the position in the completion
 ENTROPY_BINS = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, np.inf)  # nats
 
@@ -40,6 +41,7 @@ class Comparison:
     shifted: Interval  # share
     mean_rank: float | None  # in the base, of the other's token where reranked (2 is the best possible); None: nowhere
     rank_counts: dict[int, int]  # 2 .. TOP
+    outside_top: dict[int, Interval]  # k = 1 .. RANKS: share where the other's token is not among the base's top k
     entropy: dict[str, float | None]  # mean base entropy of each of KINDS, nats
     logprob_change: dict[str, float | None]  # mean change of the sampled token's log-prob, nats
     changed_by_position: list[float]  # share reranked or shifted in each tenth of the completion
@@ -55,19 +57,25 @@ def compare(
     draws: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """Join the scores of the same rollouts under two models: of the base with top-k, k >= TOP, of the other k >= 1."""
+    """Join the scores of the same rollouts under two models: of the base with top-k, k >= TOP, of the other k >= 1.
+
+    ``outside_top`` ends at the base's k, if that is below RANKS.
+    """
     problems = sorted({r.problem_id for r in rollouts if r.completion_ids})
     per_problem = {p: np.zeros(3) for p in problems}
+    outside = {p: np.zeros(min(RANKS, base[0].topk_ids.shape[1])) for p in problems}
     kinds, ranks, entropies, changes, places = [], [], [], [], []
     pairs: Counter[tuple[int, int]] = Counter()
     for r, b, o in zip(rollouts, base, other, strict=True):
         if not r.completion_ids:
             continue
-        ids, best = b.topk_ids[:, :TOP].numpy(), o.topk_ids[:, 0].numpy()
+        ids, best = b.topk_ids.numpy(), o.topk_ids[:, 0].numpy()
         same = ids == best[:, None]
-        rank = np.where(same.any(1), same.argmax(1) + 1, 0)
-        kind = np.where(rank == 1, 0, np.where(rank > 1, 1, 2))
+        rank = np.where(same.any(1), same.argmax(1) + 1, ids.shape[1] + 1)
+        kind = np.where(rank == 1, 0, np.where(rank <= TOP, 1, 2))
         per_problem[r.problem_id] += np.bincount(kind, minlength=3)
+        k = np.arange(1, len(outside[r.problem_id]) + 1)
+        outside[r.problem_id] += (rank[:, None] > k).sum(0)
         kinds.append(kind)
         ranks.append(rank)
         entropies.append(b.entropy.numpy())
@@ -76,6 +84,7 @@ def compare(
         pairs.update(zip(ids[kind > 0, 0].tolist(), best[kind > 0].tolist(), strict=True))
     kind, rank, entropy, change, place = (np.concatenate(x) for x in (kinds, ranks, entropies, changes, places))
     counts = np.stack([per_problem[p] for p in problems])
+    beyond = np.stack([outside[p] for p in problems])
 
     def mean(values: np.ndarray, which: np.ndarray) -> float | None:
         return float(values[which].mean()) if which.any() else None
@@ -90,6 +99,7 @@ def compare(
         shifted=bootstrap(counts[:, 2], draws, seed, per=counts.sum(1)),
         mean_rank=mean(rank, kind == 1),
         rank_counts={n: int((rank == n).sum()) for n in range(2, TOP + 1)},
+        outside_top={n + 1: bootstrap(beyond[:, n], draws, seed, per=counts.sum(1)) for n in range(beyond.shape[1])},
         entropy={name: mean(entropy, kind == n) for n, name in enumerate(KINDS)},
         logprob_change={name: mean(change, kind == n) for n, name in enumerate(KINDS)},
         changed_by_position=[mean(kind > 0, place == n) or 0.0 for n in range(BINS)],
@@ -136,6 +146,9 @@ def table(result: Comparison) -> Table:
         grid.add_row(kind, share, number(result.entropy[kind]), number(result.logprob_change[kind], "+.3f"))
     grid.add_section()
     grid.add_row("mean rank where reranked", number(result.mean_rank, ".2f"))
+    for k in (k for k in SHOWN if k in result.outside_top):
+        own = result.outside_top[k]
+        grid.add_row(f"outside the top {k}", f"{100 * own.mean:.2f} [{100 * own.low:.2f}, {100 * own.high:.2f}]")
     return grid
 
 

@@ -101,7 +101,8 @@ def benchmark_command(
         list[str],
         typer.Argument(
             metavar="NAME...",
-            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK (reasoning-gym), or a JSONL file",
+            help="gsm8k, math500, aime24, amc23, minerva, olympiadbench, gym:TASK (reasoning-gym), held-out (the run's "
+            "own problems), or a JSONL file",
         ),
     ],
     tuned: Annotated[bool, typer.Option("--tuned", help="evaluate with the run's own adapter, too")] = False,
@@ -143,23 +144,101 @@ def ablate(
         list[str] | None, typer.Option(help="variant to train; may be given several times; default: all variants")
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="share of gated tokens in the variants budget, random and lowest")
+        float, typer.Option(help="share of gated tokens in the variants budget, random, lowest and those with -mass")
     ] = 0.2,
     quantile: Annotated[float, typer.Option(help="quantile of the scored entropies in the variant quantile")] = 0.5,
     seeds: Annotated[int, typer.Option(help="number of trainings of each variant")] = 1,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="train the entropy and the random gate at several shares, and all tokens")
+    ] = False,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(help="share of gated tokens in the curve; may be given several times; default: 0.01 to 0.2"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="longest completion where base and variants are judged; default: evaluate.max_new_tokens"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="directory to write; default: ablate/ in the run directory")] = None,
     set_: Overrides = None,
 ) -> None:
-    """Repeat the training with one change: another gate, shuffled advantages, positives only, another adapter."""
+    """Repeat the training with one change: another gate, other weights or advantages, supervised, another adapter."""
+    if share and not curve:
+        raise RmxError("--share: is of --curve")
     run = open_run(config, set_)
     from rmx.analyses import ablate
+    from rmx.analyses.variants import SHARES
     from rmx.tables import show
 
     folder = out or run.path("ablate")
+    shares = (share or SHARES) if curve else ()
+    options = ablate.Options(budget, quantile, seeds, shares, max_new_tokens)
     with run.locked():
-        result = ablate.ablate(run, folder, only or (), budget=budget, quantile=quantile, seeds=seeds)
-    ablate.write(result, folder)
-    show(ablate.table(result))
+        result = ablate.ablate(run, folder, only or (), options)
+    ablate.write(result, folder, "curve" if curve else "ablate")
+    for table in ablate.tables(result):
+        show(table)
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx baselines config.yaml --samples 16 --temperature 0.3")
+def baselines(
+    config: ConfigPath,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="temperature to sample with; may be given several times; default: 0.3")
+    ] = None,
+    top_p: Annotated[
+        list[float] | None, typer.Option(help="top-p to sample with; may be given several times; default: 0.8")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="completions of each problem that votes are taken from; default: evaluate.samples"),
+    ] = None,
+    both: Annotated[bool, typer.Option("--both", help="decode the tuned model in all these ways, too")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="longest completion of both models; default: evaluate.max_new_tokens")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="directory to write; default: baselines/ in the run directory")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Compare the tuned model with the base under other decodings: greedy, colder, smaller top-p, majority votes."""
+    run = open_run(config, set_)
+    from rmx.analyses import baselines
+    from rmx.tables import show
+
+    folder, default = out or run.path("baselines"), baselines.Options()
+    options = baselines.Options(
+        temperature or default.temperatures, top_p or default.top_ps, samples, both, max_new_tokens
+    )
+    with run.locked():
+        result = baselines.baselines(run, folder, options)
+    baselines.write(result, folder)
+    show(baselines.table(result))
+
+
+@app.command(rich_help_panel=PANELS[2], epilog="Example: rmx drift config.yaml novel.txt --window 1024")
+def drift(
+    config: ConfigPath,
+    text: Annotated[Path, typer.Argument(help="file with plain text, in UTF-8, that the training has nothing of")],
+    adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
+    window: Annotated[int, typer.Option(help="number of tokens that are read at a time")] = 512,
+    out: Annotated[Path | None, typer.Option(help="directory to write; default: drift/ in the run directory")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Measure how far the adapter moves the model on other text: KL(base || tuned), and the perplexity of both."""
+    run = open_run(config, set_)
+    from rmx.analyses import drift
+    from rmx.tables import show
+
+    try:
+        content = text.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise RmxError(f"{text}: cannot be read as text: {fault}") from fault
+    with run.locked():
+        result = drift.drift(run, content, adapter, window)
+    drift.write(result, out or run.path("drift"), run.meta(file=text.name, window=window))
+    show(drift.table(result))
 
 
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx intervene config.yaml --gate entropy --tau 2.5")

@@ -102,6 +102,22 @@ def _sizes(verdicts: Sequence[Verdict]) -> list[int]:
     return sorted({*(2**i for i in range(samples.bit_length())), samples})
 
 
+def pass_rates_at(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:
+    """:func:`pass_at_k` of each problem that has k judged samples."""
+    judged = _judged(verdicts)
+    return {
+        p.problem_id: pass_at_k(len(own), sum(v.outcome == "right" for v in own), k)
+        for p in problems
+        if len(own := judged.get(p.problem_id, [])) >= k
+    }
+
+
+def vote_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:
+    """maj@k of each problem that has a judged sample: :func:`majority`."""
+    judged = _judged(verdicts)
+    return {p.problem_id: majority(*_ballots(judged[p.problem_id]), [k])[0] for p in problems if p.problem_id in judged}
+
+
 def bootstrap(values: np.ndarray, draws: int, seed: int, per: np.ndarray | None = None) -> Interval:
     """Mean of per-problem values, or sum(values) / sum(per) with per > 0, and its 95 % percentile interval.
 

@@ -1,12 +1,13 @@
 """Charts of report.html as data: in percent of the plot, so that their text keeps its size at every width."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from rmx.records import Interval, StepMetrics
 from rmx.reports.report import running_mean
@@ -33,6 +34,29 @@ class Chart:
     legend: list[tuple[str, str]] = field(default_factory=list)  # class, text
     zero: float | None = None  # y of a line at 0
     mark: tuple[float, str] | None = None  # x of a vertical line, and what it says
+
+
+def interval_lines(
+    axes: Axes, lines: Mapping[str, Sequence[tuple[float, Interval]]], colours: Mapping[str, str], ticks: bool = True
+) -> None:
+    """Draw named lines of (x > 0, estimate) with their intervals, over a logarithmic x; a lone point is a point.
+
+    ``ticks``: at each x alone, and points of one x are set apart by a little, so that whiskers do not cover each other.
+    """
+    for number, (name, points) in enumerate(lines.items()):
+        apart = 1.03 ** (number - (len(lines) - 1) / 2) if ticks else 1.0
+        x = np.array([at for at, _ in points]) * apart
+        mean, low, high = (np.array([getattr(own, key) for _, own in points]) for key in ("mean", "low", "high"))
+        errors = np.maximum([mean - low, high - mean], 0.0)
+        axes.errorbar(x, mean, yerr=errors, color=colours[name], marker="o", capsize=3, linewidth=1.5, label=name)
+    axes.set_xscale("log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(plain)
+    if ticks:
+        axes.set_xticks(sorted({at for points in lines.values() for at, _ in points}))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=9)
 
 
 def tick_values(low: float, high: float, count: int = 5) -> list[float]:

@@ -183,6 +183,8 @@ def _gate(page: Page) -> str:
         said = f"tau = {page.tau:.3g} nats, for a budget of {percent(settings.budget)} of the training set's tokens"
     control = {"random": "as many tokens at random", "lowest": "as many tokens of lowest entropy", "all": "every token"}
     said += f"; control: {control[settings.gate]}" if settings.gate != "entropy" else ""
+    said += ", weighted to the gradient of the entropy gate's tokens" if settings.matched_gradient else ""
+    said += "; control: right rollouts alone, all with the advantage 1" if settings.right_only else ""
     return said + ("; control: advantages shuffled" if settings.shuffle_advantages else "")
 
 

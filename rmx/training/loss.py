@@ -26,10 +26,11 @@ def sequence_weights(
     r"""(ce_weight, kl_weight) [L - 1] of the predicting positions of one sequence of L tokens.
 
     .. math::
-        \mathrm{loss}_i = \frac{1}{|G|} \sum_{t \in G} A \beta(A) (-\log p_s(y_{t+1}))
+        \mathrm{loss}_i = \frac{s}{|G|} \sum_{t \in G} A \beta(A) (-\log p_s(y_{t+1}))
             + \frac{\lambda}{|\bar G|} \sum_{t \in \bar G} \mathrm{KL}(p_b \| p_s)
 
     so that the loss of a batch is one weighted sum, however its sequences are grouped (arXiv 2605.06241, section 3).
+    s is the sequence's ``scale``: 1 but in controls.
     With ``draw`` the second mean is over a random ``anchor_fraction`` of those positions, whose expectation is the
     same.
     """
@@ -45,7 +46,7 @@ def sequence_weights(
         anchor = torch.zeros_like(gate)
         anchor[torch.from_numpy(draw.choice(positions, count, replace=False))] = True
     beta = config.negative_weight if sequence.advantage < 0 else 1.0
-    ce = gate.double() * (sequence.advantage * beta / max(1, int(gate.sum())))
+    ce = gate.double() * (sequence.scale * sequence.advantage * beta / max(1, int(gate.sum())))
     kl = anchor.double() * (config.anchor_weight / max(1, int(anchor.sum())))
     return ce.float(), kl.float()
 

@@ -14,6 +14,7 @@ from rmx.records import Rollout, Scores, TrainingSequence, Verdict
 
 EPS = 1e-6  # lower bound of the standard deviation in an advantage
 SHUFFLE, GATE = 1 << 30, (1 << 30) + 1  # streams of random numbers; those of training count steps from 0
+MOST_SCALE = 1000.0  # of a control's weights: tokens that the base is sure of have next to no gradient
 BINS = 30  # of the entropy histogram
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.97, 0.99)
 
@@ -64,6 +65,39 @@ def decisions(entropy: np.ndarray, tau: float, gate: str, draw: np.random.Genera
     elif gate == "all":
         above = np.arange(entropy.size)
     return [int(t) for t in above]
+
+
+def gradient_norms(scores: Scores, completion_ids: Sequence[int]) -> np.ndarray:
+    r"""[T] norms of the gradient of -log p(y) with respect to the base's logits, from the kept statistics.
+
+    .. math:: \sqrt{(1 - p_y)^2 + \sum_{v \neq y} p_v^2}
+
+    with the sum over the kept K most probable tokens alone. What is left out makes the norm too small by at most the
+    share 1 / (8 (K - 1)), 1.8 % for K = 8: with r = 1 - p_y, tokens behind the K-th have a mass t and at most the
+    probability (r - t) / (K - 1) each, so their squares sum up to at most r^2 / (4 (K - 1)).
+    """
+    target = np.asarray(completion_ids)
+    other = np.where(scores.topk_ids.numpy() == target[:, None], 0.0, np.exp(scores.topk_logprobs.double().numpy()))
+    return np.sqrt(np.expm1(scores.logprob.double().numpy()) ** 2 + (other**2).sum(1))
+
+
+def gradient_mass(sequence: TrainingSequence, norms: np.ndarray, beta: float = 1.0) -> float:
+    """Sum over the decision tokens of |advantage| x weight x ``norms`` [T]; ``beta`` is train.negative_weight.
+
+    It is what the rollout's decision tokens pull at the logits in the first step, where the student is the base.
+    """
+    if not sequence.decision_tokens:
+        return 0.0
+    pull = abs(sequence.advantage) * (beta if sequence.advantage < 0 else 1.0)
+    return float(pull * sequence.scale * norms[sequence.decision_tokens].mean())
+
+
+def matched_scale(norms: np.ndarray, wanted: Sequence[int], taken: Sequence[int]) -> float:
+    """What makes the gradient mass of the decision tokens ``taken`` that of ``wanted``; at most MOST_SCALE."""
+    if not wanted or not taken:
+        return 0.0
+    own = norms[list(taken)].mean()
+    return float(min(norms[list(wanted)].mean() / own, MOST_SCALE)) if own else MOST_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +205,13 @@ def select_sequences(
     Args:
         scores: of at least those rollouts, in any order.
         seed: of the random gate and of shuffled advantages; each rollout and problem has a stream of its own.
+
+    With ``matched_gradient`` each sequence's scale gives its decision tokens the gradient mass of those above tau. With
+    ``right_only`` the rollouts of reward 1 are left, each with the advantage 1.
     """
     usable = choose_rollouts(rollouts, verdicts, config)
-    entropy = {(s.problem_id, s.sample): s.entropy.numpy() for s in scores}
-    logprob = {(s.problem_id, s.sample): s.logprob for s in scores}
+    known = {(s.problem_id, s.sample): s for s in scores}
+    entropy = {key: s.entropy.numpy() for key, s in known.items()}
     of = {i: (rollouts[i].problem_id, rollouts[i].sample) for own in usable.values() for i in own}
     tau = gate_threshold(
         np.concatenate([entropy[key] for key in of.values()]), np.concatenate(list(entropy.values())), config
@@ -185,7 +222,15 @@ def select_sequences(
         weights = advantages(rewards, config.advantage_clip)
         if config.shuffle_advantages:
             weights = [float(a) for a in np.random.default_rng([seed, SHUFFLE, own[0]]).permutation(weights)]
+        if config.right_only:
+            own, weights = [i for i, reward in zip(own, rewards, strict=True) if reward == 1], [1.0] * rewards.count(1)
+            rewards = weights
         for i, reward, advantage in zip(own, rewards, weights, strict=True):
+            taken = decisions(entropy[of[i]], tau, config.gate, np.random.default_rng([seed, GATE, i]))
+            scale = 1.0
+            if config.matched_gradient:
+                above = decisions(entropy[of[i]], tau, "entropy", np.random.default_rng())
+                scale = matched_scale(gradient_norms(known[of[i]], rollouts[i].completion_ids), above, taken)
             sequences.append(
                 TrainingSequence(
                     problem_id=rollouts[i].problem_id,
@@ -194,8 +239,11 @@ def select_sequences(
                     completion_ids=rollouts[i].completion_ids,
                     reward=reward,
                     advantage=advantage,
-                    decision_tokens=decisions(entropy[of[i]], tau, config.gate, np.random.default_rng([seed, GATE, i])),
-                    base_logprob=logprob[of[i]].tolist(),
+                    decision_tokens=taken,
+                    base_logprob=known[of[i]].logprob.tolist(),
+                    scale=scale,
                 )
             )
+    if not sequences:
+        raise SelectionError("select: right_only leaves nothing: no rollout of the chosen problems has the reward 1")
     return sequences, tau

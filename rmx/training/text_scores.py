@@ -11,12 +11,13 @@ from rmx.records import Rollout, Scores
 from rmx.training.score import Keep, ScoreStore
 
 TOP = 5  # of the base's most probable tokens: where the other's is among them, it was only put first
+RANKS = 20  # of them that are kept
 
 
 def score_text(
     lm: CausalLM, name: str, mark: str, rollouts: Sequence[Rollout], path: Path, settings: ScoreConfig
 ) -> list[Scores]:
-    """Scores of ``rollouts`` with at least the TOP most probable tokens, kept in ``path``.
+    """Scores of ``rollouts`` with at least the RANKS most probable tokens, kept in ``path``.
 
     Killed and started again, it goes on at the shard under way; what is there of the same model and text stays.
 
@@ -27,7 +28,7 @@ def score_text(
         raise AnalysisError("the rollouts hold no completion tokens")
     if (highest := max(max(r.ids) for r in rollouts)) >= lm.weight.shape[0]:
         raise AnalysisError(f"token id {highest}: the rollouts are of another model")
-    used = settings.model_copy(update={"top_k": max(TOP, settings.top_k)})
+    used = settings.model_copy(update={"top_k": max(min(RANKS, lm.weight.shape[0]), settings.top_k)})
     origin = {
         "model": mark,
         "tokenizer": lm.vocabulary,

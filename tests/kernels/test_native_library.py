@@ -19,6 +19,7 @@ from cases import another_library, assert_same_bits, forward_backward
 
 from rmx_kernels import BackendUnavailable, backends, dispatch, entropy_topk, native
 from rmx_kernels.dispatch import OPERATORS
+from rmx_kernels.divergences.op import KINDS
 
 ROOT = Path(native.__file__).parents[1]
 

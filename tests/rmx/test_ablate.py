@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 from test_pipeline import changed, command, write_yaml
 
-from rmx.analyses.ablate import OWN, TRAINED, Ablation, Outcome, ablate, table, variants
+from rmx.analyses.ablate import OWN, TRAINED, Ablation, Options, Outcome, ablate, tables, variants
 from rmx.config import Config
 from rmx.errors import AnalysisError, Interrupted
 from rmx.models.lora import load_adapter
 from rmx.records import Interval
+from rmx.runs.evaluate import Lengths
 from rmx.runs.pipeline import Run
 from rmx.runs.rundir import RunError
 
@@ -44,12 +45,15 @@ def test_every_variant_changes_one_thing(run: Run) -> None:
         made = part(run, name)
         assert made.rollouts() == run.rollouts() and list(made.stages())[-1] == "evaluate"
         sequences = made.training_set()
-        assert [(s.problem_id, s.sample, s.reward) for s in sequences] == [(*key, s.reward) for key, s in own.items()]
-        shuffled = [s.advantage for s in sequences] != [s.advantage for s in own.values()]
-        assert shuffled == (name == "shuffled")
+        expected = [(*key, s.reward) for key, s in own.items() if name != "rft" or s.reward == 1]
+        assert [(s.problem_id, s.sample, s.reward) for s in sequences] == expected
+        shuffled = [s.advantage for s in sequences] != [own[s.problem_id, s.sample].advantage for s in sequences]
+        assert shuffled == (name in ("shuffled", "rft"))
         gates[name] = {(s.problem_id, s.sample): s.decision_tokens for s in sequences}
         count = sum(map(len, gates[name].values()))
         assert result.outcomes[name].gated == count / sum(len(s.completion_ids) for s in sequences)
+        assert result.outcomes[name].decisions == pytest.approx(count / len(sequences))
+        assert len(made.history()) == len(run.history())  # rft too: as many steps
     for key in own:
         h, taken = entropy[key], gates["budget"][key]
         assert len(gates["random"][key]) == len(gates["lowest"][key]) == len(taken)
@@ -61,6 +65,10 @@ def test_every_variant_changes_one_thing(run: Run) -> None:
         for name in ("shuffled", "positives", "r8-o", "r32-qkvo"):
             assert gates[name][key] == own[key].decision_tokens
     assert gates["random"] != gates["budget"] != gates["quantile"]
+    for gate in ("random", "lowest", "all"):
+        assert gates[f"{gate}-mass"] == gates[gate]
+        mass = {name: result.outcomes[name].gradient for name in ("budget", gate, f"{gate}-mass")}
+        assert mass[f"{gate}-mass"] == pytest.approx(mass["budget"], rel=1e-6) != mass[gate]
     for name, r, targets in (("r8-o", 8, {"o_proj"}), ("r32-qkvo", 32, {"q_proj", "k_proj", "v_proj", "o_proj"})):
         adapter = load_adapter(part(run, name).lm.model, part(run, name).path("adapter"))
         assert (adapter.config.r, set(adapter.config.targets)) == (r, targets)
@@ -72,7 +80,7 @@ def test_every_variant_changes_one_thing(run: Run) -> None:
 
 @pytest.mark.thorough
 def test_differences_are_paired_and_averaged_over_trainings(run: Run) -> None:
-    result = ablate(run, run.path("ablate"), ["own", "random", "budget"], seeds=2)
+    result = ablate(run, run.path("ablate"), ["own", "random", "budget"], Options(seeds=2))
     assert result.training_seeds == [0, 1]
     problems = [p.problem_id for p in run.problems("evaluate")]
 
@@ -115,7 +123,7 @@ def test_what_is_done_stays_and_what_changed_is_done_again(run: Run, monkeypatch
 
     def again(source: Run, **options: object) -> Ablation:
         made.clear()
-        return ablate(source, run.path("ablate"), ["random", "all"], **options)  # type: ignore[arg-type]
+        return ablate(source, run.path("ablate"), ["random", "all"], Options(**options))  # type: ignore[arg-type]
 
     stop = 6
     with pytest.raises(Interrupted):
@@ -147,9 +155,13 @@ def test_what_cannot_be_done_is_refused(tiny_config: Config, tmp_path: Path) -> 
     with pytest.raises(AnalysisError, match=r"no variant 'fullseq'; expected some of own, quantile, budget"):
         ablate(run, tmp_path, ["fullseq"])
     with pytest.raises(AnalysisError, match=r"budget and quantile between 0 and 1, got 1\.2"):
-        ablate(run, tmp_path, budget=1.2)
+        ablate(run, tmp_path, options=Options(budget=1.2))
+    with pytest.raises(AnalysisError, match=r"shares between 0 and 1, got 2\.0"):
+        ablate(run, tmp_path, options=Options(shares=(0.1, 2.0)))
+    with pytest.raises(AnalysisError, match="at least one new token, got 0"):
+        ablate(run, tmp_path, options=Options(max_new_tokens=0))
     with pytest.raises(AnalysisError, match="at least one seed, got 0"):
-        ablate(run, tmp_path, seeds=0)
+        ablate(run, tmp_path, options=Options(seeds=0))
 
 
 def test_a_run_that_is_a_control_itself_or_was_imported(run: Run, tmp_path: Path) -> None:
@@ -164,12 +176,16 @@ def test_a_run_that_is_a_control_itself_or_was_imported(run: Run, tmp_path: Path
 
 def test_the_table_fits_a_terminal() -> None:
     interval = Interval(-0.123, -0.234, -0.012)
-    outcome = Outcome({}, 1.0, 8, 0.0137, interval, interval, "budget", interval, [0.1])
+    length = Interval(8123.4, 8000.1, 8190.5)
+    cut = Lengths(length, length, 0.123, 0.456, 0.5, interval)
+    more = (12345.67, 1.2345, 12_345_678.0, 54_321.0, cut)
+    outcome = Outcome({}, 1.0, 8, 0.0137, interval, interval, "entropy-0.5", interval, [0.1], *more)
     names = dict.fromkeys(variants(0.2, 0.5), outcome)
     console = Console(width=80, record=True)
-    console.print(table(Ablation(200, 3, interval, 0.2, 0.5, [0], names, "")))
+    for table in tables(Ablation(200, 3, 8192, interval, 0.2, 0.5, [0], names, "")):
+        console.print(table)
     text = console.export_text()
-    assert "…" not in text and text.count("-0.123 [-0.234, -0.012] budget") == len(names)
+    assert "…" not in text and text.count("-0.123 [-0.234, -0.012] entropy-0.5") == len(names)
 
 
 @pytest.mark.thorough

@@ -134,6 +134,7 @@ def test_a_result_says_how_it_came_about(tiny_config: Config, digits: Path, tmp_
         "benchmarks.png",
         "digits.base.jsonl",
         "digits.json",
+        "pass_at_k.png",
     ]
 
 

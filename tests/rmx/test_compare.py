@@ -79,6 +79,11 @@ def test_kinds_ranks_and_entropies_are_those_of_full_logits(tiny: CausalLM, adap
         own = [i for i, kind in enumerate(kinds) if kind == n]
         assert result.entropy[name] == pytest.approx(sum(entropies[i] for i in own) / len(own), rel=1e-4)
         assert result.logprob_change[name] == pytest.approx(sum(changes[i] for i in own) / len(own), rel=1e-3, abs=1e-5)
+    assert list(result.outside_top) == list(range(1, 21))
+    for k, share in result.outside_top.items():
+        assert share.mean == pytest.approx(sum(n > k for n in ranks) / len(ranks))
+        assert share.low <= share.mean <= share.high
+    assert result.outside_top[5] == result.shifted
     assert result.reranked.mean == pytest.approx(kinds.count(1) / len(kinds))
     assert result.reranked.low <= result.reranked.mean <= result.reranked.high
     changed = sum(share * count for _, count, share in result.changed_by_entropy)
