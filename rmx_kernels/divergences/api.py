@@ -58,8 +58,7 @@ def linear_divergence(
         temperature, softcap: of the student, as in :func:`entropy_topk`, one of each row too.
         teacher_temperature, teacher_softcap: of the teacher, alike; None for the student's temperature, and for no
             softcap.
-        impl: None (best available), "reference", "cpu" or "triton". On a CPU "cpu" has no native kernel for this
-            operator: torch does the arithmetic on rows of logits, a few at a time.
+        impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
         :class:`DivergenceStats` of float32 (float64 for float64 inputs), in nats. The gradient of hidden is made with

@@ -224,17 +224,18 @@ def table() -> None:
 
 HEADER = """# Architectures
 
-A tiny random model of each causal LM of transformers {version}, in float32 on a CPU: whether it is served, or refused
-with an error that names the reason. Served means:
+For each causal LM of transformers {version}, a tiny random model was tried in float32 on a CPU. The table says whether it
+is served, or refused with an error that names the reason. Served means:
 
-* head: log-probs by `head_of` are those of the model's own logits.
-* packing: packed sequences have the states of the same sequences alone. Where refused: `model.packing: false`.
-* loop engine: it decodes prompts padded on the left as whole sequences. Where refused: another engine.
-* adapter: one on all layers of attention and MLP gives the logits that PEFT gives with it. Where refused: fewer
+* head: log-probs by `head_of` equal those of the model's own logits.
+* packing: packed sequences have the same states as these sequences alone. If refused, set `model.packing: false`.
+* loop engine: it decodes prompts padded on the left like whole sequences. If refused, use another engine.
+* adapter: an adapter on all layers of attention and MLP gives the same logits as in PEFT. If refused, use fewer
   targets; the error names the one to leave out.
 
-Written by `python tests/rmx/zoo.py > docs/architectures.md`; `pytest -m slow` holds it. Those that are not built do not
-run in transformers at such sizes, or need packages that are not installed.
+The table is written by `python tests/rmx/zoo.py > docs/architectures.md`. `pytest -m slow` checks that every model is
+either served correctly or refused. Models that are not built do not run in transformers at such sizes, or need packages
+that are not installed.
 
 | model type | head | packing | loop engine | adapter |
 |---|---|---|---|---|"""
