@@ -224,8 +224,8 @@ def table() -> None:
 
 HEADER = """# Architectures
 
-For each causal LM of transformers {version}, a tiny random model was tried in float32 on a CPU. The table says whether it
-is served, or refused with an error that names the reason. Served means:
+For each causal LM of transformers {version}, a tiny random model was tried in float32 on a CPU. The table says
+whether it is served, or refused with an error that names the reason. Served means:
 
 * head: log-probs by `head_of` equal those of the model's own logits.
 * packing: packed sequences have the same states as these sequences alone. If refused, set `model.packing: false`.
