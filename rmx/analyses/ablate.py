@@ -295,7 +295,7 @@ def tables(result: Ablation) -> list[Table]:
 
 
 def _tokens(interval: Interval) -> str:
-    return f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+    return format(interval, ".4g")
 
 
 def _short(interval: Interval) -> str:

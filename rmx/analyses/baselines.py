@@ -171,8 +171,7 @@ def table(result: Baselines) -> Table:
     caption = "tokens: generated for one answer; a vote takes several completions"
     grid = new_table(("", "accuracy", "tuned is above by", "tokens"), title=title, caption=caption)
     for name, arm in result.arms.items():
-        tokens = f"{arm.tokens.mean:.4g} [{arm.tokens.low:.4g}, {arm.tokens.high:.4g}]"
-        grid.add_row(name, str(arm.accuracy), "" if arm.behind is None else str(arm.behind), tokens)
+        grid.add_row(name, str(arm.accuracy), "" if arm.behind is None else str(arm.behind), f"{arm.tokens:.4g}")
     return grid
 
 

@@ -136,11 +136,10 @@ def table(result: Drift) -> Table:
     """Mean KL, and perplexities of both."""
     title = f"{result.tokens:,} tokens in {result.windows} windows"
     grid = new_table(("", "[95 % over windows]"), title=title)
-    grid.add_row("KL(base || tuned), nats a token", f"{result.kl.mean:.5f} [{result.kl.low:.5f}, {result.kl.high:.5f}]")
+    grid.add_row("KL(base || tuned), nats a token", f"{result.kl:.5f}")
     for name in ("base", "tuned"):
         grid.add_row(f"perplexity, {name}", str(getattr(result, f"{name}_perplexity")))
-    low, high = result.ratio.low, result.ratio.high
-    grid.add_row("perplexity, tuned / base", f"{result.ratio.mean:.4f} [{low:.4f}, {high:.4f}]")
+    grid.add_row("perplexity, tuned / base", f"{result.ratio:.4f}")
     return grid
 
 

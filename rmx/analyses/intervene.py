@@ -273,7 +273,7 @@ def table(result: Intervention) -> Table:
 
 
 def _percent(interval: Interval) -> str:
-    return f"{interval.mean:z.0%} [{interval.low:z.0%}, {interval.high:z.0%}]"
+    return format(interval, "z.0%")
 
 
 def verdict(result: Intervention) -> str:

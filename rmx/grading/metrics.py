@@ -42,10 +42,9 @@ def accuracy(
     own = [judged[p.problem_id] for p in problems if p.problem_id in judged]
     if not own:
         raise EvaluationError("no problem has a judged sample; raise verify.timeout_s")
-    counts = [(len(those), sum(v.outcome == "right" for v in those)) for those in own]
     rates = np.array([sum(v.reward or 0.0 for v in those) / len(those) for those in own])
     sizes = _sizes(verdicts)
-    passed = {k: [pass_at_k(n, right, k) for n, right in counts if n >= k] for k in sizes}
+    passed = {k: [_pass_at(k, those) for those in own if len(those) >= k] for k in sizes}
     votes = np.array([majority(*_ballots(those), sizes) for those in own])
     return Accuracy(
         problems=len(own),
@@ -55,7 +54,7 @@ def accuracy(
         pass_at_k={k: bootstrap(np.array(values), draws, seed) for k, values in passed.items() if values},
         maj_at_k={k: bootstrap(votes[:, i], draws, seed) for i, k in enumerate(sizes) if passed[k]},
         tokens=float(np.mean([len(r.completion_ids) for r in rollouts])),
-        truncated=float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        truncated=float(np.mean([r.truncated for r in rollouts])),
         boxed=float(np.mean([has_box(r.text) for r in rollouts])),
         unverified=sum(v.reward is None for v in verdicts),
     )
@@ -86,14 +85,18 @@ def of_each(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[st
         texts = written[problem_id]
         found["pass@1"][problem_id] = float(np.mean([v.reward for v in own]))
         sizes = [k for k in all_sizes if 1 < k <= len(own)]
-        right = sum(v.outcome == "right" for v in own)
         for k, share in zip(sizes, majority(*_ballots(own), sizes), strict=True):
-            found[f"pass@{k}"][problem_id] = pass_at_k(len(own), right, k)
+            found[f"pass@{k}"][problem_id] = _pass_at(k, own)
             found[f"maj@{k}"][problem_id] = share
         found["tokens"][problem_id] = float(np.mean([len(r.completion_ids) for r in texts]))
-        found["truncated"][problem_id] = float(np.mean([r.finish_reason == "length" for r in texts]))
+        found["truncated"][problem_id] = float(np.mean([r.truncated for r in texts]))
         found["boxed"][problem_id] = float(np.mean([has_box(r.text) for r in texts]))
     return dict(found)
+
+
+def _pass_at(k: int, judged: Sequence[Verdict]) -> float:
+    """:func:`pass_at_k` of one problem's judged samples."""
+    return pass_at_k(len(judged), sum(v.outcome == "right" for v in judged), k)
 
 
 def _sizes(verdicts: Sequence[Verdict]) -> list[int]:
@@ -105,11 +108,7 @@ def _sizes(verdicts: Sequence[Verdict]) -> list[int]:
 def pass_rates_at(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:
     """:func:`pass_at_k` of each problem that has k judged samples."""
     judged = _judged(verdicts)
-    return {
-        p.problem_id: pass_at_k(len(own), sum(v.outcome == "right" for v in own), k)
-        for p in problems
-        if len(own := judged.get(p.problem_id, [])) >= k
-    }
+    return {p.problem_id: _pass_at(k, own) for p in problems if len(own := judged.get(p.problem_id, [])) >= k}
 
 
 def vote_rates(problems: Sequence[Problem], verdicts: Iterable[Verdict], k: int) -> dict[str, float]:

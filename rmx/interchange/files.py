@@ -245,7 +245,7 @@ def export_rollouts(path: Path, scored: ScoredRollouts) -> None:
             "completion_tokens": len(r.completion_ids),
             "entropies": entropy,
             "correct": v.reward == 1,
-            "truncated": r.finish_reason == "length",
+            "truncated": r.truncated,
         }
         for r, v, entropy in zip(scored.rollouts, scored.verdicts, scored.entropies, strict=True)
         if v.reward is not None

@@ -93,7 +93,7 @@ def verdict(found: Difference) -> str:
     row = next((row for row in found.metrics if row.metric == "tuned pass@1"), None)
     if row is None:
         return f"{names}: no accuracy to compare."
-    change = f"{row.change.mean:+.3f} [{row.change.low:+.3f}, {row.change.high:+.3f}]".replace("-", "−")
+    change = f"{row.change:+.3f}".replace("-", "−")
     said = f"{names}: tuned pass@1 {change}"
     if row.problems < FEW:
         return f"{said}; {row.problems} problems are too few for such an interval to mean much."
@@ -162,8 +162,8 @@ def tables(found: Difference) -> list[Table]:
         said = {"title": title.replace("[", r"\["), "caption": "tokens, truncated, boxed: of the tuned model"}
         made.append(new_table(["metric", *names, "change"], padding=(0, 0, 0, 1), **said))
         for row in found.metrics:
-            cells = [f"{v.mean:{row.spec}} [{v.low:{row.spec}}, {v.high:{row.spec}}]" for v in (row.first, row.second)]
-            change = f"{row.change.mean:+{row.spec}} [{row.change.low:+{row.spec}}, {row.change.high:+{row.spec}}]"
+            cells = [format(v, row.spec) for v in (row.first, row.second)]
+            change = format(row.change, f"+{row.spec}")
             made[-1].add_row(row.metric, *(escape(cell) for cell in (*cells, change)))
     if rest := facts(found):
         made.append(new_table(["gate, training, cost", *names]))

@@ -79,7 +79,7 @@ def lengths(problems: Sequence[Problem], base: Samples, tuned: Sequence[Samples]
     before = _by_sample(base)
     pairs = [(key, before[key], after) for side in tuned for key, after in _by_sample(side).items() if key in before]
     judged = [(key, b, t) for key, b, t in pairs if b[1] is not None and t[1] is not None]
-    kept = [(key, t[1] - b[1]) for key, b, t in judged if not (_cut(b[0]) or _cut(t[0]))]  # type: ignore[operator]
+    kept = [(key, t[1] - b[1]) for key, b, t in judged if not (b[0].truncated or t[0].truncated)]  # type: ignore[operator]
     changes: dict[str, list[float]] = {}
     for (problem, _), change in kept:
         changes.setdefault(problem, []).append(change)
@@ -95,8 +95,8 @@ def lengths(problems: Sequence[Problem], base: Samples, tuned: Sequence[Samples]
     return Lengths(
         base_tokens=tokens(base[0]),
         tuned_tokens=tokens(after),
-        base_truncated=float(np.mean([_cut(r) for r in base[0]])),
-        tuned_truncated=float(np.mean([_cut(r) for r in after])),
+        base_truncated=float(np.mean([r.truncated for r in base[0]])),
+        tuned_truncated=float(np.mean([r.truncated for r in after])),
         kept=len(kept) / max(1, len(judged)),
         gain=bootstrap(gains, draws, seed) if len(gains) else None,
     )
@@ -104,7 +104,3 @@ def lengths(problems: Sequence[Problem], base: Samples, tuned: Sequence[Samples]
 
 def _by_sample(side: Samples) -> dict[tuple[str, int], tuple[Rollout, float | None]]:
     return {(r.problem_id, r.sample): (r, v.reward) for r, v in zip(*side, strict=True)}
-
-
-def _cut(rollout: Rollout) -> bool:
-    return rollout.finish_reason == "length"

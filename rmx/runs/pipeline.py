@@ -131,7 +131,7 @@ class Run(RunDirectory):
         meta |= {"dtype": self.dtype[0]} if sampling.engine != "openai" else {}  # a server has its own
         meta = {"rmx": rmx_kernels.__version__, **meta}
         found = self.generate("rollouts", self.problems("train"), sampling, self.config.seed, meta)
-        truncated = sum(r.finish_reason == "length" for r in found)
+        truncated = sum(r.truncated for r in found)
         return {"rollouts": len(found), "truncated": truncated, **self._chosen_batch("rollouts")}
 
     def _chosen_batch(self, section: str) -> dict[str, Any]:

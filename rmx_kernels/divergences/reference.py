@@ -13,7 +13,7 @@ and exactly 0 where both are equal. The gradients of a row with respect to the s
 The mean is sum q l, summed as it stands: what a rounded normaliser adds to every l then cancels in the difference.
 
 Products with the heads, a row: one of each for the normalisers, one of each for the terms, one of each for the
-gradient and one back. What goes over the tiles, :class:`Rows`, serves the CPU as well.
+gradient and one back.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -25,6 +25,13 @@ def randomise(adapter: lora.Adapter, scale: float = 0.05) -> None:
             layer.lora_B.normal_(0, scale, generator=generator)
 
 
+def logits_and_gradient(lm: model.CausalLM, adapter: lora.Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    lm.model.zero_grad()
+    out = lm.model(IDS, use_cache=False).logits
+    out.square().sum().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+
+
 @pytest.fixture
 def saved(tiny: model.CausalLM, tmp_path: Path) -> Path:
     adapter = lora.attach(tiny.model, SMALL, seed=0)
@@ -254,19 +261,13 @@ def test_one_product_for_q_k_and_v_and_the_gradients_of_three(tiny: model.Causal
     adapter = lora.attach(tiny.model, LoraConfig(r=2, alpha=4, targets=["q_proj", "k_proj", "v_proj"]), seed=0)
     randomise(adapter, 0.3)
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        tiny.model.zero_grad()
-        out = tiny.model(IDS, use_cache=False).logits
-        out.square().sum().backward()
-        return out.detach(), torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
-
-    shared, gradient = run()
+    shared, gradient = logits_and_gradient(tiny, adapter)
     groups = {id(layer.shared): layer.shared for layer in adapter.layers.values()}
     assert len(groups) == 2  # one a decoder layer
     assert all(group is not None and group.x is None and not group.left for group in groups.values())
     for layer in adapter.layers.values():
         layer.shared = None
-    alone, expected = run()
+    alone, expected = logits_and_gradient(tiny, adapter)
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from pydantic import ValidationError
-from test_lora import IDS, randomise
+from test_lora import IDS, logits_and_gradient, randomise
 
 from rmx.config import LoraConfig
 from rmx.layer_patterns import value_of
@@ -75,17 +75,11 @@ def test_layers_of_one_input_and_several_ranks_have_their_own_gradients(tiny: mo
     adapter = lora.attach(tiny.model, config, seed=0)
     randomise(adapter, 0.3)
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        tiny.model.zero_grad()
-        out = tiny.model(IDS, use_cache=False).logits
-        out.square().sum().backward()
-        return out.detach(), torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
-
-    shared, gradient = run()
+    shared, gradient = logits_and_gradient(tiny, adapter)
     assert adapter.layers["model.layers.0.self_attn.k_proj"].shared is not None
     for layer in adapter.layers.values():
         layer.shared = None
-    alone, expected = run()
+    alone, expected = logits_and_gradient(tiny, adapter)
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
