@@ -72,6 +72,7 @@ setup(
                 "csrc/entropy_topk.cpp",
                 "csrc/gated_contrastive_loss.cpp",
                 "csrc/library.cpp",
+                "csrc/packed_attention.cpp",
             ],
             depends=["csrc/rmx_cpu.h", "csrc/divergence.h", "csrc/rows.h", "csrc/parallel.h", "csrc/vec_math.h"],
             extra_compile_args=FLAGS,

@@ -1,11 +1,12 @@
 """The ways of making an optimiser step that bench_train_step.py compares, their check, and the FLOPs that they need."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,10 +23,9 @@ from rmx.models import forward
 from rmx.models.lora import Adapter, attach
 from rmx.models.model import CausalLM
 from rmx.records import BaseStates, Rollout, TrainingSequence
-from rmx.training import loss
+from rmx.training import loss, train
 from rmx.training.loss import sequence_weights
 from rmx.training.score import Keep, score_rollouts
-from rmx.training.train import train_adapter
 from rmx_kernels import backends, linear_gated_contrastive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,14 +99,46 @@ def synthetic(count: int, prompt: int, completion: int, gated: float, vocabulary
 
 
 def ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
-    one_step = {"epochs": 1.0, "sequences_per_step": len(sequences), "warmup_steps": 0}
-    settings = config.model_copy(update=one_step)
-    return train_adapter(pair.lm, pair.adapter, sequences, settings, seed=0, base=lambda s: pair.kept[s.sample])[0].loss
+    """One step, the first of a training: the memory of all later ones is touched in it for the first time."""
+    return _train(pair, sequences, config, steps=1)[0].loss
+
+
+def _train(
+    pair: Pair, sequences: list[TrainingSequence], config: TrainConfig, steps: int, on_step: Any = None
+) -> list[train.StepMetrics]:
+    settings = {"epochs": float(steps), "sequences_per_step": len(sequences), "warmup_steps": 0}
+    config = config.model_copy(update=settings)
+    base = lambda s: pair.kept[s.sample]  # noqa: E731
+    return train.train_adapter(pair.lm, pair.adapter, sequences, config, 0, base=base, on_step=on_step)
+
+
+def step_seconds(step: Step, pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
+    """Of one step: of ours the second of a training, as all but the first are."""
+    marks = [time.perf_counter()]
+
+    def mark(*_: Any) -> None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    if step is released:
+        released(pair, sequences, config)
+        mark()
+    else:
+        with reference_operator() if step is ours_reference else contextlib.nullcontext():
+            _train(pair, sequences, config, steps=2, on_step=mark)
+    return marks[-1] - marks[-2]
+
+
+@contextlib.contextmanager
+def reference_operator() -> Iterator[None]:
+    operator = functools.partial(linear_gated_contrastive_loss, impl="reference")
+    with mock.patch("rmx.training.loss.linear_gated_contrastive_loss", operator):
+        yield
 
 
 def ours_reference(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> float:
-    operator = functools.partial(linear_gated_contrastive_loss, impl="reference")
-    with mock.patch("rmx.training.loss.linear_gated_contrastive_loss", operator):
+    with reference_operator():
         return ours(pair, sequences, config)
 
 

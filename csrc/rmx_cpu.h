@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 #define RMX_API __attribute__((visibility("default")))
-#define RMX_ABI 5  // raised with every change of this file; the Python side refuses a library of another number
+#define RMX_ABI 6  // raised with every change of this file; the Python side refuses a library of another number
 
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
@@ -134,6 +134,23 @@ typedef struct {
     double scale;
 } rmx_attention;
 RMX_API int rmx_decode_attention(const rmx_attention* attention, rmx_parallel_for pool);
+
+// Causal attention inside each of N sequences end to end, sequence n being the tokens ends[n] .. ends[n + 1] - 1, at most
+// `longest` of them; all in float. Token i of a sequence sees itself and the window - 1 tokens before it:
+//   out[i, h] = sum_j p_j v[j, h / G], p = softmax_j(scale q[i, h] . k[j, h / G]).
+// norms: the largest score of a row, and 1 / sum_j exp(score_j - it). With g, the gradient of out, they and out are read,
+// and dq, dk and dv written. D is a multiple of 16, else RMX_BAD_SHAPE; its elements lie side by side. The work goes to
+// `slots` threads. scratch: slots * (D + 4) * width floats, with g slots * 2 * (D + 64) * width, where width is the least
+// multiple of 16 not below `longest`.
+typedef struct {
+    const float *q, *k, *v, *g;             // [T, Hk G, D], [T, Hk, D] twice, all strided; [T, Hk G, D], contiguous
+    float *out, *norms, *dq, *dk, *dv, *scratch;  // [T, Hk G, D]; [T, Hk G, 2]; as q, k and v, contiguous
+    const int64_t* ends;                    // [N + 1]
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides
+    int64_t N, Hk, G, D, longest, window, slots;
+    double scale;
+} rmx_packed;
+RMX_API int rmx_packed_attention(const rmx_packed* packed, rmx_parallel_for pool);
 
 // N rows of width H, contiguous: y = x rstd (weight + offset), rstd = 1 / sqrt(mean x^2 + eps), x rstd being rounded to the
 // dtype before the weight where `rounded` is not 0. With g, y is the gradient with respect to x instead, and rstd is read.

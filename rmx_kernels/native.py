@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 5  # RMX_ABI of csrc/rmx_cpu.h
+ABI = 6  # RMX_ABI of csrc/rmx_cpu.h
 LIBRARY = Path(__file__).with_name("librmx_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -72,6 +72,15 @@ class Attention(Structure):
     ]
 
 
+class Packed(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "g", "out", "norms", "dq", "dk", "dv", "scratch", "ends")),
+        *((name, c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        *((name, c_int64) for name in ("N", "Hk", "G", "D", "longest", "window", "slots")),
+        ("scale", c_double),
+    ]
+
+
 class Norm(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "weight", "g", "y", "rstd")),
@@ -119,6 +128,7 @@ SIGNATURES["rmx_divergence"] = [
     *(POINTER(DivergenceRows), POINTER(Rows), c_void_p),
 ]
 SIGNATURES["rmx_decode_attention"] = [POINTER(Attention), c_void_p]
+SIGNATURES["rmx_packed_attention"] = [POINTER(Packed), c_void_p]
 SIGNATURES |= {"rmx_rms_norm": [POINTER(Norm), c_void_p], "rmx_gated_activation": [POINTER(Gated), c_void_p]}
 SIGNATURES["rmx_rotate"] = [POINTER(Rotation), c_void_p]
 HUGE = 4 << 20  # bytes from which huge pages pay

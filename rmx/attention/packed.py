@@ -1,8 +1,8 @@
 """The attention that keeps packed sequences apart, which transformers calls for any model of its common interface.
 
-Backends, best first: flash_attn, torch's flash kernel (both CUDA, half precision), exact attention per group of
-sequences of similar length. In a compiled layer the whole of it is one operator, rmx::attend, of which the compiler
-knows shapes alone: no length of a sequence is in the compiled code.
+Backends, best first: flash_attn, torch's flash kernel (both CUDA, half precision), a native kernel (CPU, float32),
+exact attention per group of sequences of similar length. In a compiled layer the whole of it is one operator,
+rmx::attend, of which the compiler knows shapes alone: no length of a sequence is in the compiled code.
 """
 
 import functools
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 
+from rmx.attention import native
 from rmx.attention.grouped import grouped, grouped_gradients
 from rmx.attention.packing import HARMLESS, Frame, Packing, PackingError, attention_function, packing_of
 
@@ -66,7 +67,7 @@ def attend(
         assert isinstance(packing, Tensor)
         return _attend(q, k, v, packing, scale, sliding_window, softcap, unsaid, name)[0][None], None
     known, window = _checked(q, packing, sliding_window, unsaid, name)
-    return backend(q, v, softcap)(q, k, v, known, scale, window, softcap)[None], None
+    return backend(q, k, v, softcap)(q, k, v, known, scale, window, softcap)[None], None
 
 
 def _checked(
@@ -96,8 +97,10 @@ def _attend(
     unsaid: int | None,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """([T, Hq, E], the log-sum-exps that torch's flash kernel wants back, or none)."""
+    """([T, Hq, E], what torch's flash kernel or the native one wants back of its rows, or nothing)."""
     packing, window = _checked(q, ends, window, unsaid, name)
+    if native.fits(q, k, v, cap):
+        return native.forward(q, k, v, packing, scale, window)
     if not _fits(q, v, cap):
         return grouped(q, k, v, packing, scale, window, cap).contiguous(), q.new_empty(0, dtype=torch.float32)
     return _flash_forward(q, k, v, packing, scale, window)
@@ -107,8 +110,9 @@ def _attend(
 def _(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scale: float, window: int | None, cap: float | None, *_: Any
 ) -> Any:
-    lse = q.new_empty((q.shape[1], q.shape[0]) if _fits(q, v, cap) else 0, dtype=torch.float32)
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), lse
+    T, Hq = q.shape[:2]
+    kept = (T, Hq, 2) if native.fits(q, k, v, cap) else (Hq, T) if _fits(q, v, cap) else (0,)
+    return q.new_empty(T, Hq, v.shape[2]), q.new_empty(kept, dtype=torch.float32)
 
 
 @torch.library.custom_op("rmx::attend_backward", mutates_args=())
@@ -126,6 +130,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     packing = _packing(ends, q.device)
     window = None if window is None or window >= packing.longest else window
+    if native.fits(q, k, v, cap):
+        return native.backward(gradient, (q, k, v, out, lse), packing, scale, window)
     if not _fits(q, v, cap):
         return grouped_gradients(gradient, q, k, v, packing, scale, window, cap)
     return _flash_backward(gradient, (q, k, v, out, lse), packing, scale, window)
@@ -192,8 +198,10 @@ AttentionInterface.register(NAME, attend)
 Backend = Callable[[Tensor, Tensor, Tensor, Packing | Frame, float, int | None, float | None], Tensor]
 
 
-def backend(query: Tensor, value: Tensor, softcap: float | None) -> Backend:
+def backend(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Backend:
     """The fastest attention for this device, dtype and width of heads."""
+    if native.fits(query, key, value, softcap):
+        return native.native_packed
     if _fits(query, value, None):
         if _flash_attn() is not None:
             return flash

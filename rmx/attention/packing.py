@@ -136,6 +136,10 @@ class Frame:
             own.copy_(new.pin_memory() if self.device.type == "cuda" else new, non_blocking=True)
 
     @property
+    def ends(self) -> Tensor:
+        return self._now.ends
+
+    @property
     def groups(self) -> list[tuple[int, int]]:
         return self._now.groups
 

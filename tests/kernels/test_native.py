@@ -124,6 +124,27 @@ def test_every_instruction_set_gives_the_same_bits(builds: dict[str, Path], leve
                 assert torch.equal(a, b), f"V = {V}, {scaling}, result {i}"
 
 
+def packed_attention(lengths: tuple[int, ...], Hk: int, G: int, D: int, window: int) -> list[Tensor]:
+    """What rmx_packed_attention makes of large scores: out and its norms, then dq, dk and dv."""
+    T, ends, longest = sum(lengths), torch.tensor([0, *lengths]).cumsum(0), max(lengths)
+    q, k, v, g = (randn(T, h, D, seed=s) for s, h in enumerate((Hk * G, Hk, Hk, Hk * G)))
+    q *= 30
+    found = [torch.full(shape, math.nan) for shape in (q.shape, (*q.shape[:2], 2), q.shape, k.shape, v.shape)]
+    scratch = torch.full((2 * (D + 64) * (longest + 16),), math.nan)
+    for gradient in (None, g.data_ptr()):
+        pointers = [
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            gradient,
+            *(x.data_ptr() for x in (*found, scratch, ends)),
+        ]
+        strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+        sizes = len(lengths), Hk, G, D, longest, window, 1
+        native.call("rmx_packed_attention", native.Packed(*pointers, *strides, *sizes, 0.3))
+    return found
+
+
 def attention(B: int, Hk: int, G: int, L: int, D: int) -> Tensor:
     """What rmx_decode_attention makes of keys with room behind them, large scores and hidden keys."""
     q, k, v = randn(B, Hk, G, D, seed=1) * 30, randn(B, Hk, L + 3, D, seed=2)[:, :, :L], randn(B, Hk, L, D, seed=3)
@@ -146,6 +167,12 @@ def test_attention_has_the_same_bits_on_every_instruction_set(builds: dict[str, 
         assert bool(torch.isfinite(expected).all())
         with another_library(builds[level]):
             assert torch.equal(attention(*shape), expected), shape
+    for lengths, *sizes in (((80, 71, 3), 2, 3, 64, 80), ((130, 1, 17), 1, 2, 48, 9)):
+        every = packed_attention(lengths, *sizes)  # type: ignore[arg-type]
+        assert all(bool(torch.isfinite(x).all()) for x in every)
+        with another_library(builds[level]):
+            got = packed_attention(lengths, *sizes)  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(got, every, strict=True)), lengths
 
 
 def decoder_layer(H: int, dtype: torch.dtype) -> list[Tensor]:

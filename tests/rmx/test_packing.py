@@ -25,13 +25,14 @@ from transformers import (
 )
 
 from rmx.attention import grouped as grouped_attention
+from rmx.attention import native as native_attention
 from rmx.attention import packed as packed_attention
 from rmx.attention.packing import Packing, PackingError, pack
 from rmx.config import LoraConfig, TrainConfig
 from rmx.models import forward, lora, lora_layers
 from rmx.models.model import CausalLM
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 16}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 512}
 FAMILIES: dict[str, PretrainedConfig] = {
     "mistral-window": MistralConfig(**SMALL, **HEADS, sliding_window=4),
@@ -58,10 +59,12 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("short", [0, 256], ids=["sdpa", "explicit"])
+@pytest.mark.parametrize("way", ["sdpa", "explicit", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_alone_forward_and_backward(family: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_attention, "SHORT", short)
+def test_packed_equals_alone_forward_and_backward(family: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "native":
+        monkeypatch.setattr(native_attention, "fits", lambda *_: False)
+        monkeypatch.setattr(grouped_attention, "SHORT", 0 if way == "sdpa" else 256)
     lm = wrapped(FAMILIES[family])
     weights = torch.randn(sum(map(len, SEQUENCES)), 32, generator=torch.Generator().manual_seed(1))
     results = []
@@ -126,15 +129,17 @@ def test_a_layer_is_compiled_once_for_all_layers_and_lengths(family: str, monkey
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("width", [8, 16], ids=["grouped", "native"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_the_operator_of_compiled_layers(window: int | None) -> None:
+def test_the_operator_of_compiled_layers(window: int | None, width: int) -> None:
     """Its declared shapes and its gradient, by torch's own checks; errors pass through it."""
     ends = Packing((5, 1, 7), torch.device("cpu")).ends
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(13, heads, 8, generator=g, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(13, heads, width, generator=g, requires_grad=True) for heads in (4, 2, 2))
     torch.library.opcheck(packed_attention._attend, (q, k, v, ends, 0.3, window, None, None, "A"))
-    out = packed_attention._attend(q, k, v, ends, 0.3, window, 2.0, None, "A")[0]
-    expected = grouped_attention.grouped(q, k, v, Packing((5, 1, 7), q.device), 0.3, window, 2.0)
+    cap = 2.0 if width == 8 else None
+    out = packed_attention._attend(q, k, v, ends, 0.3, window, cap, None, "A")[0]
+    expected = grouped_attention.grouped(q, k, v, Packing((5, 1, 7), q.device), 0.3, window, cap)
     weight = torch.randn(out.shape, generator=g)
     torch.testing.assert_close(out, expected)
     both = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))

@@ -129,7 +129,7 @@ def test_what_packing_cannot_do_is_refused_by_name() -> None:
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_a_rotation_that_follows_the_longest_sequence_is_refused_where_it_would(kind: str) -> None:
     """A neighbour longer than the limit would change a short sequence's states; alone, or below it, nothing does."""
-    more = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 4.0}
+    more = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {"factor": 4.0}
     rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 8, **more}
     sizes = {**HEADS, "max_position_embeddings": 8 if kind == "dynamic" else 512}
     lm = wrapped(Qwen3Config(**SMALL, **sizes, rope_parameters=rope))
