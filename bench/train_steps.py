@@ -104,7 +104,7 @@ def ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> 
 
 
 def _train(
-    pair: Pair, sequences: list[TrainingSequence], config: TrainConfig, steps: int, on_step: Any = None
+    pair: Pair, sequences: list[TrainingSequence], config: TrainConfig, steps: int, on_step: Any = lambda *_: None
 ) -> list[train.StepMetrics]:
     settings = {"epochs": float(steps), "sequences_per_step": len(sequences), "warmup_steps": 0}
     config = config.model_copy(update=settings)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmx_kernels import checks, choice, dispatch
+from rmx_kernels import checks, choice, dispatch, ignored
 from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.losses.op import Pair, contrastive_loss, logprob_kl
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
@@ -22,6 +22,7 @@ def gated_contrastive_loss(
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     impl: str | None = None,
 ) -> ContrastiveLoss:
     r"""The sum over rows of a weighted negative log-prob and a weighted full-vocabulary KL to the base.
@@ -42,6 +43,7 @@ def gated_contrastive_loss(
         ce_weight, kl_weight: [...] floating point, constants.
         temperature, softcap: as in :func:`entropy_topk`, applied to both: of row i, both logits are divided by
             temperature_i. In a row whose two weights are zero it is not looked at.
+        ignore_index: a target with this id does not count: ce_weight is taken for 0 in its row. None: no such id.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -61,10 +63,12 @@ def gated_contrastive_loss(
     checks.floating("logits", logits, 1)
     checks.base("base_logits", base_logits, "logits", logits)
     checks.scaling(temperature, softcap, logits)
+    target, missing = ignored.without(target, ignore_index)
     checks.loss_rows(target, ce_weight, kl_weight, logits.shape[:-1], logits.device)
+    ce_weight = ignored.filled(ce_weight, missing)
     chosen = choice.chosen("gated_contrastive_loss", impl, logits)
     z = plain(logits, temperature, softcap)
-    return contrastive_loss(Pair(z, base_logits, target), ce_weight, kl_weight, None, chosen)
+    return _counted(contrastive_loss(Pair(z, base_logits, target), ce_weight, kl_weight, None, chosen), missing)
 
 
 def linear_gated_contrastive_loss(
@@ -79,6 +83,7 @@ def linear_gated_contrastive_loss(
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     base_lse: Tensor | None = None,
     process_group: Any = None,
     reduce_hidden_grad: bool = True,
@@ -103,7 +108,7 @@ def linear_gated_contrastive_loss(
         lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
             and B are differentiable; scale is a finite number. W + scale B A is never made.
             The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
-        temperature, softcap: as in :func:`gated_contrastive_loss`.
+        temperature, softcap, ignore_index: as in :func:`gated_contrastive_loss`.
         base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
             scoring with the same temperature and softcap), which saves one product with the head; float32 or
             float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
@@ -125,24 +130,30 @@ def linear_gated_contrastive_loss(
     >>> linear_gated_contrastive_loss(h, h, torch.ones(4, 3), torch.tensor([2]), one, one).loss
     tensor(1.3863)
     """
+    target, missing = ignored.without(target, ignore_index)
     if process_group is not None:
         checks.process_group(process_group)
+        if missing is not None:
+            checks.row_weights("ce_weight", ce_weight, missing.shape, missing.device)
+            ce_weight = ignored.filled(ce_weight, missing)
         if base_lse is not None:
             raise ValueError("base_lse: expected None with a process_group, over which it is found anew, got one")
         head: dict[str, Any] = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap}
         head |= {"group": process_group, "reduce_hidden_grad": reduce_hidden_grad, "impl": impl}
         rows = hidden, base_hidden, weight, target, ce_weight, kl_weight
         over_ranks: ContrastiveLoss = dispatch.sharded("gated_contrastive_loss")(*rows, **head)
-        return over_ranks
+        return _counted(over_ranks, missing)
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
     checks.loss_rows(target, ce_weight, kl_weight, hidden.shape[:-1], hidden.device)
+    ce_weight = ignored.filled(ce_weight, missing)
     if base_lse is not None:
         checks.row_weights("base_lse", base_lse, hidden.shape[:-1], hidden.device)
         checks.full_precision("base_lse", base_lse)
     chosen = choice.chosen("linear_gated_contrastive_loss", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
-    return contrastive_loss(Pair(z, base_hidden.to(z.x.dtype), target), ce_weight, kl_weight, base_lse, chosen)
+    pair = Pair(z, base_hidden.to(z.x.dtype), target)
+    return _counted(contrastive_loss(pair, ce_weight, kl_weight, base_lse, chosen), missing)
 
 
 def linear_logprob_kl(
@@ -155,6 +166,7 @@ def linear_logprob_kl(
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     impl: str | None = None,
 ) -> LogprobKL:
     r"""The two row values from which contrastive, clipped, hinge and distillation losses are made.
@@ -177,6 +189,7 @@ def linear_logprob_kl(
         lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
             and B are differentiable; scale is a finite number. W + scale B A is never made.
         temperature, softcap, impl: as in :func:`entropy_topk`, applied to both distributions.
+        ignore_index: a target with this id does not count: its logprob is 0 and has no gradient. None: no such id.
 
     Returns:
         :class:`LogprobKL` of float32 (float64 for float64 inputs), in nats: kl >= 0, and exactly 0 where both hidden
@@ -194,7 +207,16 @@ def linear_logprob_kl(
     """
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     checks.base("base_hidden", base_hidden, "hidden", hidden, mixed=True)
+    target, missing = ignored.without(target, ignore_index)
     checks.targets(target, hidden.shape[:-1], None, hidden.device)
     chosen = choice.chosen("linear_logprob_kl", impl, hidden)
     z = linear(hidden, weight, bias, lora, temperature, softcap)
-    return logprob_kl(Pair(z, base_hidden.to(z.x.dtype), target), chosen)
+    found = logprob_kl(Pair(z, base_hidden.to(z.x.dtype), target), chosen)
+    return found._replace(logprob=ignored.filled(found.logprob, missing))
+
+
+def _counted(found: ContrastiveLoss, missing: Tensor | None) -> ContrastiveLoss:
+    """With log-probs of NaN, as of all rows without one, where the target is ignored."""
+    if missing is None:
+        return found
+    return found._replace(logprob=ignored.filled(found.logprob, missing, float("nan")))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rmx_kernels import checks
+from rmx_kernels import checks, ignored
 from rmx_kernels.logits import LoRA
 from rmx_kernels.losses.api import linear_logprob_kl
 from rmx_kernels.results import PolicyLoss
@@ -59,6 +59,7 @@ def linear_policy_loss(
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     impl: str | None = None,
 ) -> PolicyLoss:
     r"""The clipped policy-gradient loss of sampled tokens, from the hidden states that predict them.
@@ -79,6 +80,7 @@ def linear_policy_loss(
         options: None for the defaults.
         bias, lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [B, T] for
             one of each token, which divides the base's logits as well. The base has no lora.
+        ignore_index: a token whose target is this id does not count, as if its mask were 0. None: no such id.
 
     Returns:
         :class:`PolicyLoss`. A mean over no tokens is 0, as in TRL.
@@ -100,7 +102,10 @@ def linear_policy_loss(
         if value is not None:
             checks.row_weights(name, value, rows, hidden.device)
     live = torch.ones(rows, dtype=torch.bool, device=hidden.device) if mask is None else mask != 0
+    target, missing = ignored.without(target, ignore_index)
     checks.targets(target, rows, None, hidden.device)
+    if missing is not None:
+        live = live & ~missing
     head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
     head["temperature"] = checks.temperature_of(temperature, hidden, live)
     own, ids = hidden[live], target[live]

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rmx_kernels import checks, choice, dispatch
+from rmx_kernels import checks, choice, dispatch, ignored
 from rmx_kernels.logits import LoRA, linear, plain
 from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.op import statistics
@@ -17,6 +17,7 @@ def entropy_topk(
     k: int = 0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     impl: str | None = None,
 ) -> VocabStats:
     r"""Log-sum-exp, entropy, log-prob of a target and top-k of each row, in one pass over the vocabulary.
@@ -36,6 +37,7 @@ def entropy_topk(
             same device, a constant. Its values are used in float32 (float64 for float64 logits). Where one is not
             above 0 and finite: a ValueError on a CPU, NaN in that row on a GPU, which is not waited for.
         softcap: bound of the logits in the manner of Gemma 2, > 0, or None.
+        ignore_index: a target with this id does not count: its ``logprob`` is 0 and has no gradient. None: no such id.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -54,11 +56,13 @@ def entropy_topk(
     checks.floating("logits", logits, 1)
     checks.scaling(temperature, softcap, logits)
     checks.top_k(k, logits.shape[-1])
+    missing = None
     if target is not None:
+        target, missing = ignored.without(target, ignore_index)
         checks.candidates(target, logits.shape[:-1], logits.device)
     chosen = choice.chosen("entropy_topk", impl, logits)
     z = plain(logits, temperature, softcap)
-    return statistics(z, target, k, chosen)
+    return _counted(statistics(z, target, k, chosen), missing)
 
 
 def linear_entropy_topk(
@@ -71,6 +75,7 @@ def linear_entropy_topk(
     k: int = 0,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     process_group: Any = None,
     reduce_hidden_grad: bool = True,
     impl: str | None = None,
@@ -90,7 +95,7 @@ def linear_entropy_topk(
         bias: [V], or None. Differentiable.
         lora: (A [r, H], B [V, r], scale), the tensors on the same device, or None for a head without
             adapter. A and B are differentiable; scale is a finite number. W + scale B A is never made.
-        k, temperature, softcap, impl: as in :func:`entropy_topk`.
+        k, temperature, softcap, ignore_index, impl: as in :func:`entropy_topk`.
         process_group: a torch.distributed group over whose ranks the head is spread by rows of the vocabulary, in their
             order: weight, bias and B are this rank's, target and the results are of the whole vocabulary. All else is
             the same on every rank, which is checked first; ``vocab_parallel_entropy_topk``, which is called, says more,
@@ -109,15 +114,25 @@ def linear_entropy_topk(
     >>> linear_entropy_topk(torch.randn(2, 16), torch.zeros(8, 16)).entropy
     tensor([2.0794, 2.0794])
     """
+    missing = None
+    if target is not None:
+        target, missing = ignored.without(target, ignore_index)
     if process_group is not None:
         checks.process_group(process_group)
         head: dict[str, Any] = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap}
         head |= {"group": process_group, "reduce_hidden_grad": reduce_hidden_grad, "impl": impl}
         over_ranks: VocabStats = dispatch.sharded("entropy_topk")(hidden, weight, target, k=k, **head)
-        return over_ranks
+        return _counted(over_ranks, missing)
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     checks.top_k(k, weight.shape[0])
     if target is not None:
         checks.candidates(target, hidden.shape[:-1], hidden.device)
     chosen = choice.chosen("linear_entropy_topk", impl, hidden)
-    return statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen)
+    return _counted(statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen), missing)
+
+
+def _counted(stats: VocabStats, missing: Tensor | None) -> VocabStats:
+    """With log-probs of 0 where the target is ignored."""
+    if missing is None or stats.logprob is None:
+        return stats
+    return stats._replace(logprob=ignored.filled(stats.logprob, missing))

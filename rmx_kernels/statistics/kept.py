@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmx_kernels import checks
+from rmx_kernels import checks, ignored
 from rmx_kernels.logits import Logits, LoRA, chunks, linear
 from rmx_kernels.once import differentiable_once
 from rmx_kernels.results import KeptStats, VocabStats
@@ -24,6 +24,7 @@ def linear_kept_logprobs(
     lora: LoRA | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
 ) -> KeptStats:
     r"""Log-probs and entropy of the next token, renormalised over the tokens that sampling kept.
 
@@ -44,6 +45,7 @@ def linear_kept_logprobs(
         target: token ids [...], or None for no ``logprob``.
         bias, lora, temperature, softcap: as in :func:`linear_entropy_topk`, as the rollout was sampled; temperature a
             number, or [...] for one of each row.
+        ignore_index: as in :func:`entropy_topk`.
 
     Returns:
         :class:`KeptStats` of float32 (float64 for float64 inputs), in nats, differentiable once. The scratch memory is
@@ -60,7 +62,9 @@ def linear_kept_logprobs(
     """
     checks.operand(hidden, weight, bias, lora, temperature, softcap)
     _check_kept(kept, hidden, weight.shape[0])
+    missing = None
     if target is not None:
+        target, missing = ignored.without(target, ignore_index)
         checks.targets(target, hidden.shape[:-1], weight.shape[0], hidden.device)
     if isinstance(temperature, Tensor) and not torch.compiler.is_compiling():
         checks.temperature_range(temperature)
@@ -78,6 +82,7 @@ def linear_kept_logprobs(
         if target is not None:
             same = (kept == target.unsqueeze(-1)) & (kept >= 0)
             logprob = torch.where(same.any(-1), torch.where(same, log_q, 0.0).sum(-1), NEG_INF)
+            logprob = ignored.filled(logprob, missing)
     return KeptStats(logprob, entropy, log_q)
 
 
