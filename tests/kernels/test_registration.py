@@ -12,7 +12,7 @@ from cases import SCALED
 from torch import Tensor
 
 import rmx_kernels
-from rmx_kernels import backends
+from rmx_kernels import backends, registration
 from rmx_kernels.divergences.op import ARGUMENTS
 from rmx_kernels.logits import OPERANDS, Logits
 
@@ -204,7 +204,7 @@ def test_opcheck(chosen: str, samples: Callable[[torch.dtype, str], dict[str, li
 
 def test_every_registered_operator_is_checked() -> None:
     checked = {name for samples in SAMPLES for name in samples(torch.float32, "reference")}
-    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::")}
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("rmx_kernels::") and "probe" not in n}
     assert {f"rmx_kernels::{name}" for name in checked} == names
 
 
@@ -241,3 +241,35 @@ assert native._open.cache_info().currsize == 0
 def test_schemas_and_fakes_need_no_kernel() -> None:
     """import rmx_kernels registers all operators, and loads neither their kernels nor the native library."""
     subprocess.run([sys.executable, "-c", FAKES_ALONE], check=True)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_both_ways_of_registering_a_formula(direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that leaves out torch's filling of defaults, and torch's own, which takes its place where it has to."""
+    assert registration.DIRECT  # of the torch that is installed
+    monkeypatch.setattr(registration, "DIRECT", direct)
+    name = f"probe_{direct}".lower()
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.factor, ctx.needs = inputs[2], ctx.needs_input_grad[:2]
+
+    def formula(ctx: Any, g: Tensor) -> Any:
+        assert list(ctx.needs) == [True, False]
+        return 2 * ctx.factor * ctx.saved_tensors[0] * g, None, None
+
+    registration.register(
+        name,
+        "(Tensor x, Tensor? y, float factor) -> Tensor",
+        lambda x, y, factor: factor * x * x,
+        lambda x, y, factor: torch.empty_like(x),
+        (formula, setup),
+    )
+    op, x = getattr(torch.ops.rmx_kernels, name), torch.tensor([3.0, 4.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(op(x, None, 0.5).sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([3.0, 4.0]))
+    with torch.no_grad():
+        assert not op(x, y=None, factor=0.5).requires_grad
+    compiled = torch.compile(lambda x: op(x, None, 0.5), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], gradient)
+    torch.library.opcheck(op.default, (x, None, 0.5))
