@@ -65,7 +65,7 @@ def report(capsys: pytest.CaptureFixture[str], name: str, tokens: int, times: li
 @torch.no_grad()
 def bench_decode_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], lm: CausalLM) -> None:
     """128 rows of the demo's problems: sample from the nucleus, and read the token."""
-    renderer = renderer_for(lm, DEMO)
+    renderer = renderer_for(lm.tokenizer, lm.model.config.model_type, DEMO)
     prompts = [renderer(problem.question) for problem in build_problems(DEMO.problems, 0)[:PROMPTS]]
     rows = PROMPTS * SAMPLES
     uniforms = torch.rand(rows, STEPS + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
