@@ -25,11 +25,11 @@ def arguments(
     target: Tensor,
     weights: Weights | None,
     norms: Tensor,
-    terms: Tensor | None,
+    terms: Tensor | tuple[Tensor, Tensor] | None,
     upstream: float = 1.0,
     find_base_norm: bool = True,
 ) -> native.Loss:
-    """Of rows [n]: weights, where gradients are wanted; norms [4, n]; terms [2, n], logprob and kl, to be written."""
+    """Of rows [n]: weights, where gradients are wanted; norms [4, n]; terms, logprob and kl [n], to be written."""
     absent = None, None
     parts = target, *(weights or absent), *norms, *(absent if terms is None else terms)
     return native.Loss(*(native.address(part) for part in parts), upstream, BASE_MASS_TOLERANCE, find_base_norm)
@@ -82,10 +82,10 @@ class HeadRows:
         self.rows, self.head = rows, Head(rows.pair.student)
         self.x, self.u, self.base_x = rows.pair.student.x, rows.pair.student.lora_hidden, rows.pair.base_x
 
-    def terms(self, known_base_norm: bool, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprob and kl [2, n], d x [N, H] or [0], d lora_hidden [N, r] or [0]); writes the norms."""
+    def terms(self, known_base_norm: bool, gradient: bool) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """((logprob [n], kl [n]), d x [N, H] or [0], d lora_hidden [N, r] or [0]); writes the norms."""
         own, V = self.rows, self.head.V
-        found = torch.full((2, own.n), float("nan"), dtype=own.norms.dtype)
+        logprob, kl = (own.norms.new_full((own.n,), float("nan")) for _ in range(2))
         dx, du = self._zeros(gradient, gradient)
         buffer = self._buffer(self.head.row_chunk(), V)
         for rows in chunks(own.n, self.head.row_chunk()):
@@ -93,15 +93,14 @@ class HeadRows:
             _, _, z, base_z = self._multiply(rows, buffer)
             student, base = native.rows(z), native.rows(base_z)
             weights = self._weights(rows) if gradient else None
-            loss = arguments(
-                *(own.target[rows], weights, own.norms[:, rows], found[:, rows]), find_base_norm=not known_base_norm
-            )
+            terms = logprob[rows], kl[rows]
+            loss = arguments(own.target[rows], weights, own.norms[:, rows], terms, find_base_norm=not known_base_norm)
             native.call(
                 *("rmx_gated_contrastive_loss", student, base, anchored, own.scale(rows), n, V, loss),
                 student if gradient else None,
             )
             self._back(z, rows, dx, du)
-        return found, dx, du
+        return (logprob, kl), dx, du
 
     def gradients(self, need_x: bool, need_lora: bool) -> tuple[Tensor, Tensor]:
         """(d x [N, H], d lora_hidden [N, r]) from known norms; without elements where not needed."""
@@ -211,7 +210,8 @@ def contrastive_loss(pair: Pair, weights: Weights, base_lse: Tensor | None, grad
         rows.norms[2] = base_lse.reshape(-1)[rows.index]
         rows.norms[3] = 0
     if linear:
-        terms, dx, du = HeadRows(rows).terms(base_lse is not None, gradient)
+        found, dx, du = HeadRows(rows).terms(base_lse is not None, gradient)
+        terms = torch.stack(found)
     else:
         terms = rows.terms(base_lse is not None)
         dx, du = (terms.new_empty(0, dtype=gradient_dtype(z.x, "cpu")) for _ in range(2))
@@ -239,8 +239,8 @@ def contrastive_loss_backward(pair: Pair, weights: Weights, norms: Tensor, g_los
 
 def logprob_kl(pair: Pair) -> Terms:
     rows = every(pair.rows(), None, None, anchored=True)
-    terms, _, _ = HeadRows(rows).terms(False, False)
-    logprob, kl = (x.clone().view(pair.target.shape) for x in terms)
+    found, _, _ = HeadRows(rows).terms(False, False)
+    logprob, kl = (x.view(pair.target.shape) for x in found)
     return logprob, kl, rows.norms
 
 

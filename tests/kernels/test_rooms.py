@@ -11,8 +11,18 @@ import rmx_kernels
 ROOT = Path(rmx_kernels.__file__).parent
 # A module imports those before it alone.
 ORDER = (
-    *("version", "precision", "registration", "native", "dispatch", "traced", "choice", "checks", "results"),
-    *("logits", "once", "head", "head.configs", "head.kernels", "head.launch", "head.gradient", "head.reference"),
+    *("version", "precision", "registration", "native", "dispatch", "traced", "choice", "checks", "ignored"),
+    *(
+        "results",
+        "logits",
+        "once",
+        "head",
+        "head.configs",
+        "head.kernels",
+        "head.launch",
+        "head.gradient",
+        "head.reference",
+    ),
     *("head.cpu", "head.triton", "statistics", "statistics.op", "statistics.reference", "statistics.cpu"),
     *("statistics.kernels", "statistics.triton", "statistics.api", "statistics.kept", "losses", "losses.op"),
     *("losses.reference", "losses.cpu", "losses.kernels", "losses.triton", "losses.api", "losses.cross_entropy"),
