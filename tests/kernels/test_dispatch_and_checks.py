@@ -150,6 +150,7 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
     ],
     "temperature": [*SCALES, *BY_ROW, ("None", lambda _: None, TypeError)],
     "softcap": [*SCALES, ("a tensor", lambda _: torch.tensor(1.0), TypeError)],
+    "ignore_index": [(repr(v), lambda _, v=v: v, TypeError) for v in (True, 1.0, "a", torch.tensor(3))],
     "kind": [(repr(v), lambda _, v=v: v, ValueError) for v in ("kl", "", None, 3)],
     "beta": [
         *((repr(v), lambda _, v=v: v, ValueError) for v in (-0.1, 1.1, math.nan, math.inf)),
