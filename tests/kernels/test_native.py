@@ -132,13 +132,8 @@ def packed_attention(lengths: tuple[int, ...], Hk: int, G: int, D: int, window: 
     found = [torch.full(shape, math.nan) for shape in (q.shape, (*q.shape[:2], 2), q.shape, k.shape, v.shape)]
     scratch = torch.full((2 * (D + 64) * (longest + 16),), math.nan)
     for gradient in (None, g.data_ptr()):
-        pointers = [
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            gradient,
-            *(x.data_ptr() for x in (*found, scratch, ends)),
-        ]
+        before, after = ([x.data_ptr() for x in part] for part in ((q, k, v), (*found, scratch, ends)))
+        pointers = [*before, gradient, *after]
         strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
         sizes = len(lengths), Hk, G, D, longest, window, 1
         native.call("rmx_packed_attention", native.Packed(*pointers, *strides, *sizes, 0.3))

@@ -119,6 +119,7 @@ MIRRORS = {
     "rmx_loss": native.Loss,
     "rmx_divergence_rows": native.DivergenceRows,
     "rmx_attention": native.Attention,
+    "rmx_packed": native.Packed,
     "rmx_norm": native.Norm,
     "rmx_gated": native.Gated,
     "rmx_rotation": native.Rotation,
