@@ -7,6 +7,7 @@ import pytest
 
 from rmx.config import ConfigError
 from rmx.config_file import load_config
+from rmx.grading.problems import build_problems
 
 MINIMAL = "run_dir: r\nmodel: {name: m}\nproblems: {sources: [{jsonl: p.jsonl}]}\n"
 
@@ -171,3 +172,18 @@ def test_the_steps_of_a_training_are_bounded_by_its_settings(tmp_path: Path) -> 
     assert load_config(path).most_steps == 150  # 1.2 epochs of 1000 sequences, 8 a step
     assert load_config(path, ["problems.train_count=10", "rollouts.samples=6", "train.epochs=1"]).most_steps == 8
     assert load_config(path, ["select.max_problems=2", "train.epochs=0.01"]).most_steps == 1
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_configurations_with_problems_enough(path: Path) -> None:
+    config = load_config(path)
+    problems = build_problems(config.problems, config.seed)
+    counts = [sum(p.split == split for p in problems) for split in ("train", "evaluate")]
+    assert counts == [config.problems.train_count, config.problems.evaluate_count]
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
