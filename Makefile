@@ -27,6 +27,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd bench && MYPYPATH=.. $(abspath $(BIN))/mypy --config-file ../pyproject.toml *.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -122,13 +122,13 @@ def compare(
                 timed(name)
 
     benchmark.pedantic(timed, args=("ours",), setup=others, rounds=rounds)
-    result["peak_flops"] = peak = peak_flops(pair.lm)
+    result["peak_flops"] = most = peak_flops(pair.lm)
     for row in providers.values():
         row["median_seconds"] = statistics.median(row["seconds"])
         row["tokens_per_second"] = tokens / row["median_seconds"]
         ratios = (r / t for r, t in zip(providers["released"]["seconds"], row["seconds"], strict=True))
         row["speedup"] = statistics.median(ratios)
-        row["mfu"] = row["flops"] / row["median_seconds"] / peak if row["flops"] else None
+        row["mfu"] = row["flops"] / row["median_seconds"] / most if row["flops"] else None
     result["providers"] = providers
     benchmark.extra_info.update(result)
     with capsys.disabled():

@@ -160,8 +160,8 @@ def linear_rows(table: Table) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             configs.set_logits_dtype(dtype)
             name = str(dtype).removeprefix("torch.") + " logits"
-            run = partial(rmx_kernels.linear_entropy_topk, hidden, weight, target, k=8, impl="triton")
-            table.add(f"linear_entropy_topk k=8 {shape} {name}", "rmx", run, one)
+            statistics = partial(rmx_kernels.linear_entropy_topk, hidden, weight, target, k=8, impl="triton")
+            table.add(f"linear_entropy_topk k=8 {shape} {name}", "rmx", statistics, one)
             table.add(f"linear_gated_contrastive_loss {shape} {name}", "rmx", loss, three)
             run = partial(cross_entropy, providers.provider(providers.CE_ONLY, "triton"), hidden, weight, target)
             table.add(f"cross-entropy alone {shape} {name}", "rmx", run, two)

@@ -52,6 +52,7 @@ def scorer(way: str, model: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
     def by_rmx(ids: Tensor) -> tuple[Tensor, Tensor]:
         stats = token_logprobs(model, ids, temperature=TEMPERATURE)
+        assert stats.logprob is not None
         return stats.logprob, stats.entropy
 
     if way == "trl":

@@ -28,7 +28,7 @@ from train_steps import DEVICE, Pair, make_pair, peak_flops, released, step_flop
 
 from rmx.config import LoraConfig, TrainConfig
 from rmx.models.model import CausalLM
-from rmx.records import TrainingSequence
+from rmx.records import StepMetrics, TrainingSequence
 from rmx.training import train
 
 TINY = {"vocab_size": 997, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
@@ -83,7 +83,7 @@ def run_ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig,
     profiler = profile(activities=[ProfilerActivity.CUDA]) if DEVICE == "cuda" else None
     found: dict[str, Any] = {}
 
-    def on_step(metrics: train.StepMetrics, total: int) -> None:
+    def on_step(metrics: StepMetrics, total: int) -> None:
         synchronize()
         marks.append(time.perf_counter())
         history.append(metrics)
@@ -117,7 +117,7 @@ def run_ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig,
     others: list[float] = []
     started = time.perf_counter()
 
-    def other(metrics: train.StepMetrics, total: int) -> None:
+    def other(metrics: StepMetrics, total: int) -> None:
         synchronize()
         others.append(time.perf_counter() - started - sum(others))
 

@@ -22,7 +22,7 @@ from rmx.config import LoraConfig, TrainConfig
 from rmx.models import forward
 from rmx.models.lora import Adapter, attach
 from rmx.models.model import CausalLM
-from rmx.records import BaseStates, Rollout, TrainingSequence
+from rmx.records import BaseStates, Rollout, StepMetrics, TrainingSequence
 from rmx.training import loss, train
 from rmx.training.loss import sequence_weights
 from rmx.training.score import Keep, score_rollouts
@@ -105,7 +105,7 @@ def ours(pair: Pair, sequences: list[TrainingSequence], config: TrainConfig) -> 
 
 def _train(
     pair: Pair, sequences: list[TrainingSequence], config: TrainConfig, steps: int, on_step: Any = lambda *_: None
-) -> list[train.StepMetrics]:
+) -> list[StepMetrics]:
     settings = {"epochs": float(steps), "sequences_per_step": len(sequences), "warmup_steps": 0}
     config = config.model_copy(update=settings)
     base = lambda s: pair.kept[s.sample]  # noqa: E731
