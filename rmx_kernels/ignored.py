@@ -12,10 +12,15 @@ def without(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor | 
     """
     if ignore_index is None or not isinstance(target, Tensor):  # what is no tensor is refused by its own check
         return target, None
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int or None, got {type(ignore_index).__name__}")
+    check(ignore_index)
     ignored = target == ignore_index
     return target.masked_fill(ignored, 0), ignored
+
+
+def check(ignore_index: object) -> None:
+    """That it is an id."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int or None, got {type(ignore_index).__name__}")
 
 
 def filled(values: Tensor, ignored: Tensor | None, value: float = 0.0) -> Tensor:

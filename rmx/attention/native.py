@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rmx.attention.packing import Frame, Packing
 from rmx_kernels import native
@@ -21,15 +20,6 @@ def fits(q: Tensor, k: Tensor, v: Tensor, cap: float | None) -> bool:
     cpu = q.device.type == "cpu" and cap is None and not native.missing()
     same = all(x.dtype == torch.float32 and x.shape[-1] == D for x in (q, k, v))
     return cpu and same and D % COLUMNS == 0 and q.shape[1] % k.shape[1] == 0
-
-
-def native_packed(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None, cap: float | None
-) -> Tensor:
-    """q [T, Hq, D], k and v [T, Hk, D] of what :func:`fits` -> [T, Hq, D]."""
-    assert cap is None
-    out: Tensor = _Native.apply(q, k, v, packing, scale, window)
-    return out
 
 
 def forward(
@@ -79,19 +69,3 @@ def _call(
     sizes = N, Hk, Hq // Hk, D, packing.longest, window or packing.longest, slots
     arguments = native.Packed(*pointers, native.address(ends), *strides, *sizes, scale)
     native.call("rmx_packed_attention", arguments)
-
-
-class _Native(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None
-    ) -> Tensor:
-        out, norms = forward(q, k, v, packing, scale, window)
-        ctx.save_for_backward(q, k, v, out, norms)
-        ctx.settings = packing, scale, window
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return *backward(gradient, ctx.saved_tensors, *ctx.settings), None, None, None

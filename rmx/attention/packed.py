@@ -201,7 +201,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, Packing | Frame, float, int | None, 
 def backend(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> Backend:
     """The fastest attention for this device, dtype and width of heads."""
     if native.fits(query, key, value, softcap):
-        return native.native_packed
+        return native_packed
     if _fits(query, value, None):
         if _flash_attn() is not None:
             return flash
@@ -247,24 +247,33 @@ def torch_flash(
 ) -> Tensor:
     """torch's own flash kernel of sequences of several lengths, which has no softcap."""
     assert cap is None
-    out: Tensor = _Flash.apply(q, k, v, packing, scale, window)
+    out: Tensor = _WithRows.apply(q, k, v, _flash_forward, _flash_backward, packing, scale, window)
     return out
 
 
-class _Flash(torch.autograd.Function):
+def native_packed(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None, cap: float | None
+) -> Tensor:
+    """The native kernel of :mod:`rmx.attention.native`, of what it fits."""
+    assert cap is None
+    out: Tensor = _WithRows.apply(q, k, v, native.forward, native.backward, packing, scale, window)
+    return out
+
+
+class _WithRows(torch.autograd.Function):
+    """Attention whose ``backward`` wants q, k, v and both results of ``forward``: out, and statistics of its rows."""
+
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: Packing | Frame, scale: float, window: int | None
-    ) -> Tensor:
-        out, lse = _flash_forward(q, k, v, packing, scale, window)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = packing, scale, window
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, forward: Any, backward: Any, *settings: Any) -> Tensor:
+        out, of_rows = forward(q, k, v, *settings)
+        ctx.save_for_backward(q, k, v, out, of_rows)
+        ctx.gradients, ctx.settings = backward, settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return *_flash_backward(gradient, ctx.saved_tensors, *ctx.settings), None, None, None
+        return *ctx.gradients(gradient, ctx.saved_tensors, *ctx.settings), *[None] * 5
 
 
 @contextmanager

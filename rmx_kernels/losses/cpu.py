@@ -19,6 +19,7 @@ from rmx_kernels.head.cpu import Head, scale_of
 from rmx_kernels.head.gradient import HeadGradient
 from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
 from rmx_kernels.losses.op import BASE_MASS_TOLERANCE, LossForward, Pair, Terms, Weights
+from rmx_kernels.losses.reference import live_rows
 
 
 def arguments(
@@ -180,11 +181,9 @@ def live(pair: Pair, weights: Weights, norms: Tensor | None) -> LossRows:
     """The rows of a pair that carry a weight, those with an anchor first; norms [4, N], where known."""
     ce, kl = (w.reshape(-1).to(pair.student.real) for w in weights)
     target = pair.target.reshape(-1).long()
-    with_base = kl != 0
-    anchors = with_base.nonzero().squeeze(1)
-    index = torch.cat([anchors, ((ce != 0) & ~with_base).nonzero().squeeze(1)])
+    index, anchored = live_rows(ce, kl)
     own = ce.new_full((4, index.shape[0]), float("nan")) if norms is None else norms[:, index]
-    return LossRows(pair, index, anchors.shape[0], target[index], own, (ce[index], kl[index]))
+    return LossRows(pair, index, anchored, target[index], own, (ce[index], kl[index]))
 
 
 def every(pair: Pair, weights: Weights | None, norms: Tensor | None, anchored: bool) -> LossRows:

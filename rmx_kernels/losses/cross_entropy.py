@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rmx_kernels import checks
+from rmx_kernels.ignored import check as check_ignored
 from rmx_kernels.logits import LoRA, chunks, compute_dtype
 from rmx_kernels.losses.api import linear_gated_contrastive_loss
 from rmx_kernels.results import CrossEntropy
@@ -157,8 +158,7 @@ def _check(
         checks.frozen("weight", weight, "class weights are constants")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if isinstance(ignored, bool) or not isinstance(ignored, int):
-        raise TypeError(f"ignore_index: expected an int or None, got {type(ignored).__name__}")
+    check_ignored(ignored)
     for name, value, most in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, float("inf"))):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rmx.attention import grouped as grouped_attention
-from rmx.attention import native as native_attention
-from rmx.attention.packed import backend
+from rmx.attention.packed import backend, native_packed
 from rmx.attention.packing import Packing
 from rmx_kernels import native
 
@@ -30,7 +29,7 @@ def found(
 ) -> list[Tensor]:
     """out, dq, dk, dv."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    attend = native_attention.native_packed if way == "native" else grouped_attention.grouped
+    attend = native_packed if way == "native" else grouped_attention.grouped
     out = attend(*inputs, Packing(lengths, CPU), 0.3, window, None)
     return [out.detach(), *torch.autograd.grad(out, inputs, g)]
 
@@ -122,7 +121,7 @@ def test_a_nan_stays_in_its_sequence_and_head(place: str) -> None:
 
 def test_what_it_takes() -> None:
     q, k, v, _ = tensors(8, 2, 2, 16)
-    assert backend(q, k, v, None) is native_attention.native_packed
+    assert backend(q, k, v, None) is native_packed
     for others in ((q.double(), k.double(), v.double()), tensors(8, 2, 2, 24)[:3], (q, k, v[..., :8])):
         assert backend(*others, None) is grouped_attention.grouped  # type: ignore[arg-type]
     assert backend(q, k, v, 5.0) is grouped_attention.grouped
