@@ -114,7 +114,7 @@ def logits_rows(table: Table) -> None:
         for k in (0, 8, 64) if dtype == torch.bfloat16 else (0, 8):
             run = partial(rmx_kernels.entropy_topk, logits, target, k=k, impl="triton")
             table.add(f"entropy_topk k={k} {N}x{V} {name}", "rmx", run, logits.nbytes)
-        stats = ops.vocab_stats(*Logits(logits), target, 8, "triton")
+        stats = ops.vocab_stats(*Logits(logits), target, 8, False, "triton")
         upstream = (stats[4], stats[5], stats[6], stats[1], None, row, row, None)
         run = partial(ops.vocab_stats_backward, *Logits(logits), target, *upstream, needs, "triton")
         table.add(f"entropy_topk backward {N}x{V} {name}", "rmx", run, 2 * logits.nbytes)

@@ -43,12 +43,12 @@ def works(dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], Any]]]:
     ce, kl = gate.float(), (~gate).float()
     ops = torch.ops.rmx_kernels
     z, needs = Logits(logits), [True, False, False, False, False]
-    stats = ops.vocab_stats(*z, target, 8, "triton")
+    stats = ops.vocab_stats(*z, target, 8, False, "triton")
     saved = (stats[4], stats[5], stats[6], stats[1])
     norms = ops.contrastive_loss(*z, base, target, ce, kl, None, False, "triton")[3]
     one, row = logits.nbytes, torch.ones(N, device="cuda")
     return {
-        "statistics": (one, lambda: ops.vocab_stats(*z, target, 8, "triton")),
+        "statistics": (one, lambda: ops.vocab_stats(*z, target, 8, False, "triton")),
         "statistics_gradient": (
             2 * one,
             lambda: ops.vocab_stats_backward(*z, target, *saved, None, row, row, None, needs, "triton"),

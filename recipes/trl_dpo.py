@@ -23,7 +23,7 @@ def sums(model, ids, mask, completion):
     """The log-prob of each completion, [B]: the sum over its tokens."""
     rows, head = completion[:, 1:].bool(), head_of(model)  # position p predicts token p + 1
     hidden = head.hidden(ids, mask)[:, :-1][rows]
-    logprob = linear_entropy_topk(hidden, target=ids[:, 1:][rows], k=0, **head.kwargs()).logprob
+    logprob = linear_entropy_topk(hidden, target=ids[:, 1:][rows], early_gradient=True, **head.kwargs()).logprob
     return torch.zeros(rows.shape, device=ids.device).masked_scatter(rows, logprob).sum(1)
 
 

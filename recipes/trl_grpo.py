@@ -34,7 +34,7 @@ class NoLogitsGRPOTrainer(GRPOTrainer):
     ):
         if compute_aux_loss or any(value is not None for value in images.values()):
             raise ValueError("expected a text model without a load-balancing loss: use GRPOTrainer itself")
-        options = {"temperature": self.temperature, "logits_to_keep": logits_to_keep}
+        options = {"temperature": self.temperature, "logits_to_keep": logits_to_keep, "early_gradient": True}
         batches = [x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)]
 
         def scored(inner):

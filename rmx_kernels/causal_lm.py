@@ -37,6 +37,7 @@ def token_logprobs(
     k: int = 0,
     temperature: float | Tensor = 1.0,
     logits_to_keep: int | None = None,
+    early_gradient: bool = False,
     check: bool = True,
     impl: str | None = None,
     **kwargs: Any,
@@ -63,6 +64,7 @@ def token_logprobs(
             sequences with a temperature each, [B]: ``temperature[:, None].expand(-1, L - 1)``.
         logits_to_keep: only the last so many predicted tokens, 1 to L - 1 (the length of a completion, say; not one
             more, as transformers counts); None for all.
+        early_gradient: for a loss of the log-probs alone, as in :func:`linear_entropy_topk`.
         check: as in :func:`head_of`.
         impl: None (best available), "reference", "cpu" or "triton".
         kwargs: further inputs of the model (position_ids, pixel_values, ...).
@@ -83,18 +85,18 @@ def token_logprobs(
     """
     _check_inputs(input_ids, attention_mask, logits_to_keep, kwargs)
     head = head_of(model, check)
-    operator = head.kwargs(temperature)
+    operator = head.kwargs(temperature) | {"early_gradient": early_gradient, "k": k, "impl": impl}
     L = input_ids.shape[1]
     rows = slice(0 if logits_to_keep is None else L - 1 - logits_to_keep, L - 1)
     hidden = head.hidden(input_ids, attention_mask, **kwargs)[:, rows]
     target = input_ids[:, 1:][:, rows]
     if attention_mask is None:
-        return linear_entropy_topk(hidden, target=target, k=k, impl=impl, **operator)
+        return linear_entropy_topk(hidden, target=target, **operator)
     tokens = attention_mask != 0
     live = (tokens[:, :-1] & tokens[:, 1:])[:, rows]
     operator["temperature"] = checks.temperature_of(operator["temperature"], hidden, live)
     # What is computed from padding can be NaN, which 0 times a gradient would keep, so those rows are left out.
-    stats = linear_entropy_topk(hidden[live], target=target[live], k=k, impl=impl, **operator)
+    stats = linear_entropy_topk(hidden[live], target=target[live], **operator)
     return VocabStats._make(None if x is None else _placed(x, live) for x in stats)
 
 

@@ -133,6 +133,22 @@ class Logits(NamedTuple):
         own = self.divisors(rows)
         return raw / (self.temperature if own is None else own)
 
+    @property
+    def rows_require_grad(self) -> bool:
+        """Whether hidden states with a head, or what a LoRA pair makes of them, ask for a gradient."""
+        made_of = self.x, self.lora_hidden
+        return (
+            self.weight is not None
+            and torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in made_of)
+        )
+
+    def empty_row_gradients(self, wanted: bool, impl: str) -> tuple[Tensor, Tensor]:
+        """Room for gradients of x and lora_hidden that are still to be multiplied; without elements if not wanted."""
+        shapes = [x.shape if x is not None and wanted else (0,) for x in (self.x, self.lora_hidden)]
+        x, lora_hidden = (self.x.new_empty(shape, dtype=gradient_dtype(self.x, impl)) for shape in shapes)
+        return x, lora_hidden
+
     def empty_gradients(self, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for the gradients of :data:`TENSORS`, of the shape of each; without elements where not needed."""
         shapes = [x.shape if x is not None and need else (0,) for x, need in zip(self.tensors, needs, strict=True)]

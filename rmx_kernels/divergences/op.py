@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, gradient_dtype, spread
+from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import DivergenceStats
 
@@ -81,10 +81,7 @@ def _divergence(*arguments: Any) -> DivergenceForward:
 def _fake_divergence(*arguments: Any) -> DivergenceForward:
     (student, *_), (gradient, impl) = _pair(arguments)
     row = student.x.new_empty(student.lead, dtype=student.real)
-    dx, du = (
-        student.x.new_empty(x.shape if x is not None and gradient else (0,), dtype=gradient_dtype(student.x, impl))
-        for x in (student.x, student.lora_hidden)
-    )
+    dx, du = student.empty_row_gradients(gradient, impl)
     return row, torch.empty_like(row), row.new_empty(NORMS, row.numel()), dx, du
 
 
@@ -141,7 +138,5 @@ register(
 
 def divergence(pair: HeadPair, impl: str) -> DivergenceStats:
     """The registered operator; arguments as checked by the public one."""
-    made_of = pair.student.x, pair.student.lora_hidden
-    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in made_of)
-    found, entropy, *_ = torch.ops.rmx_kernels.divergence(*pair.arguments, gradient, impl)
+    found, entropy, *_ = torch.ops.rmx_kernels.divergence(*pair.arguments, pair.student.rows_require_grad, impl)
     return DivergenceStats(found, entropy)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, gradient_dtype, spread
+from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
@@ -81,10 +81,7 @@ def _fake_terms(student: Logits) -> Terms:
 def _fake_loss(*arguments: Any) -> LossForward:
     (student, _, _), (_, _, _, gradient, impl) = _pair(arguments)
     logprob, kl, norms = _fake_terms(student)
-    dx, du = (
-        student.x.new_empty(x.shape if x is not None and gradient else (0,), dtype=gradient_dtype(student.x, impl))
-        for x in (student.x, student.lora_hidden)
-    )
+    dx, du = student.empty_row_gradients(gradient, impl)
     return logprob.new_empty(()), logprob, kl, norms, dx, du
 
 
@@ -199,8 +196,7 @@ def contrastive_loss(
 ) -> ContrastiveLoss:
     """The registered operator; arguments as checked by the public ones."""
     student, base_x, target = pair
-    made_of = (student.x, student.lora_hidden) if student.weight is not None else ()
-    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in made_of)
+    gradient = student.rows_require_grad
     base_lse = None if base_lse is None else base_lse.detach()
     loss, logprob, kl, *_ = torch.ops.rmx_kernels.contrastive_loss(
         *student, base_x.detach(), target, ce_weight.detach(), kl_weight.detach(), base_lse, gradient, impl

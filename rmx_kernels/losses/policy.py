@@ -64,8 +64,9 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     r"""The clipped policy-gradient loss of sampled tokens, from the hidden states that predict them.
 
-    :class:`PolicyOptions` has the equations. A call costs 3 products of the live rows with a frozen head: the
-    statistics, and in the backward pass the logits again and their gradient. A "full" KL adds 5.
+    :class:`PolicyOptions` has the equations. Value and gradient cost 2 products of the live rows with a frozen head:
+    the logits, and their gradient, multiplied back at once. With an entropy bonus it is 3, since the logits are made
+    again in the backward pass. A "full" KL adds 5.
 
     Args:
         hidden: [B, T, H], the final hidden states that predict the tokens of B completions. Differentiable.
@@ -109,7 +110,8 @@ def linear_policy_loss(
     head: dict[str, Any] = {"bias": bias, "softcap": softcap, "impl": impl}
     head["temperature"] = checks.temperature_of(temperature, hidden, live)
     own, ids = hidden[live], target[live]
-    stats = linear_entropy_topk(own, weight, ids, lora=lora, **head)
+    alone = not options.entropy_coef  # the log-probs have a gradient, and nothing else does
+    stats = linear_entropy_topk(own, weight, ids, lora=lora, early_gradient=alone, **head)
     assert stats.logprob is not None
     logprob, entropy = (x.new_zeros(rows).masked_scatter(live, x) for x in (stats.logprob, stats.entropy))
     old = logprob.detach() if old_logprob is None else torch.where(live, old_logprob, 0.0)

@@ -78,6 +78,7 @@ def linear_entropy_topk(
     ignore_index: int | None = None,
     process_group: Any = None,
     reduce_hidden_grad: bool = True,
+    early_gradient: bool = False,
     impl: str | None = None,
 ) -> VocabStats:
     r"""What :func:`entropy_topk` returns for logits = hidden @ weight.T + bias, without making them.
@@ -101,6 +102,10 @@ def linear_entropy_topk(
             the same on every rank, which is checked first; ``vocab_parallel_entropy_topk``, which is called, says more,
             and has ``check=False`` for inner loops. ``torch.distributed.group.WORLD`` is the default group.
         reduce_hidden_grad: with a process_group, False leaves the sum of hidden's gradient over ranks to the caller.
+        early_gradient: True makes the gradient of ``logprob`` for hidden and A together with the values, from the same
+            logits, and keeps it (N x H numbers) for the backward pass: 2 products with a frozen head in the place of 3.
+            For a loss of the log-probs alone: where another result has a gradient too, all is made in the backward
+            pass and this costs a product. Without effect for several targets a row and with a process_group.
 
     Returns:
         :class:`VocabStats` of float32 (float64 for float64 inputs), in nats. Scratch memory does not grow with N x V.
@@ -128,7 +133,8 @@ def linear_entropy_topk(
     if target is not None:
         checks.candidates(target, hidden.shape[:-1], hidden.device)
     chosen = choice.chosen("linear_entropy_topk", impl, hidden)
-    return _counted(statistics(linear(hidden, weight, bias, lora, temperature, softcap), target, k, chosen), missing)
+    z = linear(hidden, weight, bias, lora, temperature, softcap)
+    return _counted(statistics(z, target, k, chosen, bool(early_gradient)), missing)
 
 
 def _counted(stats: VocabStats, missing: Tensor | None) -> VocabStats:

@@ -2,7 +2,8 @@
 
 Of hidden states a tile of the vocabulary at a time is multiplied by torch.mm and folded while it is in the cache. In
 the backward pass whole rows are computed anew, some at a time, turned into their gradient in place and multiplied back;
-the gradient of the head, where one is asked for, takes a second such sweep, by slices of the vocabulary.
+the gradient of the head, where one is asked for, takes a second such sweep, by slices of the vocabulary. If the
+gradient of the log-probs comes with them, the forward pass makes whole rows, and they are multiplied back at once.
 """
 
 import torch
@@ -25,6 +26,9 @@ class RunningStats:
         self.m, self.d, self.T = (torch.empty(N, dtype=real) for _ in range(3))
         self.chosen = None if target is None else torch.empty(N, dtype=real)
         self.best = torch.empty(N, 2 * k, dtype=torch.int64)
+        self.log_d, self.lse, self.entropy = (torch.empty_like(self.m) for _ in range(3))
+        self.logprob = None if target is None else torch.empty(N, dtype=real)
+        self.values, self.ids = torch.empty(N, k, dtype=real), torch.empty(N, k, dtype=torch.int64)
 
     def _sums(self, rows: slice) -> native.Sums:
         *pointers, best = native.addresses(rows, self.m, self.d, self.T, self.chosen, self.target, self.best)
@@ -33,18 +37,15 @@ class RunningStats:
     def fold(self, z: native.Rows, scale: native.Scale, rows: slice, first: int, columns: int) -> None:
         native.call("rmx_entropy_topk", z, scale, rows.stop - rows.start, first, columns, self._sums(rows))
 
-    def finish(self) -> tuple[Tensor, ...]:
-        """(lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d), each [N] or [N, k]."""
-        log_d, lse, entropy = (torch.empty_like(self.m) for _ in range(3))
-        logprob = self.m.new_empty(0 if self.chosen is None else self.N)
-        values, ids = self.m.new_empty(self.N, self.k), torch.empty(self.N, self.k, dtype=torch.int64)
-        stats = native.Stats(*(native.address(x) for x in (log_d, lse, entropy, logprob, values, ids)))
+    def finish(self, rows: slice) -> None:
+        """log_d, lse, entropy, logprob [N], values and ids [N, k] of some rows whose columns were all folded in."""
+        results = self.log_d, self.lse, self.entropy, self.logprob, self.values, self.ids
+        stats = native.Stats(*native.addresses(rows, *results))
         dtype = native.DTYPES[self.m.dtype]
-        native.call("rmx_entropy_topk_finish", dtype, self.N, self._sums(slice(0, self.N)), stats)
-        return lse, entropy, logprob, values, ids, self.m, log_d
+        native.call("rmx_entropy_topk_finish", dtype, rows.stop - rows.start, self._sums(rows), stats)
 
 
-def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
+def forward(z: Logits, target: Tensor | None, k: int, gradient: bool) -> Forward:
     lead = z.lead
     ids = several = None
     if target is not None:
@@ -52,7 +53,10 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
         ids, several = (ids, None) if ids.dim() == 1 else (None, ids)
     stats = RunningStats(lead.numel(), k, z.real, ids)
     chosen = torch.empty(0 if several is None else several.shape, dtype=z.real)  # their logits
-    if z.weight is None:
+    dx, du = z.empty_row_gradients(gradient, "cpu")
+    if gradient:
+        _fold_and_turn(z, stats, dx, du)
+    elif z.weight is None:
         stats.fold(native.rows(z.x), scale_of(z), slice(0, stats.N), 0, z.V)
         if target is not None and several is not None:
             chosen.copy_(z.x.gather(-1, target.long()).view(several.shape))
@@ -66,12 +70,42 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
                 stats.fold(native.rows(tile), scale_of(z, rows), rows, cols.start, tile.shape[1])
                 if several is not None:
                     pick(chosen, tile[: rows.stop - rows.start], several, rows, cols)
-    lse, entropy, logprob, values, topk_ids, m, log_d = stats.finish()
+    if not gradient:
+        stats.finish(slice(0, stats.N))
+    logprob = stats.logprob
     if several is not None:
-        logprob = (z.scaled(chosen) - m[:, None]) - log_d[:, None]
-    lse, entropy, m, log_d = (x.view(lead) for x in (lse, entropy, m, log_d))
-    logprob = logprob if target is None else logprob.view(target.shape)
-    return lse, entropy, logprob, values.view(*lead, k), topk_ids.view(*lead, k), m, log_d
+        logprob = (z.scaled(chosen) - stats.m[:, None]) - stats.log_d[:, None]
+    lse, entropy, m, log_d = (x.view(lead) for x in (stats.lse, stats.entropy, stats.m, stats.log_d))
+    logprob = m.new_empty(0) if logprob is None or target is None else logprob.view(target.shape)
+    return lse, entropy, logprob, stats.values.view(*lead, k), stats.ids.view(*lead, k), m, log_d, dx, du
+
+
+def _fold_and_turn(z: Logits, stats: RunningStats, dx: Tensor, du: Tensor) -> None:
+    """All of ``stats``, and the gradient of the log-probs: both from the same whole rows of logits."""
+    head, of_rows, target = Head(z), z.rows(), stats.target
+    saved = Saved(target, stats.ids, stats.m, stats.log_d, stats.entropy)
+    gradient = StatisticsGradient(saved, Upstream(None, None, torch.ones_like(stats.m), None))
+    buffer = head.buffer(head.V, min(stats.N, head.row_chunk()))
+    for rows in chunks(stats.N, head.row_chunk()):
+        tile = _whole_rows(head, of_rows, rows, buffer)
+        stats.fold(native.rows(tile), scale_of(z, rows), rows, 0, head.V)
+        stats.finish(rows)
+        gradient(native.rows(tile), native.rows(tile), scale_of(z, rows), rows, 0, head.V)
+        _multiply_back(head, tile, of_rows, rows, dx, du)
+
+
+def _whole_rows(head: Head, z: Logits, rows: slice, buffer: Tensor) -> Tensor:
+    """The logits of some of the flattened rows, followed by up to 3 others."""
+    return head.logits(head.rows(z.x[rows]), buffer, None, head.lora_rows(z.lora_hidden, rows))
+
+
+def _multiply_back(head: Head, dz: Tensor, z: Logits, rows: slice, dx: Tensor, du: Tensor) -> None:
+    """dx and du of some of the flattened rows, where they have elements."""
+    n = rows.stop - rows.start
+    if dx.numel():
+        dx.view(z.x.shape)[rows] = head.back(dz)[:n].to(dx.dtype)
+    if z.lora_hidden is not None and du.numel():
+        du.view(z.lora_hidden.shape)[rows] = head.lora_back(dz)[:n].to(du.dtype)
 
 
 class StatisticsGradient:
@@ -121,13 +155,9 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
     if dx.numel() or du.numel():
         buffer = head.buffer(head.V, min(gradient.N, head.row_chunk()))
         for rows in chunks(gradient.N, head.row_chunk()):
-            n = rows.stop - rows.start
-            tile = head.logits(head.rows(of_rows.x[rows]), buffer, None, head.lora_rows(of_rows.lora_hidden, rows))
+            tile = _whole_rows(head, of_rows, rows, buffer)
             gradient(native.rows(tile), native.rows(tile), scale_of(z, rows), rows, 0, head.V)
-            if dx.numel():
-                dx.view(of_rows.x.shape)[rows] = head.back(tile)[:n].to(dx.dtype)
-            if of_rows.lora_hidden is not None and du.numel():
-                du.view(of_rows.lora_hidden.shape)[rows] = head.lora_back(tile)[:n].to(du.dtype)
+            _multiply_back(head, tile, of_rows, rows, dx, du)
     sink = HeadGradient(z, needs)
     if sink.wanted:
         _head_gradient(head, of_rows, gradient, sink)

@@ -27,8 +27,8 @@ def merge_topk(best: tuple[Tensor, Tensor], values: Tensor, ids: Tensor, k: int)
     return values[:, :k], torch.cat([best[1], ids], dim=-1).gather(1, order[:, :k])
 
 
-def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
-    """The statistics of all rows, folded tile by tile."""
+def forward(z: Logits, target: Tensor | None, k: int, gradient: bool) -> Forward:
+    """The statistics of all rows, folded tile by tile; the gradient of the log-probs from the tiles made anew."""
     tiles, lead = VocabTiles(z.rows()), z.lead
     ids = None if target is None else target.reshape(tiles.N, *target.shape[len(lead) :]).long()
     sums = RowSums(tiles.N, tiles.dtype, z.x.device)
@@ -54,10 +54,23 @@ def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
         logprob = ((chosen - m.view(-1, *several)) - log_d.view(-1, *several)).view(target.shape)
     topk = ((best[0] - m[:, None]) - log_d[:, None]).view(*lead, k), best[1].view(*lead, k)
     lse, entropy, m, log_d = (x.view(lead) for x in (m + log_d, sums.entropy(), m, log_d))
-    return lse, entropy, logprob, *topk, m, log_d
+    dx, du = z.empty_row_gradients(gradient, "reference")
+    if gradient:
+        sink = GradientSink(tiles.z, (True, False, False, du.numel() > 0, False))
+        upstream = Upstream(None, None, torch.ones_like(m), None)
+        _sweep(tiles, Saved(target, topk[1], m, log_d, entropy), upstream, sink)
+        dx, du = sink.x.view(dx.shape), sink.lora_hidden.view(du.shape) if du.numel() else du
+    return lse, entropy, logprob, *topk, m, log_d, dx, du
 
 
 def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradients:
+    tiles = VocabTiles(z.rows())
+    sink = GradientSink(tiles.z, needs)
+    _sweep(tiles, saved, upstream, sink)
+    return sink.gradients(z)
+
+
+def _sweep(tiles: VocabTiles, saved: Saved, upstream: Upstream, sink: GradientSink) -> None:
     """dz = p * along_p - g_entropy * p * (log p + H) + g_logprob * onehot(target) + g_topk * onehot(ids)."""
     m, log_d, entropy = (x.reshape(-1) for x in (saved.m, saved.log_d, saved.entropy))
     target = None if saved.target is None else saved.target.reshape(-1).long()
@@ -71,8 +84,6 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         along_p -= g_logprob
     if g_topk is not None:
         along_p -= g_topk.sum(-1)
-    tiles = VocabTiles(z.rows())
-    sink = GradientSink(tiles.z, needs)
     for cols in tiles.columns():
         head = tiles.head(cols)
         sink.open(cols, head)
@@ -91,4 +102,3 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
                 add_at(dz, g_topk[rows], ids[rows], cols)
             sink.add(tiles, rows, dz, tile)
         sink.close()
-    return sink.gradients(z)

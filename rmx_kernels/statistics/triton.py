@@ -1,7 +1,8 @@
 """The statistics by Triton kernels, on logits or on whole rows of them by the vendor's GEMM, some at a time.
 
 Backward computes the rows anew, turns them into their gradient in place and multiplies it back; the gradient of the
-head, where one is asked for, takes a second such sweep, by slices of the vocabulary.
+head, where one is asked for, takes a second such sweep, by slices of the vocabulary. The gradient of the log-probs can
+be made in the forward pass from the same rows.
 """
 
 from typing import Any
@@ -85,12 +86,12 @@ class Statistics:
         if self.several is not None:
             self._pick(x.x.reshape(-1, V)[:n], self.several[rows], rows)
 
-    def results(self) -> Forward:
+    def results(self, dx: Tensor, du: Tensor) -> Forward:
         lse, entropy, m, log_d = (x.view(self.lead) for x in (self.lse, self.entropy, self.m, self.log_d))
         logprob = self.logprob if self.several is None else self.of_several
         logprob = logprob if self.shape is None else logprob.view(self.shape)
         values, ids = (x.view(*self.lead, self.k) for x in (self.values, self.ids))
-        return lse, entropy, logprob, values, ids, m, log_d
+        return lse, entropy, logprob, values, ids, m, log_d, dx, du
 
     def _own(self, of_rows: Any, rows: slice) -> Any:
         """The part of ``rows``, without a view where that is all."""
@@ -117,17 +118,35 @@ class Statistics:
         return self.m[rows, None] * (1.0 / self.z.temperature if own is None else own.double().reciprocal().float())
 
 
-def forward(z: Logits, target: Tensor | None, k: int) -> Forward:
+def forward(z: Logits, target: Tensor | None, k: int, gradient: bool) -> Forward:
     statistics = Statistics(z, target, k)
+    dx, du = z.empty_row_gradients(gradient, "triton")
     if z.weight is None:
         statistics.compute(Rows(z.x), slice(0, statistics.N))
-        return statistics.results()
+        return statistics.results(dx, du)
     head, of_rows = Head(z, models=1), z.rows()
+    turn = size = None
+    if gradient:
+        ones = torch.ones_like(statistics.m)
+        size = row_sizes(ones) if head.narrow else None
+        saved = Saved(statistics.target, statistics.ids, statistics.m, statistics.log_d, statistics.entropy)
+        turn = StatisticsGradient(z, saved, Upstream(None, None, ones if size is None else ones / size, None))
     buffer = head.buffer(multiple(min(statistics.N, head.chunk)), head.V)
     for rows in chunks(statistics.N, head.chunk):
         u = None if of_rows.lora_hidden is None else head.take(of_rows.lora_hidden, rows)
-        statistics.compute(Rows(head.logits(head.take(of_rows.x, rows), u, buffer)), rows)
-    return statistics.results()
+        logits = head.logits(head.take(of_rows.x, rows), u, buffer)
+        statistics.compute(Rows(logits), rows)
+        if turn is not None:
+            dz = turn.beside(head, logits, rows, 0)
+            _multiply_back(head, dz, of_rows, rows, None if size is None else size[rows], dx, du)
+    return statistics.results(dx, du)
+
+
+def _multiply_back(head: Head, dz: Tensor, z: Logits, rows: slice, size: Tensor | None, dx: Tensor, du: Tensor) -> None:
+    """dx and du of some of the flattened rows, where they have elements; ``size``: what dz was divided by."""
+    for total, like, weight in ((dx, z.x, head.weight), (du, z.lora_hidden, head.lora_weight)):
+        if total.numel() and like is not None and weight is not None:
+            head.back(dz, weight, size, total.view(like.shape)[rows])
 
 
 class StatisticsGradient:
@@ -155,6 +174,13 @@ class StatisticsGradient:
             **sweep.shape(itemsize),
         )
 
+    def beside(self, head: Head, logits: Tensor, rows: slice, first: int) -> Tensor:
+        """The gradient of a tile of logits, in their place where it can be; 0 in rows to fill up with."""
+        dz = head.gradient_buffer(logits)
+        self(Rows(logits), dz, rows, first)
+        dz[rows.stop - rows.start :].zero_()
+        return dz
+
 
 def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradients:
     if z.weight is None:
@@ -162,8 +188,8 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         StatisticsGradient(z, saved, upstream)(Rows(z.x), dx.view(-1, z.V), slice(0, saved.m.numel()), 0)
         return dx, None, None, None, None
     dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
-    (x, weight, _, u, lora_weight), N, size = z.rows().tensors, saved.m.numel(), None
-    assert x is not None and weight is not None
+    of_rows, N, size = z.rows(), saved.m.numel(), None
+    x, u = of_rows.x, of_rows.lora_hidden
     if x.dtype == torch.float16 and any(g is not None for g in upstream):
         given = [None if g is None else g.to(torch.float32).reshape(N, *g.shape[saved.m.dim() :]) for g in upstream]
         size = row_sizes(*given)
@@ -174,20 +200,13 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         """(dz, x, u) of some rows and columns, followed by rows to fill up with."""
         own, own_u = head.take(x, rows), None if u is None else head.take(u, rows)
         logits = head.logits(own, own_u, buffer, cols)
-        dz = head.gradient_buffer(logits)
-        gradient(Rows(logits), dz, rows, cols.start)
-        dz[rows.stop - rows.start :].zero_()
-        return dz, own, own_u
+        return gradient.beside(head, logits, rows, cols.start), own, own_u
 
     if needs[0] or needs[3]:
         buffer = head.buffer(multiple(min(N, head.chunk)), head.V)
         for rows in chunks(N, head.chunk):
-            part = None if size is None else size[rows]
             dz, _, _ = tile(rows, buffer, slice(0, head.V))
-            if needs[0]:
-                head.back(dz, weight, part, dx.view(x.shape)[rows])
-            if u is not None and lora_weight is not None and needs[3]:
-                head.back(dz, lora_weight, part, du.view(u.shape)[rows])
+            _multiply_back(head, dz, of_rows, rows, None if size is None else size[rows], dx, du)
     for cols in head.slices() if sink.wanted else ():
         sink.open(cols)
         step = head.slice_rows(cols.stop - cols.start)

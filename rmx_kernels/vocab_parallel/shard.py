@@ -52,7 +52,7 @@ class Shard:
 
     def statistics(self, z: Logits, target: Tensor | None, k: int) -> Any:
         """(lse, entropy, logprob, topk_logprobs, topk_ids, m, log_d) of this part."""
-        *others, m, log_d = torch.ops.rmx_kernels.vocab_stats(*z, target, k, self.impl)
+        *others, m, log_d, _, _ = torch.ops.rmx_kernels.vocab_stats(*z, target, k, False, self.impl)
         return *others, *self._given((m, log_d), z)
 
     def statistics_gradient(self, z: Logits, saved: Sequence[Any], upstream: Gradients, needs: Needs) -> Gradients:

@@ -158,6 +158,7 @@ WRONG: dict[str, list[tuple[str, Change, type[Exception]]]] = {
     ],
     "process_group": [(repr(v), lambda _, v=v: v, TypeError) for v in (3, "gloo", -100)],
     "reduce_hidden_grad": [],  # read with a process_group alone
+    "early_gradient": [],  # any truth value
     "impl": [(repr(v), lambda _, v=v: v, ValueError) for v in ("cuda", "", "Reference", 3, True)],
 }
 

@@ -68,22 +68,26 @@ def vocab_stats(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
     z, (head, _, target) = logits(dtype), headed(dtype)
     ids = cases.randint(9, 2, 3)
     calls: list[Call] = [
-        (*z, ids, 2, impl),
-        (*logits(dtype, **SCALED), ids.int(), 9, impl),
-        (*z, None, 0, impl),
-        (*z._replace(x=z.x.detach()[0]), None, 1, impl),
-        (*plain(head), target, 2, impl),
-        (*frozen(head._replace(bias=None), "weight"), target.int(), 11, impl),
-        (*frozen(plain(head)._replace(bias=None), "x"), None, 0, impl),
-        (*head, target, 2, impl),
-        (*frozen(head, "x", "weight", "lora_hidden"), target, 0, impl),
-        (*by_row(z), ids, 2, impl),
-        (*by_row(head), target, 2, impl),
+        (*z, ids, 2, False, impl),
+        (*logits(dtype, **SCALED), ids.int(), 9, False, impl),
+        (*z, None, 0, False, impl),
+        (*z._replace(x=z.x.detach()[0]), None, 1, False, impl),
+        (*plain(head), target, 2, False, impl),
+        (*frozen(head._replace(bias=None), "weight"), target.int(), 11, False, impl),
+        (*frozen(plain(head)._replace(bias=None), "x"), None, 0, False, impl),
+        (*head, target, 2, False, impl),
+        (*frozen(head, "x", "weight", "lora_hidden"), target, 0, False, impl),
+        (*frozen(plain(head), "weight", "bias"), target, 0, True, impl),
+        (*frozen(head, "weight", "bias", "lora_weight"), target.int(), 2, True, impl),
+        (*head, target, 2, True, impl),
+        (*by_row(z), ids, 2, False, impl),
+        (*by_row(head), target, 2, False, impl),
     ]
     backward = []
     for call in calls:
-        inputs, (ids, k, _) = detached(*call[:OPERANDS]), call[OPERANDS:]
-        _, entropy, _, _, topk_ids, m, log_d = packet("vocab_stats")(*detached(*call))
+        inputs, (ids, k, gradient, _) = detached(*call[:OPERANDS]), call[OPERANDS:]
+        _, entropy, _, _, topk_ids, m, log_d, *made = packet("vocab_stats")(*detached(*call))
+        assert [x.numel() > 0 for x in made] == [gradient, gradient and inputs[3] is not None]
         up = cases.randn(*m.shape)
         gradients = (up, up, None if ids is None else up, cases.randn(*m.shape, k))
         for needs in [LOGITS_ALONE] if inputs[1] is None else NEEDS if inputs[3] is not None else [ALL]:
@@ -222,10 +226,12 @@ for name in ("vocab_stats", "contrastive_loss", "logprob_kl", "divergence"):
 with FakeTensorMode():
     h, W, ids, w = torch.empty(3, 8), torch.empty(11, 8), torch.empty(3, dtype=torch.int64), torch.empty(3)
     scaling, plain = (1.0, None, None), (None,) * 4
-    assert [tuple(x.shape) for x in ops.vocab_stats(h, *plain, *scaling, ids, 2, "cpu")] == [
-        (3,), (3,), (3,), (3, 2), (3, 2), (3,), (3,)
+    assert [tuple(x.shape) for x in ops.vocab_stats(h, *plain, *scaling, ids, 2, False, "cpu")] == [
+        (3,), (3,), (3,), (3, 2), (3, 2), (3,), (3,), (0,), (0,)
     ]
     for u, B, shape in ((None, None, (0,)), (torch.empty(3, 2), torch.empty(11, 2), (3, 2))):
+        stats = ops.vocab_stats(h, W, None, u, B, *scaling, ids, 0, True, "cpu")
+        assert [tuple(x.shape) for x in stats[-2:]] == [(3, 8), shape]
         loss = ops.contrastive_loss(h, W, None, u, B, *scaling, h, ids, w, w, None, True, "cpu")
         assert [tuple(x.shape) for x in loss] == [(), (3,), (3,), (4, 3), (3, 8), shape]
         assert ops.logprob_kl(h, W, None, u, B, *scaling, h, ids, "cpu")[1].shape == (3,)

@@ -73,7 +73,7 @@ def run_int32_targets() -> None:
 
 def statistics(z: Logits, target: Tensor, k: int) -> None:
     module, g = kernels_of("statistics"), torch.zeros(2)
-    _, entropy, _, _, ids, m, log_d = module.forward(z, target, k)
+    _, entropy, _, _, ids, m, log_d, *_ = module.forward(z, target, k, False)
     upstream = Upstream(g, g, g, torch.zeros(2, k) if k else None)
     module.backward(z, Saved(target, ids.zero_(), m, log_d, entropy), upstream, (True, *[False] * 4))
 
