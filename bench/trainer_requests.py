@@ -93,6 +93,9 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
                 return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1).mean()
             if kind == "reverse_kl":
                 return F.kl_div(theirs, own, reduction="none", log_target=True).sum(-1).mean()
+            if kind == "alpha":
+                power = (BETA * theirs + (1 - BETA) * own).exp().sum(-1)
+                return ((1 - power) / (BETA * (1 - BETA))).mean()
             mixture = torch.logsumexp(torch.stack([own + math.log(1 - BETA), theirs + math.log(BETA)]), 0)
             parts = [F.kl_div(mixture, x, reduction="none", log_target=True) for x in (theirs, own)]
             return (BETA * parts[0] + (1 - BETA) * parts[1]).sum(-1).mean()
@@ -125,6 +128,7 @@ def ways(rows: int) -> tuple[Tensor, dict[str, tuple[Way, Way]]]:
         "forward KL": distilled("forward_kl"),
         "reverse KL": distilled("reverse_kl"),
         "JSD": distilled("jsd"),
+        "alpha": distilled("alpha"),
     }
     return hidden, found
 

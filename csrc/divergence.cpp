@@ -58,20 +58,52 @@ RMX_INLINE T log_ratio(T p, T q, T log_p, T log_q) {
     return x > T(80) ? T(80) : x;
 }
 
-// A term of the divergence; l: q's factor in the gradient, before its mean is subtracted.
+// The alpha divergence of order a, b = 1 - a. With x = log q - log p a term is
+//   p (a + b e^x - e^(b x)) / (a b) = p (c_2 x^2 / 2! + c_3 x^3 / 3! + ...),  c_n = 1 + b + ... + b^(n - 2),
+// whose coefficients are never negative: exact near 0. Far from it, it is (a p + b q - p^a q^b) / (a b).
+template <class T>
+struct Alpha {
+    static constexpr int last = sizeof(T) == 4 ? 10 : 18;  // power of the series
+    T a, b, per_ab, coefficients[last - 1];
+
+    RMX_INLINE explicit Alpha(double order)
+        : a(static_cast<T>(order)), b(static_cast<T>(1 - order)), per_ab(static_cast<T>(1 / (order * (1 - order)))) {
+        double c = 1, factorial = 2;
+        for (int n = 2; n <= last; ++n) {
+            coefficients[n - 2] = static_cast<T>(c / factorial);
+            c = 1 + (1 - order) * c;
+            factorial *= n + 1;
+        }
+    }
+
+    // A term; l: q (1 - e^(-a x)) / a = (q - p^a q^b) / a, which the gradient subtracts its mean from.
+    RMX_INLINE T term(T lowest, T p, T q, T log_p, T log_q, T* l) const {
+        const T x = log_q - log_p;
+        T near = x < T(-0.5) ? T(-0.5) : x;
+        near = near > T(0.5) ? T(0.5) : near;
+        T series = coefficients[last - 2];
+        for (int n = last - 3; n >= 0; --n) series = series * near + coefficients[n];
+        const T w = exp_exactly(at_least(lowest, a * log_p + b * log_q)), far = (a * p + b * q - w) * per_ab;
+        const bool is_near = near == x;
+        *l = (is_near ? -q * exp_less_one(-a * near) : q - w) / a;
+        return is_near ? p * (series * near * near) : (far < T(0) ? T(0) : far);
+    }
+};
+
+// A term of the divergence; l: q's factor in the gradient, before its mean is subtracted. rest: 1 - beta.
 template <int KIND, class T>
-RMX_INLINE T term_of(T p, T q, T log_p, T log_q, T beta, T* l) {
+RMX_INLINE T term_of(T p, T q, T log_p, T log_q, T beta, T rest, T* l) {
     if (KIND == RMX_FORWARD_KL) return kl_term(q, p, log_q - log_p);
     if (KIND == RMX_REVERSE_KL) {
         *l = log_q - log_p;
         return kl_term(p, q, log_p - log_q);
     }
-    const T x = log_ratio(p, q, log_p, log_q), mixture = beta * p + (T(1) - beta) * q;
+    const T x = log_ratio(p, q, log_p, log_q), mixture = beta * p + rest * q;
     T of_p, of_q;
-    const T first = mixture_term(p, mixture, (T(1) - beta) * exp_less_one(x), &of_p);
+    const T first = mixture_term(p, mixture, rest * exp_less_one(x), &of_p);
     const T second = mixture_term(q, mixture, beta * exp_less_one(-x), &of_q);
     *l = -of_q;
-    return beta * first + (T(1) - beta) * second;
+    return beta * first + rest * second;
 }
 
 template <class T>
@@ -149,6 +181,8 @@ RMX_INLINE void sweep(const DivergenceArguments& a, int64_t i) {
     const bool has_divergence = rows.g_divergence != nullptr, has_entropy = rows.g_entropy != nullptr;
     const T g = value_or_zero<T>(rows.g_divergence, i), g_entropy = value_or_zero<T>(rows.g_entropy, i);
     const T lowest = opaque(constants<T>::lowest), beta = static_cast<T>(rows.beta);
+    const T rest = static_cast<T>(1 - rows.beta);  // rounded after the difference
+    const Alpha<T> alpha(KIND == RMX_ALPHA ? rows.beta : 0.5);
     alignas(64) T z[BLOCK];
     alignas(64) T teacher_z[BLOCK];
     alignas(64) T dz[BLOCK];
@@ -163,15 +197,19 @@ RMX_INLINE void sweep(const DivergenceArguments& a, int64_t i) {
                 const T log_q = (z[j + c] - m) - log_d, log_p = (teacher_z[j + c] - teacher_m) - teacher_log_d;
                 const T q = exp_exactly(at_least(lowest, log_q)), p = exp_exactly(at_least(lowest, log_p));
                 T l = 0;
-                if (TERMS || KIND != RMX_FORWARD_KL) {
-                    const T term = term_of<KIND>(p, q, log_p, log_q, beta, &l);
+                if (KIND == RMX_ALPHA) {
+                    values[c] += alpha.term(lowest, p, q, log_p, log_q, &l);
+                    sums[c] += l;
+                } else if (TERMS || KIND != RMX_FORWARD_KL) {
+                    const T term = term_of<KIND>(p, q, log_p, log_q, beta, rest, &l);
                     values[c] += term;
                     sums[c] += q == T(0) ? T(0) : q * l;
                 }
                 if (GRADIENT) {
                     T own = q - p;  // 0 where they are equal
                     if (KIND == RMX_REVERSE_KL) own = q == T(0) ? T(0) : q * (l - mean);
-                    if (KIND == RMX_JSD) own = q == T(0) ? T(0) : (T(1) - beta) * q * (l - mean);
+                    if (KIND == RMX_JSD) own = q == T(0) ? T(0) : rest * q * (l - mean);
+                    if (KIND == RMX_ALPHA) own = l - q * mean;
                     const T of_entropy = q == T(0) ? T(0) : q * (log_q + entropy);
                     dz[j + c] = (has_divergence ? own * g : T(0)) - (has_entropy ? of_entropy * g_entropy : T(0));
                 }
@@ -199,17 +237,20 @@ RMX_INLINE void sweep(const DivergenceArguments& a, int64_t i) {
 RMX_SWEEPS(forward_kl, RMX_FORWARD_KL)
 RMX_SWEEPS(reverse_kl, RMX_REVERSE_KL)
 RMX_SWEEPS(jsd, RMX_JSD)
+RMX_SWEEPS(alpha, RMX_ALPHA)
 RMX_CLONES void norms_f32(const DivergenceArguments& a, int64_t i) { norms_of<float>(a, i); }
 RMX_CLONES void norms_f64(const DivergenceArguments& a, int64_t i) { norms_of<double>(a, i); }
 
 void rows_of(const DivergenceArguments& a, int64_t begin, int64_t end) {
     using Sweep = void (*)(const DivergenceArguments&, int64_t);
-    static const Sweep terms[3][2] = {{forward_kl_terms_f32, forward_kl_terms_f64},
+    static const Sweep terms[4][2] = {{forward_kl_terms_f32, forward_kl_terms_f64},
                                       {reverse_kl_terms_f32, reverse_kl_terms_f64},
-                                      {jsd_terms_f32, jsd_terms_f64}};
-    static const Sweep turns[3][2] = {{forward_kl_turn_f32, forward_kl_turn_f64},
+                                      {jsd_terms_f32, jsd_terms_f64},
+                                      {alpha_terms_f32, alpha_terms_f64}};
+    static const Sweep turns[4][2] = {{forward_kl_turn_f32, forward_kl_turn_f64},
                                       {reverse_kl_turn_f32, reverse_kl_turn_f64},
-                                      {jsd_turn_f32, jsd_turn_f64}};
+                                      {jsd_turn_f32, jsd_turn_f64},
+                                      {alpha_turn_f32, alpha_turn_f64}};
     const int wide = a.student->dtype == RMX_F64, kind = a.rows->kind;
     for (int64_t i = begin; i < end; ++i) {
         if (a.rows->value != nullptr) {
@@ -231,7 +272,7 @@ int rmx_divergence(const rmx_rows* student, const rmx_rows* teacher, const rmx_s
     const auto known = [](int32_t dtype) { return dtype >= RMX_F32 && dtype <= RMX_F64; };
     if (!known(student->dtype) || !known(teacher->dtype) || (student->dtype == RMX_F64) != (teacher->dtype == RMX_F64))
         return RMX_BAD_DTYPE;
-    if (rows->kind < RMX_FORWARD_KL || rows->kind > RMX_JSD) return RMX_BAD_SHAPE;
+    if (rows->kind < RMX_FORWARD_KL || rows->kind > RMX_ALPHA) return RMX_BAD_SHAPE;
     const rmx::DivergenceArguments a{student, teacher, dx, scale, teacher_scale, columns, rows};
     return rmx::for_rows(pool, N, columns, rmx::rows_of, a);
 }

@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 #define RMX_API __attribute__((visibility("default")))
-#define RMX_ABI 6  // raised with every change of this file; the Python side refuses a library of another number
+#define RMX_ABI 7  // raised with every change of this file; the Python side refuses a library of another number
 
 // Types of logits. Statistics are double for RMX_F64 and float for the others: "real" below.
 enum { RMX_F32 = 0, RMX_BF16 = 1, RMX_F16 = 2, RMX_F64 = 3 };
@@ -103,13 +103,14 @@ RMX_API int rmx_gated_contrastive_loss_backward(const rmx_rows* student, const r
                                         const rmx_scale* scale, int64_t N, int64_t first, int64_t columns,
                                         const rmx_loss* loss, const rmx_rows* dx, rmx_parallel_for pool);
 
-// The divergence of student rows q from teacher rows p, and its gradient. `kind`: KL(p || q), KL(q || p), or
-// JSD = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
-// norms: m and log d of the student, then of the teacher; the mean that the gradient of the last two kinds needs; the
+// The divergence of student rows q from teacher rows p, and its gradient. `kind`: KL(p || q), KL(q || p),
+// JSD = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, or the alpha divergence
+// (1 - sum p^beta q^(1 - beta)) / (beta (1 - beta)), 0 < beta < 1.
+// norms: m and log d of the student, then of the teacher; the mean that the gradient of the last three kinds needs; the
 // student's entropy. With `value` rows are whole, and norms and value are written; without it norms are read. With dx,
 //   dz = g_divergence d divergence / dz + g_entropy d entropy / dz of the student, in place if dx is the student.
 // Logits of both have dtypes of one precision. Where the student is impossible KL(p || q) is inf, as KL(q || p) is where the teacher is.
-enum { RMX_FORWARD_KL = 0, RMX_REVERSE_KL = 1, RMX_JSD = 2 };
+enum { RMX_FORWARD_KL = 0, RMX_REVERSE_KL = 1, RMX_JSD = 2, RMX_ALPHA = 3 };
 typedef struct {
     void* norms;                             // real [6, norm_stride]
     void* value;                             // real [N], or NULL

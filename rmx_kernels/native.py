@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 6  # RMX_ABI of csrc/rmx_cpu.h
+ABI = 7  # RMX_ABI of csrc/rmx_cpu.h
 LIBRARY = Path(__file__).with_name("librmx_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rmx_kernels import checks, choice
-from rmx_kernels.divergences.op import FORWARD_KL, JSD, KINDS, REVERSE_KL, HeadPair, divergence
+from rmx_kernels.divergences.op import ALPHA, FORWARD_KL, JSD, KINDS, REVERSE_KL, HeadPair, divergence
 from rmx_kernels.logits import LoRA, linear
 from rmx_kernels.results import DivergenceStats
 
@@ -36,13 +36,16 @@ def linear_divergence(
         \mathrm{jsd} = \beta \, \mathrm{KL}(p \,\|\, m) + (1 - \beta) \, \mathrm{KL}(q \,\|\, m), \qquad
         m = \beta p + (1 - \beta) q
 
+        \mathrm{alpha} = \frac{1 - \sum_v p^\beta q^{1 - \beta}}{\beta (1 - \beta)}
+
         z_{q,n} = \mathrm{cap}(h_n (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n, \qquad
         z_{p,n} = \mathrm{cap}_t(h_{t,n} W_t^\top + b_t) / \mathrm{temperature}_{t,n}
 
     Weights of rows and means are the caller's. Values are sums of terms that are never negative: exactly 0 for equal
     logits, and accurate where they are nearly so. The limits of the formulas hold for logits of -inf: a token that
     neither distribution has adds nothing, forward_kl is +inf where the student lacks a token of the teacher,
-    reverse_kl where the teacher lacks one of the student (and has no gradient there: NaN), and jsd stays finite.
+    reverse_kl where the teacher lacks one of the student (and has no gradient there: NaN), and jsd and alpha stay
+    finite. The Renyi divergence of order beta is -log(1 - beta (1 - beta) alpha) / (1 - beta).
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
@@ -51,9 +54,11 @@ def linear_divergence(
             require a gradient.
         teacher_weight, teacher_bias: its head [V, H2], and [V] or None, of the same vocabulary; constants. Dtypes may
             differ, and autocast acts, as in :func:`linear_entropy_topk`, for each of the two models by itself.
-        kind: "forward_kl", "reverse_kl" or "jsd".
+        kind: "forward_kl", "reverse_kl", "jsd" or "alpha".
         beta: of jsd, in [0, 1], the teacher's share of m. As in TRL's ``GKDTrainer``, 0 is forward_kl and 1 is
-            reverse_kl, the limits of jsd / beta and of jsd / (1 - beta). (The formula itself is 0 there.)
+            reverse_kl, the limits of jsd / beta and of jsd / (1 - beta). (The formula itself is 0 there.) Of alpha the
+            order, in [0, 1]: its limits are reverse_kl at 0 and forward_kl at 1. Values lose digits near both ends: the
+            relative error grows as 1 / (beta (1 - beta)).
         lora: (A [r, H], B [V, r], scale) of the student, as in :func:`linear_logprob_kl`. Differentiable.
         temperature, softcap: of the student, as in :func:`entropy_topk`, one of each row too.
         teacher_temperature, teacher_softcap: of the teacher, alike; None for the student's temperature, and for no
@@ -68,7 +73,8 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
 
-    Source: generalised JSD of GKD (arXiv 2306.13649, section 2), whose convention of beta TRL 1.16 has too.
+    Source: generalised JSD of GKD (arXiv 2306.13649, section 2), whose convention of beta TRL 1.16 has too; alpha
+    divergence: T. Minka, Divergence measures and message passing (MSR-TR-2005-173), section 3.
 
     >>> import torch
     >>> h, weight = torch.zeros(1, 3), torch.ones(4, 3)
@@ -82,6 +88,8 @@ def linear_divergence(
     _check_kind(kind, beta)
     if kind == JSD and beta in (0, 1):
         kind = REVERSE_KL if beta else FORWARD_KL
+    if kind == ALPHA and beta in (0, 1):
+        kind = FORWARD_KL if beta else REVERSE_KL
     chosen = choice.chosen("linear_divergence", impl, hidden)
     student = linear(hidden, weight, bias, lora, temperature, softcap)
     constants = (

@@ -5,7 +5,8 @@ parts into norms, and walks along its part again for the terms of the divergence
 row (reference.py), so ``gradient`` is a third walk. Student and teacher go through the same
 operations, so that equal rows give exactly 0.
 
-KIND is the place of the divergence in op.KINDS: 0 for KL(p || q), 1 for KL(q || p), 2 for the generalised JSD.
+KIND is the place of the divergence in op.KINDS: 0 for KL(p || q), 1 for KL(q || p), 2 for the generalised JSD, 3 for
+the alpha divergence.
 """
 
 import triton
@@ -59,18 +60,18 @@ def excess_of_log(y):
 
 
 @triton.jit
-def mixed(p, q, log_p, log_q, beta):
-    """(m, log m, (m - p) / p, (m - q) / q) of the mixture m = beta p + (1 - beta) q, the ratios exact near 0.
+def mixed(p, q, log_p, log_q, beta, rest):
+    """(m, log m, (m - p) / p, (m - q) / q) of the mixture m = beta p + rest q, the ratios exact near 0.
 
     Where neither distribution has a token, log m is -inf and the ratios are 0.
     """
-    mixture = beta * p + (1 - beta) * q
+    mixture = beta * p + rest * q
     x = tl.where((p == 0) & (q == 0), 0.0, log_q - log_p)
     x = tl.minimum(tl.maximum(x, -FAR), FAR)
     near = tl.abs(x) < NEAR
     ratio = tl.where(near, x + excess(tl.where(near, x, 0.0)), tl.exp2(x * LOG2E) - 1)  # q / p - 1
     back = -ratio * tl.exp2(-x * LOG2E)  # p / q - 1
-    return mixture, tl.log2(mixture) * LN2, (1 - beta) * ratio, beta * back
+    return mixture, tl.log2(mixture) * LN2, rest * ratio, beta * back
 
 
 @triton.jit
@@ -90,7 +91,36 @@ def log_of(y, far):
 
 
 @triton.jit
-def pair_terms(log_p, log_q, beta, KIND: tl.constexpr):
+def alpha_terms(p, q, log_p, log_q, a, b):
+    """Terms of the alpha divergence of order a, (a p + b q - p^a q^b) / (a b), and (q - p^a q^b) / a; b = 1 - a.
+
+    Near x = log q - log p = 0 the first is p times a series in x, whose coefficients c_n / n! are never negative.
+    """
+    x = log_q - log_p
+    near = tl.abs(x) < NEAR
+    x = tl.where(near, x, 0.0)
+    c_3 = 1 + b
+    c_4 = 1 + b * c_3
+    c_5 = 1 + b * c_4
+    c_6 = 1 + b * c_5
+    c_7 = 1 + b * c_6
+    c_8 = 1 + b * c_7
+    series = c_8 / 40320
+    series = series * x + c_7 / 5040
+    series = series * x + c_6 / 720
+    series = series * x + c_5 / 120
+    series = series * x + c_4 / 24
+    series = series * x + c_3 / 6
+    series = series * x + 0.5
+    w = tl.exp2((a * log_p + b * log_q) * LOG2E)
+    far = (a * p + b * q - w) / (a * b)
+    terms = tl.where(near, p * ((x * x) * series), tl.where(far < 0, 0.0, far))
+    y = -a * x
+    return terms, tl.where(near, -q * (y + excess(y)), q - w) / a
+
+
+@triton.jit
+def pair_terms(log_p, log_q, beta, rest, KIND: tl.constexpr):
     """(terms of the divergence, terms of the mean that its gradient needs)."""
     p, q = tl.exp2(log_p * LOG2E), tl.exp2(log_q * LOG2E)
     if KIND == 0:
@@ -99,25 +129,30 @@ def pair_terms(log_p, log_q, beta, KIND: tl.constexpr):
     elif KIND == 1:
         terms = kl_terms(p, q, log_p - log_q)
         of_mean = tl.where(q == 0, 0.0, q * (log_q - log_p))
+    elif KIND == 3:
+        terms, of_mean = alpha_terms(p, q, log_p, log_q, beta, rest)
     else:
-        mixture, log_m, y_p, y_q = mixed(p, q, log_p, log_q, beta)
+        mixture, log_m, y_p, y_q = mixed(p, q, log_p, log_q, beta, rest)
         of_q = mixture_terms(q, log_q, mixture, log_m, y_q)
-        terms = beta * mixture_terms(p, log_p, mixture, log_m, y_p) + (1 - beta) * of_q
+        terms = beta * mixture_terms(p, log_p, mixture, log_m, y_p) + rest * of_q
         of_mean = tl.where(q == 0, 0.0, -q * log_of(y_q, log_m - log_q))
     return terms, of_mean
 
 
 @triton.jit
-def row_gradient(log_p, log_q, beta, mean, KIND: tl.constexpr):
+def row_gradient(log_p, log_q, beta, rest, mean, KIND: tl.constexpr):
     """The gradient of a row's divergence with respect to the student's scaled logits."""
     p, q = tl.exp2(log_p * LOG2E), tl.exp2(log_q * LOG2E)
     if KIND == 0:
         dz = q - p  # 0 where they are equal
     elif KIND == 1:
         dz = tl.where(q == 0, 0.0, q * ((log_q - log_p) - mean))
+    elif KIND == 3:
+        _terms, dz = alpha_terms(p, q, log_p, log_q, beta, rest)
+        dz -= q * mean
     else:
-        _m, log_m, _y, y = mixed(p, q, log_p, log_q, beta)
-        dz = tl.where(q == 0, 0.0, (beta - 1) * q * (log_of(y, log_m - log_q) + mean))
+        _m, log_m, _y, y = mixed(p, q, log_p, log_q, beta, rest)
+        dz = tl.where(q == 0, 0.0, -rest * q * (log_of(y, log_m - log_q) + mean))
     return dz
 
 
@@ -176,7 +211,8 @@ def values(
     sums,  # [2, N, S]: of the divergence, and of the mean that its gradient needs
     N, V, S, STEPS, c, per_temperature, softcap,
     row_temperature,  # [N], or None for c and per_temperature; the teacher's alike
-    teacher_c, teacher_per_temperature, teacher_softcap, teacher_row_temperature, beta,
+    teacher_c, teacher_per_temperature, teacher_softcap, teacher_row_temperature,
+    beta, rest,  # 1 - beta, rounded after the difference
     KIND: tl.constexpr, SEGMENTS: tl.constexpr,
     R: tl.constexpr, L: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +255,7 @@ def values(
         teacher_z = capped(read(teacher_x + teacher_start + step * TILE, at, R, L, J), teacher_softcap)
         log_q = (z - M) * per_temperature - log_d
         log_p = (teacher_z - teacher_M) * teacher_per_temperature - teacher_log_d
-        terms, of_mean = pair_terms(log_p, log_q, beta, KIND)
+        terms, of_mean = pair_terms(log_p, log_q, beta, rest, KIND)
         total += lane_sum(terms)
         mean += lane_sum(of_mean)
     if (whole < first + STEPS) & (whole * TILE < V):
@@ -229,7 +265,7 @@ def values(
         teacher_z = capped(read_part(teacher_x + teacher_start + begin, at, left, 0.0, R, L, J), teacher_softcap)
         log_q = (z - M) * per_temperature - log_d
         log_p = (teacher_z - teacher_M) * teacher_per_temperature - teacher_log_d
-        terms, of_mean = pair_terms(log_p, log_q, beta, KIND)
+        terms, of_mean = pair_terms(log_p, log_q, beta, rest, KIND)
         total += lane_sum(tl.where(inside, terms, 0.0))
         mean += lane_sum(tl.where(inside, of_mean, 0.0))
     nothing = (M - M) + (teacher_M - teacher_M)  # NaN where there is no distribution
@@ -246,7 +282,8 @@ def gradient(
     g_divergence, g_entropy,  # [N], or None for 0
     N, columns, S, STEPS, per_temperature, softcap,
     row_temperature,  # [N], or None for per_temperature; the teacher's alike
-    teacher_per_temperature, teacher_softcap, teacher_row_temperature, beta,
+    teacher_per_temperature, teacher_softcap, teacher_row_temperature,
+    beta, rest,  # 1 - beta, rounded after the difference
     KIND: tl.constexpr, R: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     row, segment, start, teacher_start = part_of(S, stride, teacher_stride)
@@ -271,7 +308,8 @@ def gradient(
                 teacher_z = read_row(teacher_x + teacher_start + begin, at, left, left >= TILE, R, L, J)
                 teacher_z = capped(teacher_z, teacher_softcap)
                 log_p = (teacher_z - teacher_M) * teacher_per_temperature - teacher_log_d
-                dz = row_gradient(log_p, log_q, beta, mean, KIND) * (tl.load(g_divergence + row) * per_temperature)
+                dz = row_gradient(log_p, log_q, beta, rest, mean, KIND)
+                dz *= tl.load(g_divergence + row) * per_temperature
             if g_entropy is not None:
                 q = tl.exp2(log_q * LOG2E)
                 of_entropy = tl.where(q == 0, 0.0, q * (log_q + entropy))

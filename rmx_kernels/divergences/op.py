@@ -28,7 +28,7 @@ from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import DivergenceStats
 
-FORWARD_KL, REVERSE_KL, JSD = KINDS = ("forward_kl", "reverse_kl", "jsd")
+FORWARD_KL, REVERSE_KL, JSD, ALPHA = KINDS = ("forward_kl", "reverse_kl", "jsd", "alpha")
 NORMS = 6
 DivergenceForward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Upstream = tuple[Tensor | None, Tensor | None]  # of the divergence and of the entropy [B...]
@@ -45,7 +45,7 @@ class HeadPair(NamedTuple):
     student: Logits
     teacher: Logits  # without a LoRA pair
     kind: str  # of KINDS
-    beta: float  # of jsd
+    beta: float  # of jsd and alpha
 
     @property
     def arguments(self) -> tuple[Any, ...]:

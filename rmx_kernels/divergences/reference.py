@@ -5,10 +5,13 @@ With p of the teacher, q of the student and m = beta p + (1 - beta) q, a KL is a
     KL(p || q) = sum p (e^x - 1 - x),  x = log q - log p;   KL(q || p) with both exchanged
     JSD = beta KL(p || m) + (1 - beta) KL(q || m),  KL(p || m) = sum p (y - log(1 + y)),  y = (1 - beta) (q - p) / p
 
+    alpha = sum (a p + b q - p^a q^b) / (a b) = sum p (c_2 x^2 / 2! + c_3 x^3 / 3! + ...),  a = beta, b = 1 - beta,
+        c_n = 1 + b + ... + b^(n - 2)
+
 and exactly 0 where both are equal. The gradients of a row with respect to the student's scaled logits:
 
     KL(p || q): q - p    KL(q || p): q (l - mean), l = log q - log p    JSD: (1 - beta) q (l - mean), l = log q - log m
-    entropy: -q (log q + entropy)
+    alpha: q (l - mean), l = (1 - (p / q)^a) / a    entropy: -q (log q + entropy)
 
 The mean is sum q l, summed as it stands: what a rounded normaliser adds to every l then cancels in the difference.
 
@@ -21,12 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from rmx_kernels.divergences.op import FORWARD_KL, NORMS, REVERSE_KL, DivergenceForward, HeadPair, Upstream
+from rmx_kernels.divergences.op import ALPHA, FORWARD_KL, NORMS, REVERSE_KL, DivergenceForward, HeadPair, Upstream
 from rmx_kernels.head.reference import GradientSink, RowSums, VocabTiles
 from rmx_kernels.logits import Gradients, Needs, chunks
 from rmx_kernels.losses.reference import kl_terms
 
 NEAR = 0.3  # of 0: where y - log(1 + y) is a series
+NEAR_POWER = 0.5  # nats between two log-probs up to which a term of the alpha divergence is a series
+LAST_POWER = 18  # of that series
 FAR = 80.0  # nats between two log-probs from which on the smaller probability adds nothing to a mixture
 Tile = tuple[slice, slice, Tensor, Tensor]  # rows, columns, scaled logits of student and teacher
 
@@ -53,6 +58,25 @@ def log_ratio(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_q - log_p).masked_fill_((p == 0) & (q == 0), 0).clamp_(-FAR, FAR)
 
 
+def alpha_terms(order: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of the alpha divergence, and q l = (q - p^a q^b) / a, of the mean and of the gradient."""
+    a, b = order, 1 - order
+    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
+    near = x.abs() <= NEAR_POWER
+    x = torch.where(near, x, 0.0)
+    coefficients, c, factorial = [], 1.0, 2
+    for n in range(2, LAST_POWER + 1):
+        coefficients.append(c / factorial)
+        c, factorial = 1 + b * c, factorial * (n + 1)
+    series = torch.full_like(x, coefficients.pop())
+    while coefficients:
+        series.mul_(x).add_(coefficients.pop())
+    w = (a * log_p + b * log_q).exp()
+    far = ((a * p + b * q - w) / (a * b)).clamp(min=0)
+    found = torch.where(near, series.mul_(x).mul_(x).mul_(p), far)
+    return found, torch.where(near, -q * torch.expm1(-a * x), q - w) / a
+
+
 def terms(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
     """Of a tile: the terms of the divergence, and those of the mean that its gradient needs, if it needs one."""
     p, q = log_p.exp(), log_q.exp()
@@ -60,6 +84,8 @@ def terms(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor,
         return kl_terms(q, p, log_q - log_p), None
     if kind == REVERSE_KL:
         return kl_terms(p, q, log_p - log_q), (q * (log_q - log_p)).masked_fill_(q == 0, 0)
+    if kind == ALPHA:
+        return alpha_terms(beta, log_p, log_q)
     x = log_ratio(p, q, log_p, log_q)
     mixture = beta * p + (1 - beta) * q
     of_p = mixture_terms(p, mixture, (1 - beta) * x.expm1())
@@ -73,6 +99,8 @@ def row_gradient(kind: str, beta: float, log_p: Tensor, log_q: Tensor, mean: Ten
     p, q = log_p.exp(), log_q.exp()
     if kind == FORWARD_KL:
         return q - p  # 0 where they are equal
+    if kind == ALPHA:
+        return alpha_terms(beta, log_p, log_q)[1] - q * mean[:, None]
     if kind == REVERSE_KL:
         of_q = (log_q - log_p) - mean[:, None]
     else:

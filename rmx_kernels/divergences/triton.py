@@ -46,6 +46,11 @@ class RowLogits(NamedTuple):
         return scaling(self.pair.student, self.rows), scaling(self.pair.teacher, self.rows)
 
     @property
+    def shares(self) -> tuple[float, float]:
+        """beta and 1 - beta."""
+        return self.pair.beta, 1 - self.pair.beta
+
+    @property
     def kind(self) -> int:
         return KINDS.index(self.pair.kind)
 
@@ -74,7 +79,7 @@ def row_values(rows: RowLogits) -> tuple[Tensor, Tensor]:
     S, steps = sweep.division(V, itemsize)
     launch(
         *(kernels.values, n * S, device, *rows.arguments, parts, norms, sums, n, V, S, steps),
-        *(*own, *other, rows.pair.beta),
+        *(*own, *other, *rows.shares),
         warps=sweep.warps,
         KIND=rows.kind,
         SEGMENTS=max(LEAST_SEGMENTS, power_of_2(S)),
@@ -93,7 +98,7 @@ def row_gradient(rows: RowLogits, dx: Tensor, norms: Tensor, upstream: Upstream)
     own, other = rows.scalings
     launch(
         *(kernels.gradient, rows.n * S, dx.device, *rows.arguments, dx, dx.stride(0), norms, norms.stride(0)),
-        *(*upstream, rows.n, rows.x.shape[1], S, steps, *own[1:], *other[1:], rows.pair.beta),
+        *(*upstream, rows.n, rows.x.shape[1], S, steps, *own[1:], *other[1:], *rows.shares),
         warps=sweep.warps,
         KIND=rows.kind,
         **sweep.shape(itemsize),

@@ -112,6 +112,11 @@ def divergence(
         return kl_divergence(log_p, log_q), entropy
     if kind == "reverse_kl":
         return kl_divergence(log_q, log_p), entropy
+    if kind == "alpha":
+        both = (log_p.exp() > 0) & (log_q.exp() > 0)
+        power = (beta * log_p + (1 - beta) * log_q).masked_fill(~both, -math.inf).exp()
+        terms = beta * log_p.exp() + (1 - beta) * log_q.exp() - power
+        return terms.sum(-1) / (beta * (1 - beta)), entropy
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     return beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m), entropy
 

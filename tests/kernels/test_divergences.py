@@ -1,4 +1,4 @@
-"""linear_divergence against the fp64 oracle and TRL: three kinds, heads of different widths, and the hard inputs."""
+"""linear_divergence against the fp64 oracle and TRL: four kinds, heads of different widths, and the hard inputs."""
 
 import math
 from decimal import Decimal, localcontext
@@ -20,6 +20,7 @@ from rmx_kernels.divergences.reference import excess_of_log, kl_terms, mixture_t
 OPERATOR = "linear_divergence"
 INF = math.inf
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.97)]
+KINDS += [("alpha", 0.5), ("alpha", 0.1)]
 SCALINGS: list[dict[str, float]] = [
     {"temperature": 0.3},
     {"softcap": 30.0, "teacher_softcap": 5.0},
@@ -150,7 +151,7 @@ def test_equal_inputs_give_exactly_zero(
     V=st.integers(1, 40),
     size=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
     apart=st.sampled_from([0.0, 1e-7, 1e-4, 1e-2, 1.0, 1e3]),
-    chosen=st.sampled_from([*KINDS, ("jsd", 1e-6), ("jsd", 1 - 1e-6)]),
+    chosen=st.sampled_from([*KINDS, ("jsd", 1e-6), ("jsd", 1 - 1e-6), ("alpha", 1e-3), ("alpha", 1 - 1e-3)]),
     seed=st.integers(0, 99),
 )
 def test_never_negative(device, impl, dtype, V, size, apart, chosen, seed) -> None:
@@ -168,9 +169,11 @@ def test_never_negative(device, impl, dtype, V, size, apart, chosen, seed) -> No
     if kind == "jsd":
         most = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
         assert (result.divergence <= most * (1 + 1e-5) + 1e-9).all()
+    if kind == "alpha":
+        assert (result.divergence <= (1 + 1e-5) / (beta * (1 - beta))).all()
 
 
-@kinds
+@pytest.mark.parametrize(("kind", "beta"), [*KINDS, ("jsd", 1e-6), ("jsd", 1 - 1e-6)])
 @pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3])
 def test_small_divergences_keep_their_relative_accuracy(
     device: str, impl: str, apart: float, kind: str, beta: float
@@ -198,6 +201,9 @@ def with_digits(z: list[float], teacher_z: list[float], kind: str, beta: float) 
 
         if kind == "jsd":
             return of_p * kl(p, m) + (1 - of_p) * kl(q, m)
+        if kind == "alpha":
+            powers = (x**of_p * y ** (1 - of_p) for x, y in zip(p, q, strict=True))
+            return (1 - sum(powers, Decimal(0))) / (of_p * (1 - of_p))
         return kl(p, q) if kind == "forward_kl" else kl(q, p)
 
 
@@ -234,6 +240,7 @@ def test_masked_tokens(device: str, impl: str, own: slice, others: slice, mask: 
     q, p = log_q.exp(), log_p.exp()
     mixture = beta * p + (1 - beta) * q
     log_m = torch.where(mixture > 0, mixture, 1.0).log()
+    shared = (p > 0) & (q.detach() > 0)
 
     def kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
         kept = a.detach() > 0
@@ -243,8 +250,9 @@ def test_masked_tokens(device: str, impl: str, own: slice, others: slice, mask: 
         "forward_kl": lambda: kl(p, log_p, log_q),
         "reverse_kl": lambda: kl(q, log_q, log_p),
         "jsd": lambda: beta * kl(p, log_p, log_m) + (1 - beta) * kl(q, log_q, log_m),
+        "alpha": lambda: (1 - (p[shared] ** beta * q[shared] ** (1 - beta)).sum()) / (beta * (1 - beta)),
     }[kind]()
-    lacking = {"forward_kl": (p > 0) & (q == 0), "reverse_kl": (q > 0) & (p == 0), "jsd": p < 0}[kind]
+    lacking = {"forward_kl": (p > 0) & (q == 0), "reverse_kl": (q > 0) & (p == 0)}.get(kind, p < 0)
     if lacking.any() and mask == -INF:
         assert result.divergence.item() == INF
         assert gradient.isnan().any() == (kind == "reverse_kl")
@@ -288,6 +296,43 @@ def test_ends_of_beta(device: str, impl: str, beta: float, kind: str) -> None:
         for options in ({"kind": "jsd", "beta": beta}, {"kind": kind})
     )
     cases.assert_same_bits(jsd, kl)
+
+
+ENDS_OF_THE_ORDER = pytest.mark.parametrize(("beta", "kind"), [(0, "reverse_kl"), (1.0, "forward_kl")])
+
+
+@ENDS_OF_THE_ORDER
+def test_ends_of_the_order(device: str, impl: str, beta: float, kind: str) -> None:
+    arguments = cases.make(OPERATOR, device=device)
+    alpha, kl = (
+        cases.forward_backward(OPERATOR, arguments | options, impl=impl)
+        for options in ({"kind": "alpha", "beta": beta}, {"kind": kind})
+    )
+    cases.assert_same_bits(alpha, kl)
+
+
+@ENDS_OF_THE_ORDER
+def test_orders_close_to_the_ends(device: str, impl: str, fp64: torch.dtype, beta: float, kind: str) -> None:
+    arguments = cases.make(OPERATOR, dtype=fp64, device=device)
+    close, kl = (
+        cases.forward_backward(OPERATOR, arguments | options, impl=impl)
+        for options in ({"kind": "alpha", "beta": abs(beta - 1e-5)}, {"kind": kind})
+    )
+    torch.testing.assert_close(close, kl, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [0.3, 0.5, 0.9])
+def test_the_renyi_divergence_by_its_formula(device: str, impl: str, order: float) -> None:
+    """Value and gradient of what the docstring says, against log sum p^a q^(1 - a)."""
+    fresh, inputs = cases.leaves(OPERATOR, cases.make(OPERATOR, device=device) | {"kind": "alpha", "beta": order})
+    alpha = cases.call(OPERATOR, fresh, impl=impl).divergence
+    renyi = -torch.log1p(-order * (1 - order) * alpha) / (1 - order)
+    log_q = F.linear(fresh["hidden"], fresh["weight"], fresh["bias"]).log_softmax(-1)
+    log_p = F.linear(fresh["teacher_hidden"], fresh["teacher_weight"], fresh["teacher_bias"]).log_softmax(-1)
+    expected = -(order * log_p + (1 - order) * log_q).logsumexp(-1) / (1 - order)
+    torch.testing.assert_close(renyi, expected, rtol=1e-4, atol=1e-5)
+    got, want = (torch.autograd.grad(x.sum(), inputs) for x in (renyi, expected))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])

@@ -162,6 +162,7 @@ def divergence(dtype: torch.dtype, impl: str) -> dict[str, list[Call]]:
         (*by_row(head), *teacher[:-1], cases.temperatures(2, 3), "jsd", 0.3, True, impl),
         (*frozen(head._replace(bias=None), "weight"), *teacher, "reverse_kl", 0.5, True, impl),
         (*frozen(head, "x", "lora_hidden"), *teacher[:2], None, 1.0, 30.0, None, "jsd", 0.9, False, impl),
+        (*frozen(head, "weight", "bias", "lora_weight"), *teacher, "alpha", 0.3, True, impl),
     ]
     backward: list[Call] = []
     g = cases.randn(2, 3)
