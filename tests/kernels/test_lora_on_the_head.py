@@ -74,6 +74,7 @@ def test_head_without_bias(op: str, device: str, impl: str, fp64: torch.dtype, s
     cases.check(op, arguments, impl, **scaling)
 
 
+@pytest.mark.thorough
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     N=st.integers(0, 7),
@@ -97,6 +98,7 @@ def test_many_rows_add_up_in_the_gradients_of_the_pair(op: str, device: str, imp
         check(op, impl, (600,), 29, 5, dtype, device)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scaling", [{}, SCALED], ids=["plain", "scaled"])
 def test_gradcheck(op: str, device: str, impl: str, fp64: torch.dtype, scaling: dict[str, float]) -> None:
     """Of hidden, weight, A and B together, where base_hidden is 0, so that moving the weight leaves p_b alone."""

@@ -44,6 +44,7 @@ def test_as_good_as_eager(op: str, device: str, impl: str, dtype: torch.dtype, s
     cases.check(op, arguments, impl, temperature=temperatures(2, 3, device=device), **scaling)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "softcap"])
 def test_gradcheck(op: str, device: str, impl: str, fp64: torch.dtype, scaling: Any) -> None:
     arguments = lora_too(op, cases.make(op, (5,), V=9, H=4, dtype=fp64, device=device))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import command
 from rich.console import Console
-from test_pipeline import changed, command, write_yaml
+from test_pipeline import changed, write_yaml
 
 from rmx.analyses.ablate import OWN, TRAINED, Ablation, Options, Outcome, ablate, tables, variants
 from rmx.config import Config

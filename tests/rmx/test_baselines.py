@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pipeline import command, write_yaml
+from command_line import command
+from test_pipeline import write_yaml
 
 from rmx.analyses.baselines import Options, baselines
 from rmx.errors import AnalysisError

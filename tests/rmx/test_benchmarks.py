@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import command
 from PIL import Image
 from rich.console import Console
-from test_pipeline import changed, command, write_yaml
+from test_pipeline import changed, write_yaml
 from tiny import save_tiny_model
 
 from rmx.analyses.benchmarks import BENCHMARKS, BenchmarkError, Result, plot, read_benchmark, run_benchmarks, table

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import command, write_yaml
+from command_line import command
+from test_pipeline import write_yaml
 
 from rmx.analyses.compare import KINDS, Comparison
 from rmx.analyses.compare import compare_models as join

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pipeline import command, write_yaml
+from command_line import command
+from test_pipeline import write_yaml
 
 from rmx.analyses.ablate import Options, ablate
 from rmx.analyses.variants import curve_variants

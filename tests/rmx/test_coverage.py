@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pipeline import command, write_yaml
+from command_line import command
+from test_pipeline import write_yaml
 
 from rmx.analyses.coverage import DRAWS, KEYS, Coverage, Curve, cover
 from rmx.config import Config

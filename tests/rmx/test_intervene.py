@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import command
 from rich.console import Console
 from test_compare import adapter_path  # noqa: F401  a fixture
-from test_pipeline import changed, command, write_yaml
+from test_pipeline import changed, write_yaml
 
 from rmx.analyses import intervene as module
 from rmx.analyses.intervene import ARMS, Arm, Gate, Intervened, Intervention, intervene, summarise, table

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import process
 
 from rmx import artefacts
 from rmx.artefacts import ArtefactError
@@ -39,12 +40,6 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
 def write_yaml(config: Config, path: Path) -> Path:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return path
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    line = [sys.executable, "-m", "rmx.cli", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def test_a_run_leaves_every_artefact_and_they_agree(finished: Run) -> None:
@@ -343,22 +338,22 @@ def test_an_empty_selection_stops_the_run_with_advice(tiny_config: Config) -> No
 @pytest.mark.thorough
 def test_the_command_line_runs_stages_and_reports_errors_in_one_line(tiny_config: Config, tmp_path: Path) -> None:
     path = write_yaml(tiny_config, tmp_path / "run.yaml")
-    early = command("train", path)
+    early = process("train", path)
     assert (early.returncode, early.stdout) == (1, "")
     assert early.stderr.startswith("rmx: error: ")
     assert "stage 'train' needs stage 'problems'" in early.stderr
-    done = command("run", path, "--set", "train.epochs=0.5")
+    done = process("run", path, "--set", "train.epochs=0.5")
     assert done.returncode == 0, done.stderr
     for words in ("20 held-out problems x 2 samples", "base", "tuned", "gain", "adapter", "report.html", "Cost"):
         assert words in done.stdout
-    wrong = command("run", path, "--set", "train.epohcs=1")
+    wrong = process("run", path, "--set", "train.epohcs=1")
     assert wrong.returncode == 1
     assert "train.epohcs: unknown key" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     broken = tmp_path / "broken.jsonl"
     broken.write_text(Path(tiny_config.problems.sources[0].jsonl).read_text() + "{\n")
     other = changed(tiny_config, problems={"sources": [{"jsonl": str(broken)}]})
-    named = command("problems", write_yaml(other, path), "--set", f"run_dir={tmp_path / 'other'}")
+    named = process("problems", write_yaml(other, path), "--set", f"run_dir={tmp_path / 'other'}")
     assert named.returncode == 1
     assert f"{broken}:41: not a JSON value" in named.stderr
-    assert "reference  runs here" in command("backends").stdout
+    assert "reference  runs here" in process("backends").stdout
