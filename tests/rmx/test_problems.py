@@ -87,7 +87,7 @@ def test_sources_of_one_task_or_file_name_do_not_collide(tmp_path: Path) -> None
     [
         ('{"question": "q", "answer"', "not a JSON value"),
         ('["q", 1]', "expected a JSON object, got list"),
-        ('{"question": "q"}', "no field 'answer'; there are 'question'"),
+        ('{"question": "q"}', "no field 'answer'; fields: 'question'"),
         ('{"question": "", "answer": 1}', "question: expected text or a number, got ''"),
         ('{"question": "q", "answer": true}', "answer: expected text or a number, got True"),
     ],
@@ -101,7 +101,7 @@ def test_a_broken_line_names_file_and_line(tmp_path: Path, line: str, fault: str
 def test_no_file_and_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="no such file"):
         read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(ArtefactError, match="holds no problem"):
+    with pytest.raises(ArtefactError, match="contains no problems"):
         read_jsonl(Path(write(tmp_path / "e.jsonl", [""])))
     latin = tmp_path / "l.jsonl"
     latin.write_bytes('{"question": "é", "answer": 1}'.encode("latin-1"))
