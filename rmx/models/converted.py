@@ -83,7 +83,7 @@ class Entry:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         free = shutil.disk_usage(self.cache).free
         if need > 0.9 * free:
-            raise OSError(f"it needs {_size(need)}, but the disk has only {_size(free)} left")
+            raise OSError(f"it needs {_size(need)}, but the disk has {_size(free)} left")
         with replacing(self.path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)

@@ -103,7 +103,7 @@ def _other_kind(model: PreTrainedModel, module: nn.Module, config: LoraConfig) -
     if type(module).forward is not nn.Embedding.forward or module.max_norm is not None:
         return f"is a {type(module).__name__}, which does more than look up a row: leave it out of the targets"
     if config.first_layer:
-        return f"comes before the layers that lora.first_layer={config.first_layer} skips: set lora.first_layer=0"
+        return f"comes before the layers that lora.first_layer={config.first_layer} skips: set it to 0"
     return ""
 
 

@@ -209,7 +209,7 @@ def test_checked_models_are_not_kept_alive() -> None:
         ({"temperature": 0.0}, r"temperature: expected a finite number above 0, got 0\.0"),
         (
             {"temperature": torch.ones(3, 9)},
-            r"temperature: expected one temperature a row, shape \(3, 8\), got \(3, 9\)",
+            r"temperature: expected one temperature per row, shape \(3, 8\), got \(3, 9\)",
         ),
         ({"temperature": torch.ones(3, 8).long()}, "temperature: expected a number or a floating-point tensor, got "),
         ({"temperature": torch.zeros(3, 8)}, r"temperature: expected finite numbers above 0, got 0\.0"),

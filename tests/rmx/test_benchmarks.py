@@ -314,7 +314,7 @@ def test_what_cannot_be_evaluated_says_so(tiny_config: Config, data: Path, digit
     with pytest.raises(BenchmarkError, match="gsm8k: contains no problems"):
         read_benchmark("gsm8k", data=data)
     (data / "gsm8k.jsonl").unlink()
-    with pytest.raises(BenchmarkError, match=r"data: holds neither gsm8k.jsonl nor a directory gsm8k"):
+    with pytest.raises(BenchmarkError, match=r"data: contains neither gsm8k.jsonl nor a directory gsm8k"):
         read_benchmark("gsm8k", data=data)
     with pytest.raises(ArtefactError, match="no such file"):
         read_benchmark(str(data / "absent.jsonl"))

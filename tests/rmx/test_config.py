@@ -51,7 +51,7 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("lora: {alpha_pattern: {q_proj: wide}}", "lora.alpha_pattern.q_proj: .*got 'wide'"),
         ("lora: {rank_pattern: {'q_(': 4}}", r"lora.rank_pattern.*'q_\(' is not a regular expression"),
         ("lora: {rank_pattern: {'(a|aa)+': 4}}", "lora.rank_pattern.*repeats a group"),
-        ("lora: {alpha_pattern: {'.*.*.*.*': 4.0}}", "lora.alpha_pattern.*up to 3 repeats"),
+        ("lora: {alpha_pattern: {'.*.*.*.*': 4.0}}", "lora.alpha_pattern.*at most 3 repeats"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(tmp_path: Path, extra: str, named: str) -> None:

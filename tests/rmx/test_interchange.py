@@ -318,7 +318,7 @@ def test_held_out_problems_come_from_the_configuration_where_no_file_gives_them(
     with pytest.raises(ArtefactError, match="no problem to evaluate on"):
         import_run(elsewhere(finished, "none"), released)
     (released / "spare.json").rename(released / "held_out.json")
-    with pytest.raises(ArtefactError, match=r"held_out.json: records\[0\]: problem_text: stands in records.json too"):
+    with pytest.raises(ArtefactError, match=r"held_out.json: records\[0\]: problem_text: is also in records.json"):
         import_run(elsewhere(finished, "none"), released)
 
 
@@ -367,7 +367,7 @@ def test_a_sequence_that_would_not_be_scored_is_named(finished: Run, released: P
     given = read(released / "training_set.json")
     given["rollouts"] = [entry for entry in given["rollouts"] if entry["correct"]]
     put(released / "training_set.json", json.dumps(given))
-    with pytest.raises(ArtefactError, match=r"rollouts\[0\]: score.problems=mixed leaves it out: set score.problems="):
+    with pytest.raises(ArtefactError, match=r"rollouts\[0\]: score.problems=mixed excludes it: set score.problems="):
         import_run(elsewhere(finished, "again"), released)
     again = elsewhere(finished, "again", score={"problems": "all"})
     import_run(again, released)

@@ -125,7 +125,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny: model.CausalLM, tmp_pa
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [(["qproj"], "'qproj' names no layer.*q_proj"), (["norm"], "LlamaRMSNorm"), (["mlp"], "LlamaMLP")],
+    [(["qproj"], "'qproj' matches no layer.*q_proj"), (["norm"], "LlamaRMSNorm"), (["mlp"], "LlamaMLP")],
 )
 def test_targets_that_do_not_fit_are_named(tiny: model.CausalLM, targets: list[str], message: str) -> None:
     with pytest.raises(AdapterError, match=message):

@@ -231,7 +231,7 @@ def test_what_cannot_be_adapted_is_named(lm: CausalLM, monkeypatch: pytest.Monke
     for settings, message in (
         ({"targets": ["embed_tokens"], "first_layer": 1}, r"embed_tokens comes before .*lora.first_layer=1.* to 0"),
         ({"targets": ["lm_head"], "dropout": 0.1}, r"lm_head is the output head.*lora.dropout=0"),
-        ({"targets": ["embed_token"]}, r"'embed_token' names no layer.*embed_tokens"),
+        ({"targets": ["embed_token"]}, r"'embed_token' matches no layer.*embed_tokens"),
         ({"targets": ["rotary_emb"]}, r"rotary_emb is a LlamaRotaryEmbedding, not a plain linear layer or the input"),
     ):
         with pytest.raises(AdapterError, match=message):

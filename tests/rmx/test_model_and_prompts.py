@@ -105,17 +105,17 @@ def changed(source: Path, path: Path, file: str = "config.json", **settings: obj
 
 def test_missing_weights_are_refused_by_name(tiny_path: Path, tmp_path: Path) -> None:
     """transformers would fill them with random numbers after a warning."""
-    with pytest.raises(ModelError, match=r"files hold no model.layers.2.* and 8 others, so .* would be random"):
+    with pytest.raises(ModelError, match=r"files lack model.layers.2.* and 8 others, so .* would be random"):
         model.load(config(changed(tiny_path, tmp_path / "deeper", num_hidden_layers=3)))
     empty = shutil.copytree(tiny_path, tmp_path / "empty")
     save_file({}, empty / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"files hold no lm_head.weight and 20 others"):
+    with pytest.raises(ModelError, match=r"files lack lm_head.weight and 20 others"):
         model.load(config(empty))
     headless = shutil.copytree(tiny_path, tmp_path / "headless")
     tensors = load_file(headless / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, headless / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"files hold no lm_head.weight, so these weights would be random"):
+    with pytest.raises(ModelError, match=r"files lack lm_head.weight, so these weights would be random"):
         model.load(config(headless))
     tied = changed(headless, tmp_path / "tied", tie_word_embeddings=True)
     assert model.load(config(tied)).weight is not None  # that of the embedding

@@ -37,7 +37,7 @@ def test_train_and_held_out_questions_are_disjoint_and_balanced() -> None:
 
 def test_a_small_task_is_exhausted_and_says_so() -> None:
     assert 150 <= len(generate("chain_sum", SUMS, 500, 0)) <= 200  # ten digits, two operators, ten digits
-    with pytest.raises(ProblemsError, match=r"500 train problems wanted, but .* only \d+ distinct"):
+    with pytest.raises(ProblemsError, match=r"500 train problems needed, but .* only \d+ distinct"):
         build_problems(config({"task": "chain_sum", "params": SUMS}, train=500), seed=0)
 
 
