@@ -18,7 +18,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="random seed of problems, sampling, adapter and order")] = 0,
     run_dir: Annotated[str, typer.Option(help="directory to write; default: runs/demo-SEED")] = "",
     size: Annotated[
-        str, typer.Option(help="size of the run: full, small, or auto (small where full takes over 10 minutes)")
+        str, typer.Option(help="size of the run: full, small, or auto (small if full takes over 10 minutes)")
     ] = "auto",
     set_: Overrides = None,
 ) -> None:
@@ -37,9 +37,9 @@ def demo(
 @app.command("doctor", rich_help_panel=PANELS[4], epilog="Example: rmx doctor --json")
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    no_rates: Annotated[bool, typer.Option("--no-rates", help="do not measure memory and products")] = False,
+    no_rates: Annotated[bool, typer.Option("--no-rates", help="do not measure copies and matrix products")] = False,
 ) -> None:
-    """Describe this machine: devices, what every operator runs on, measured rates, and known traps."""
+    """Describe this machine: devices, the implementation of every operator, measured rates, and warnings."""
     from rmx_kernels import doctor
 
     print(doctor.report(as_json=as_json, rates=not no_rates))
@@ -47,7 +47,7 @@ def doctor_command(
 
 @app.command("backends", rich_help_panel=PANELS[4], epilog="Example: rmx backends")
 def backends_command() -> None:
-    """List the kernel implementations: which run on this machine, and why the others do not."""
+    """List the kernel implementations: which ones run on this machine, and why the others do not."""
     from rmx_kernels import backends
 
     for backend in backends().values():

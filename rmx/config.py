@@ -29,19 +29,19 @@ class ModelConfig(Section):
     name: str  # Hugging Face name, directory, .gguf file, or package:NAME for a GGUF inside an installed package
     gguf_file: str | None = None  # the GGUF to take from a directory or hub repository
     revision: str | None = None  # branch, tag or commit of a model on the hub
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: by the device, rmx_kernels.precision
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: by device, see rmx_kernels.precision
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if torch finds a GPU
     trust_remote_code: bool = False  # run Python code that comes with the model
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # of generation; models without sdpa: eager
-    quantization: Literal["nf4"] | None = None  # linear layers in 4 bits, by bitsandbytes; not the head
-    packing: bool = True  # score and train on sequences end to end; false: padded, by the attention above
-    # On a GPU, decode steps and training passes of one shape are captured once and replayed. Results are the same to
-    # rounding, so no record has it: a run goes on with the other value.
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # for generation; models without sdpa use eager
+    quantization: Literal["nf4"] | None = None  # nf4: linear layers in 4 bits by bitsandbytes, except the head
+    packing: bool = True  # score and train on packed sequences; false: padded ones, with model.attention
+    # On a GPU, decode steps and training passes of one shape are captured once and replayed. Results are equal up to
+    # rounding. The setting is not recorded: a run can continue with the other value.
     cuda_graphs: bool = Field(default=True, exclude=True)
 
 
 class PromptConfig(Section):
-    # auto: by the model; docs/prompts.md has the text of each
+    # auto: depends on the model; docs/prompts.md shows the text of each style
     style: Literal[
         "auto",
         "chat",
@@ -57,24 +57,24 @@ class PromptConfig(Section):
         "olmo3_rlzero_math",
     ] = "auto"
     system: str | None = None  # system message; chat styles only
-    suffix: str = ""  # appended to every question
+    suffix: str = ""  # text appended to every question
     template: dict[str, Any] = {}  # variables of the chat template, such as enable_thinking or date_string
 
 
 class ProblemSource(Section):
     jsonl: str | None = None  # lines of {"question", "answer", optional "problem_id", "category"}
-    task: str | None = None  # a reasoning-gym data set
-    params: dict[str, Any] = {}  # its settings
-    split: Literal["train", "choose", "evaluate", "both"] = "both"  # both: divided among all three
-    dataset: str | None = None  # name on the hub, a directory, or a file (Parquet, JSON, CSV): rmx.grading.data
-    dataset_config: str | None = None  # its configuration
-    dataset_split: str | None = None  # its split; default: train
-    revision: str | None = None  # of a data set on the hub
-    question: str | None = None  # column, or an expression as "{passage} {question}"; default: question
-    answer: str | None = None  # column, or an expression as "answer: after ####"; default: answer
-    category: str | None = None  # column of the categories that the report tells apart; default: the data set's name
-    limit: PositiveInt | None = None  # rows to take, by a shuffle with the run's seed; default: all
-    streaming: bool | None = None  # read rows over the network, without a download of the whole
+    task: str | None = None  # name of a reasoning-gym task
+    params: dict[str, Any] = {}  # settings of the task
+    split: Literal["train", "choose", "evaluate", "both"] = "both"  # use of the problems; both: divided among all
+    dataset: str | None = None  # name on the hub, a directory, or a file (Parquet, JSON, CSV); see rmx.grading.data
+    dataset_config: str | None = None  # configuration of the data set
+    dataset_split: str | None = None  # split of the data set; default: train
+    revision: str | None = None  # branch, tag or commit of a data set on the hub
+    question: str | None = None  # column, or an expression such as "{passage} {question}"; default: question
+    answer: str | None = None  # column, or an expression such as "answer: after ####"; default: answer
+    category: str | None = None  # column of categories, reported separately; default: the data set's name
+    limit: PositiveInt | None = None  # number of rows to take after a shuffle with the run's seed; default: all
+    streaming: bool | None = None  # read rows over the network, do not download the whole data set
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "ProblemSource":
@@ -90,20 +90,20 @@ class ProblemSource(Section):
 
 
 class ProblemsConfig(Section):
-    sources: Annotated[list[ProblemSource], Field(min_length=1)]  # take turns until the counts are reached
-    train_count: PositiveInt = 200  # problems to sample completions of
-    choose_count: Annotated[int, Field(ge=0)] = 0  # held out to choose among train.candidates; not reported
-    evaluate_count: PositiveInt = 200  # held-out problems, on which the gain is measured
+    sources: Annotated[list[ProblemSource], Field(min_length=1)]  # sources, used in turn until the counts are reached
+    train_count: PositiveInt = 200  # number of problems to sample completions for
+    choose_count: Annotated[int, Field(ge=0)] = 0  # held-out problems to choose among train.candidates; not reported
+    evaluate_count: PositiveInt = 200  # number of held-out problems, which measure the gain
 
 
 class Sampling(Section):
     samples: PositiveInt  # completions of each problem
     temperature: Annotated[float, Field(ge=0)] = 0.6  # 0: greedy
-    top_p: Probability = 0.95  # draw from the fewest tokens with this probability in all
-    top_k: PositiveInt | None = None  # draw from so many most probable tokens at most
-    max_new_tokens: PositiveInt = 8192  # tokens of a completion, at most
-    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at once; auto: by the memory, rmx.sampling.batching
-    engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"  # what samples; auto: by the device
+    top_p: Probability = 0.95  # sample from the smallest set of tokens with this total probability
+    top_k: PositiveInt | None = None  # sample from at most this many of the most probable tokens
+    max_new_tokens: PositiveInt = 8192  # maximum number of tokens of a completion
+    batch_size: Literal["auto"] | int = "auto"  # sequences decoded at once; auto: by memory, see rmx.sampling.batching
+    engine: Literal["auto", "loop", "generate_batch", "openai", "vllm"] = "auto"  # sampling engine; auto: by the device
     base_url: str | None = None  # address of an OpenAI-compatible server, for engine openai
     server_model: str | None = None  # name of the model on the server; default: model.name
 
@@ -111,27 +111,27 @@ class Sampling(Section):
     @classmethod
     def _some_or_auto(cls, batch_size: Any) -> Literal["auto"] | int:
         if batch_size != "auto" and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-            raise ValueError("expected auto or a number from 1 on")
+            raise ValueError("expected auto or a whole number of at least 1")
         return batch_size
 
     @property
     def batch(self) -> int:
-        """``batch_size``, where it is a number already."""
+        """``batch_size`` as a number; a ValueError while it is ``auto``."""
         if isinstance(self.batch_size, str):
-            raise ValueError("batch_size is auto: rmx.sampling.batching.settled makes it a number")
+            raise ValueError("batch_size is still auto: rmx.sampling.batching.settled chooses the number")
         return self.batch_size
 
     @pydantic.field_validator("temperature")
     @classmethod
     def _greedy_or_not(cls, temperature: float) -> float:
         if 0 < temperature < 1e-3:
-            raise ValueError("expected 0, which is greedy, or at least 0.001")
+            raise ValueError("expected 0 (greedy) or at least 0.001")
         return temperature
 
     @pydantic.model_validator(mode="after")
     def _server(self) -> "Sampling":
         if (self.engine == "openai") != (self.base_url is not None):
-            raise ValueError("expected base_url for engine openai, and for no other")
+            raise ValueError("expected base_url with engine openai, and no base_url with another engine")
         return self
 
 
@@ -140,39 +140,39 @@ class RolloutsConfig(Sampling):
 
 
 class VerifyConfig(Section):
-    workers: PositiveInt = 2  # processes that judge answers
-    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0  # seconds for one answer
-    reward: str | None = None  # module:function or FILE.py:function; rmx.grading.rewards says what it gets and returns
+    workers: PositiveInt = 2  # number of processes that judge answers
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 10.0  # time limit for one answer, in seconds
+    reward: str | None = None  # module:function or FILE.py:function; see rmx.grading.rewards
 
 
 class ScoreConfig(Section):
     problems: Literal["selected", "mixed", "all"] = (
-        "mixed"  # selected: those that select takes; mixed: all that it could take
+        "mixed"  # problems to score: those selected for training, those with right and wrong completions, or all
     )
-    top_k: Annotated[int, Field(ge=0)] = 8  # most probable tokens that are kept of each position
+    top_k: Annotated[int, Field(ge=0)] = 8  # number of most probable tokens stored for each position
     token_budget: PositiveInt = 16384  # tokens in one forward pass
     shard_tokens: PositiveInt = 65536  # tokens in one file; a killed stage repeats at most one file
     cache_gib: Annotated[float, Field(ge=0)] = (
-        32.0  # limit of the base states kept for training; above it they are recomputed
+        32.0  # limit, in GiB, of the base states kept for training; above it they are recomputed
     )
 
 
 class SelectConfig(Section):
-    max_problems: PositiveInt = 50  # to train on, those with a pass rate near one half first
-    max_sequences: PositiveInt = 1000  # completions to train on
+    max_problems: PositiveInt = 50  # maximum number of problems to train on; pass rates near one half come first
+    max_sequences: PositiveInt = 1000  # maximum number of completions to train on
     max_completion_tokens: PositiveInt | None = None  # longer completions are left out
-    min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # problems are used whose pass rate is strictly between
-    max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # this and the one above
+    min_pass_rate: Annotated[float, Field(ge=0, le=1)] = 0.0  # use only problems with a higher pass rate
+    max_pass_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # use only problems with a lower pass rate
     advantage_clip: PositiveFloat = 2.5  # largest absolute advantage
-    # The gate is base entropy > tau, and exactly one of these three says tau; see rmx.training.select.gate_threshold.
-    tau: PositiveFloat | None = None  # nats
-    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the entropies of all scored tokens
-    budget: Probability | None = None  # share of the training set's completion tokens to gate
-    # Controls: as many decision tokens a sequence, but drawn at random, or of the lowest entropy; or every token.
+    # Gate: base entropy > tau. Set exactly one of tau, quantile and budget; see rmx.training.select.gate_threshold.
+    tau: PositiveFloat | None = None  # tau is in nats
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None  # tau: this quantile of all scored tokens' entropies
+    budget: Probability | None = None  # tau: such that the gate takes this share of the completion tokens trained on
+    # Controls: random and lowest take as many tokens per sequence, at random or of lowest entropy; all takes all.
     gate: Literal["entropy", "random", "lowest", "all"] = "entropy"
-    shuffle_advantages: bool = False  # among the rollouts of a problem: what is left when right and wrong say nothing
-    matched_gradient: bool | None = None  # scale each rollout's decision tokens to the gradient of its entropy gate's
-    right_only: bool | None = None  # only right rollouts, each with the advantage 1: with gate all, supervised training
+    shuffle_advantages: bool = False  # control: shuffle the advantages among the rollouts of each problem
+    matched_gradient: bool | None = None  # for controls: scale each rollout to the gradient mass of its entropy gate
+    right_only: bool | None = None  # use only right rollouts, with advantage 1; with gate all: supervised training
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -196,20 +196,20 @@ class SelectConfig(Section):
 
 class LoraConfig(Section):
     r: PositiveInt = 32  # rank of the adapter
-    alpha: PositiveFloat = 64.0  # its products are scaled by alpha / r
+    alpha: PositiveFloat = 64.0  # the product B A is scaled by alpha / r
     targets: Annotated[list[str], Field(min_length=1)] = [
         "q_proj",
         "k_proj",
         "v_proj",
         "o_proj",
-    ]  # adapted layers, lm_head and embed_tokens too; all-linear: every linear layer but the output head
-    first_layer: Annotated[int, Field(ge=0)] = 0  # decoder layers below it stay as they are and are not visited
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapter's input, in training only
-    rslora: bool | None = None  # scale by alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)
-    # r of single layers, by regular expressions of the ends of their paths, as PEFT's rank_pattern; the first counts
+    ]  # layers to adapt, also lm_head and embed_tokens; all-linear: every linear layer except the output head
+    first_layer: Annotated[int, Field(ge=0)] = 0  # first decoder layer to adapt; training skips the layers below it
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # dropout of the adapter's input, in training only
+    rslora: bool | None = None  # scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)
+    # r of single layers: regular expressions that match the end of a layer's path, as in PEFT; the first match counts
     rank_pattern: dict[LayerPattern, PositiveInt] | None = None
     alpha_pattern: dict[LayerPattern, PositiveFloat] | None = None  # alpha of single layers, in the same way
-    start: str | None = None  # directory of an adapter to go on from, of the same layers, r and alpha
+    start: str | None = None  # directory of an adapter to continue training, with the same layers, r and alpha
 
     def of(self, path: str) -> tuple[int, float]:
         """(rank, scale of the product B A) of the layer at this path."""
@@ -220,44 +220,44 @@ class LoraConfig(Section):
     @classmethod
     def _plain(cls, given: Any) -> Any:
         if isinstance(given, dict) and "use_dora" in given:
-            raise ValueError("use_dora: DoRA is not supported, which also scales the weights' columns; leave it out")
+            raise ValueError("use_dora: DoRA (it also scales the weights' columns) is not supported; leave it out")
         return given
 
 
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.2  # times that each sequence is seen
-    sequences_per_step: PositiveInt = 8  # of each optimiser step
-    learning_rate: PositiveFloat = 1e-4  # highest; it falls linearly to 0
-    warmup_steps: Annotated[int, Field(ge=0)] = 50  # in which it rises linearly
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # of AdamW
-    clip: PositiveFloat = 1.0  # of the gradient norm
-    anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda
-    anchor: Literal["all", "completion"] = "all"  # all: prompt positions too
-    negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta where the advantage is negative; 0: positives only
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.2  # number of passes over the training sequences
+    sequences_per_step: PositiveInt = 8  # number of sequences in each optimiser step
+    learning_rate: PositiveFloat = 1e-4  # peak of the learning rate; it then falls linearly to 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 50  # steps in which the learning rate rises linearly
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # weight decay of AdamW
+    clip: PositiveFloat = 1.0  # maximum of the gradient norm
+    anchor_weight: Annotated[float, Field(ge=0)] = 0.2  # lambda: weight of the KL to the base
+    anchor: Literal["all", "completion"] = "all"  # positions of that KL; all: prompt positions too
+    negative_weight: Annotated[float, Field(ge=0)] = 1.0  # beta: weight of negative advantages; 0: positives only
     negatives: Literal["ce", "ratio", "hinge"] = (
-        "ce"  # how wrong rollouts are pushed down: see rmx.training.loss.contrastive
+        "ce"  # loss that lowers wrong rollouts; see rmx.training.loss.contrastive
     )
-    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # for ratio: until p is 1 - ratio_clip times the base's p
-    hinge_margin: PositiveFloat = 1.0  # for hinge: until log p is this many nats below the base's
+    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2  # for ratio: lower p until it is (1 - ratio_clip) * base p
+    hinge_margin: PositiveFloat = 1.0  # for hinge: lower log p until it is this many nats below the base's
     negative_floor: Annotated[float, Field(lt=0)] | None = (
-        None  # for ce: tokens below this log p (nats) are not pushed further
+        None  # for ce: tokens below this log p (nats) are not lowered further
     )
     early_stop_steps: PositiveInt | None = (
-        None  # stop if decisions of right rollouts fell on average over this many steps
+        None  # stop if log p of right rollouts' decision tokens, averaged over this many steps, is below the base's
     )
-    anchor_fraction: Probability = 1.0  # share of the anchor positions in a step, drawn anew in each step
-    token_budget: PositiveInt = 16384  # tokens a forward pass
-    # true: run layers again in the backward pass: less memory, a third more time. offload: also keep what enters the
-    # layers in the host's memory until then.
+    anchor_fraction: Probability = 1.0  # share of the anchor positions used in a step, drawn again for each step
+    token_budget: PositiveInt = 16384  # tokens in one forward pass
+    # true: recompute layers in the backward pass (less memory, a third more time). offload: also keep the inputs of
+    # the layers in host memory until then.
     activation_checkpointing: bool | Literal["offload"] = False
-    compile: bool = False  # torch.compile of the decoder layers; pays in long trainings
-    candidates: PositiveInt = 1  # adapters kept, of equally distant steps; the last one is the training's end
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # between two checkpoints; 0: one a step
-    # where metrics are shown beside metrics.jsonl; no record has it, so a run goes on with others
+    compile: bool = False  # compile the decoder layers by torch.compile; worth it in long trainings
+    candidates: PositiveInt = 1  # number of adapters to keep, from equally spaced steps; the last is the final one
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 10.0  # seconds between two checkpoints; 0: after every step
+    # services that get the metrics as well as metrics.jsonl; not recorded: a run can continue with others
     trackers: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[], exclude=True)
 
     def steps(self, sequences: int) -> int:
-        """Of a training on so many sequences, if it does not stop early."""
+        """Number of steps of a training on this many sequences, if it does not stop early."""
         return math.ceil(max(1, round(self.epochs * sequences)) / self.sequences_per_step)
 
     @pydantic.field_validator("activation_checkpointing", mode="plain")
@@ -270,22 +270,22 @@ class TrainConfig(Section):
     @pydantic.model_validator(mode="after")
     def _one_option(self) -> "TrainConfig":
         if self.compile and self.activation_checkpointing:
-            raise ValueError("compile and activation_checkpointing do not go together: layers would not be compiled")
+            raise ValueError("compile and activation_checkpointing cannot be combined: layers would not be compiled")
         return self
 
 
-class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless it is given
+class EvaluateConfig(Sampling):  # max_new_tokens: default is that of the rollouts
     samples: PositiveInt = 4  # completions of each problem
-    bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # fewer draws have no 2.5 % quantile
+    bootstrap: Annotated[int, Field(ge=40, le=10_000_000)] = 10_000  # draws; fewer than 40 have no 2.5 % quantile
 
-    tuned_model: str | None = None  # the adapter's name on the server, as of vLLM's --lora-modules NAME=PATH
+    tuned_model: str | None = None  # name of the adapter on the server, as in vLLM's --lora-modules NAME=PATH
 
     @pydantic.model_validator(mode="after")
     def _two_models(self) -> "EvaluateConfig":
         if (self.engine == "openai") != (self.tuned_model is not None):
             raise ValueError(
-                "expected tuned_model, the adapter's name on the server beside the base's, for engine openai, and for "
-                "no other"
+                "expected tuned_model (the adapter's name on the server) with engine openai, and no tuned_model with "
+                "another engine"
             )
         if self.tuned_model is not None and self.tuned_model == self.server_model:
             raise ValueError("expected two names, got the same one for server_model and tuned_model")
@@ -293,13 +293,13 @@ class EvaluateConfig(Sampling):  # max_new_tokens: that of the rollouts, unless 
 
 
 class CostConfig(Section):
-    per_hour: Annotated[float, Field(ge=0)] | None = None  # price of this machine
-    currency: str = "USD"  # of that price
+    per_hour: Annotated[float, Field(ge=0)] | None = None  # price of this machine for one hour
+    currency: str = "USD"  # currency of that price
 
 
 class Config(Section):
-    run_dir: str  # where everything is written
-    seed: Seed = 0  # of problems, sampling, adapter and order
+    run_dir: str  # directory for all files of the run
+    seed: Seed = 0  # random seed of problems, sampling, adapter and order
     training_seed: Seed | None = None  # seed of gate controls, adapter and order; default: seed
     model: ModelConfig
     prompt: PromptConfig = PromptConfig()
@@ -327,7 +327,7 @@ class Config(Section):
 
     @property
     def evaluates_as_long(self) -> bool:
-        """Whether evaluate.max_new_tokens is not given, so that it equals rollouts.max_new_tokens."""
+        """Whether evaluate.max_new_tokens is not set and so equals rollouts.max_new_tokens."""
         return self._evaluates_as_long
 
     def path(self, written: str, mark: str = "") -> Path:
@@ -373,22 +373,22 @@ class Config(Section):
         if self.model.quantization is None:
             return self
         if self.train.compile:
-            raise ValueError("model.quantization and train.compile do not go together: 4-bit layers are not compiled")
+            raise ValueError("model.quantization and train.compile cannot be combined: 4-bit layers are not compiled")
         for section, sampling in (("rollouts", self.rollouts), ("evaluate", self.evaluate)):
             if sampling.engine == "vllm":
                 raise ValueError(
-                    f"model.quantization and {section}.engine=vllm do not go together: vLLM would sample from the "
-                    "whole weights, another model than the one that is trained"
+                    f"model.quantization and {section}.engine=vllm cannot be combined: vLLM would sample from the "
+                    "unquantised weights, which are not the model that is trained"
                 )
         return self
 
     @pydantic.model_validator(mode="after")
     def _chosen_on_something(self) -> "Config":
         if self.train.candidates > 1 and self.problems.choose_count == 0:
-            raise ValueError("train.candidates needs problems.choose_count > 0: problems to choose the best one on")
+            raise ValueError("train.candidates > 1 needs problems.choose_count > 0: problems to find the best adapter")
         if self.train.candidates > 1 and self.evaluate.engine == "openai":
             raise ValueError(
-                "train.candidates > 1 samples every candidate, and a server has one tuned model: use another "
+                "train.candidates > 1 samples from every candidate, but a server has one tuned model: use another "
                 "evaluate.engine, or train.candidates=1"
             )
         return self

@@ -95,7 +95,7 @@ def _check_size(value: Any) -> None:
 
 
 def _start_here(tree: dict[str, Any], keys: list[str], folder: Path) -> None:
-    """Make relative paths that ``--set`` gave under ``keys`` start at the current directory."""
+    """Resolve relative paths from ``--set`` (under ``keys``) against the current directory."""
     if folder.resolve() == Path.cwd():
         return  # they do, and stay as they are written
     for node, name, slot in _path_slots(tree):

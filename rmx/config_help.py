@@ -1,4 +1,4 @@
-"""What each setting means, by the comments of :mod:`rmx.config`: JSON schema for editors, and a first configuration."""
+"""The JSON schema for editors and a first configuration, with the comments of :mod:`rmx.config` as descriptions."""
 
 import ast
 import functools
@@ -30,7 +30,7 @@ WIDTH = 46  # columns of a setting, before its comment
 
 @functools.cache
 def meanings() -> dict[str, dict[str, str]]:
-    """Comments by class and field: the lines above a field, and what stands behind it."""
+    """Comments by class and field: those on the lines above a field and on its own lines."""
     source = inspect.getsource(config)
     comments = {
         token.start[0]: (token.start[1], token.string.lstrip("# "))
@@ -71,17 +71,17 @@ def _meaning(section: type, field: str) -> str:
 
 
 def first_config(run_dir: str, model: str, source: ProblemSource) -> str:
-    """A commented configuration with these and, as they are by default, the settings that are changed most."""
+    """A commented configuration with these values, and the most often changed settings with their defaults."""
     lines = [
-        "# Settings that are left out have the published values (arXiv 2605.06241); `rmx schema` prints all of them.",
-        *_line(0, "run_dir", run_dir, "where everything is written; relative to this file"),
+        "# Settings not in this file have the published values (arXiv 2605.06241); `rmx schema` prints all settings.",
+        *_line(0, "run_dir", run_dir, "directory for all files of the run; relative to this file"),
         *_line(0, "seed", 0, _meaning(Config, "seed")),
         "model:",
         *_line(2, "name", model, _meaning(config.ModelConfig, "name")),
         *_line(2, "dtype", "auto", _meaning(config.ModelConfig, "dtype")),
         "problems:",
-        *_line(2, "train_count", 200, "problems to sample completions of"),
-        *_line(2, "evaluate_count", 200, "held-out problems, on which the gain is measured"),
+        *_line(2, "train_count", 200, "number of problems to sample completions for"),
+        *_line(2, "evaluate_count", 200, "number of held-out problems, which measure the gain"),
         "  sources:",
         f"    - {_flow(source.model_dump(exclude_none=True, exclude_defaults=True))}",
     ]
@@ -96,7 +96,7 @@ def first_config(run_dir: str, model: str, source: ProblemSource) -> str:
 
 
 def _line(indent: int, name: str, value: Any, comment: str) -> Iterator[str]:
-    """A setting that is not set is a comment itself."""
+    """A line of YAML; a setting without a value becomes a comment."""
     text = f"{' ' * indent}{'# ' if value is None else ''}{name}: {'' if value is None else _flow(value)}".rstrip()
     yield f"{text:<{WIDTH}} # {comment}" if comment else text
 

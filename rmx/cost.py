@@ -1,4 +1,4 @@
-"""What a run costs: seconds, tokens and peak memory of each stage, and what that is worth at the machine's price."""
+"""The cost of a run: seconds, tokens and peak memory of each stage, and their price on this machine."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ META = {"costs": 1}  # the form of the log
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """All starts of one stage together, those too that were interrupted or done again."""
+    """All starts of one stage together, including interrupted and repeated ones."""
 
     stage: str
     seconds: float
@@ -52,7 +52,7 @@ class _Start:
 
 @contextmanager
 def metered(stage: str, log: Path) -> Iterator[Meter]:
-    """Measure the body and append a line to ``log``, also where it fails; a SIGKILL alone leaves no trace."""
+    """Measure the body and append a line to ``log``, also if it fails; only a SIGKILL leaves no line."""
     _reset_peak()
     meter, started, finished = Meter(), time.perf_counter(), False
     try:
@@ -113,7 +113,7 @@ def stage_costs(log: Path, order: Sequence[str], config: CostConfig) -> list[Sta
 
 
 def table(rows: Sequence[StageCost], config: CostConfig) -> Table:
-    """Per stage, and in all."""
+    """One row per stage, and the total."""
     priced = config.per_hour is not None
     headings = ["stage", "seconds", "tokens read", "generated", "peak GiB", *([config.currency] if priced else [])]
     grid = new_table(headings, title="Cost")

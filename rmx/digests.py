@@ -32,8 +32,8 @@ def file_sha256(path: Path) -> str:
 def sha256(paths: list[Path], *, keep: bool = True) -> list[str]:
     """Of the content of each file, in hexadecimal digits.
 
-    A digest is kept with the file's size, inode, and times of modification and of change; the last of them cannot be
-    set, so that another file under the same name and time is noticed. ``keep``: whether new ones are kept.
+    A digest is stored with the file's size, inode, and times of modification and of change. Programs cannot set the
+    time of change, so another file with the same name and time is noticed. ``keep``: whether to store new digests.
 
     Raises:
         OSError: a file cannot be read.

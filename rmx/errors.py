@@ -24,7 +24,7 @@ class RmxError(ValueError):
 
 
 class AnalysisError(RmxError):
-    """Two models, or a model and a text, do not go together."""
+    """An analysis cannot run: two models, or a model and a text, do not match, or an option is invalid."""
 
 
 class Interrupted(RmxError):

@@ -19,17 +19,17 @@ def _checked(pattern: str) -> str:
     """
     bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])+\]", "x", pattern).replace("(?", "(")
     if re.search(r"\)[*+{]", bare):
-        raise ValueError(f"{pattern!r} repeats a group, which can take for ever: repeat a character or a class")
+        raise ValueError(f"{pattern!r} repeats a group, so matching may never end: repeat a character or a class")
     repeats, optional = sum(map(bare.count, "*+{")), bare.count("?")
     if repeats > MOST_REPEATS or optional > MOST_OPTIONAL or len(pattern) > LONGEST:
         raise ValueError(
-            f"{pattern[:LONGEST]!r} is too much of a pattern: expected up to {MOST_REPEATS} repeats, {MOST_OPTIONAL} "
+            f"{pattern[:LONGEST]!r} is too complex: expected at most {MOST_REPEATS} repeats, {MOST_OPTIONAL} "
             f"question marks and {LONGEST} characters; write several patterns"
         )
     try:
         re.compile(_whole(pattern))
     except (re.error, OverflowError) as fault:
-        raise ValueError(f"{pattern!r} is no regular expression: {fault}") from fault
+        raise ValueError(f"{pattern!r} is not a regular expression: {fault}") from fault
     return pattern
 
 

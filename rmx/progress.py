@@ -1,4 +1,4 @@
-"""How far a stage is, on standard error: a bar on a terminal, elsewhere a line a minute."""
+"""The progress of a stage on standard error: a bar on a terminal, else one line per minute."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ EVERY = 60.0  # seconds between two lines
 
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Yield ``update(done, note)``; what is shown is done / total, the time taken, the time left and the note."""
+    """Yield ``update(done, note)``; it shows done / total, the time taken, the time left and the note."""
     if not console.is_terminal:
         with _lines(title, total, unit) as update:
             yield update

@@ -1,4 +1,4 @@
-"""The records that stages hand on. Each shape is stated once, here. T = number of completion tokens of a rollout.
+"""The records that stages pass on. Each shape is defined once, here. T = number of completion tokens of a rollout.
 
 Index rule: the distribution at position p predicts token p + 1. Completion token t is predicted from position
 ``len(prompt_ids) - 1 + t``; every per-token value below belongs to completion token t and its predicting position.
@@ -26,7 +26,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled completion, as token ids; they are never made again from text."""
+    """One sampled completion, as token ids, which are never recomputed from text."""
 
     problem_id: str
     sample: int  # 0 .. samples - 1
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def reward(self) -> float | None:
-        """In [0, 1], without a reward function 1 or 0; None where the verifier itself failed, which says nothing."""
+        """In [0, 1], without a reward function 1 or 0; None if the verifier itself failed and there is no verdict."""
         if self.score is not None:
             return self.score
         return {"right": 1.0, "wrong": 0.0, "no_answer": 0.0}.get(self.outcome)
@@ -79,7 +79,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class BaseStates:
-    """What training needs of the frozen base at one rollout of L = P + T tokens, so that no pass of it is repeated."""
+    """States of the frozen base for one rollout of L = P + T tokens, stored so that training needs no base pass."""
 
     hidden: "Tensor"  # [R, H] final states at the last R predicting positions: all L - 1, or the completion's T
     entry: "Tensor | None"  # [L, H] states that enter the first adapted layer; None where that is layer 0
@@ -138,7 +138,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """What one model's samples of some problems say. Samples without a verdict count in lengths and boxes alone."""
+    """Statistics of one model's samples of some problems. Samples without a verdict count only in lengths and boxes."""
 
     problems: int  # with a judged sample
     samples: int  # n of each problem

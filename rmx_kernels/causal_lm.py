@@ -1,7 +1,7 @@
 """token_logprobs: statistics of the next token of any causal LM of transformers, without its logits.
 
-Nothing of transformers or PEFT is imported: a model is known by its methods (get_output_embeddings, base_model or
-get_decoder, config), an adapter by those of its layers.
+It does not import transformers or PEFT. It recognises a model by its methods (get_output_embeddings, base_model or
+get_decoder, config), and an adapter by the methods of its layers.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from rmx_kernels.results import VocabStats
 from rmx_kernels.statistics.api import linear_entropy_topk
 from rmx_kernels.wrappers import gathered, inside
 
-# The names under which the configurations of transformers describe what happens to logits.
+# The names in the configurations of transformers for what the model does to its logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse Spark
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, Inkling
 MULTIPLY_ALL = ("hyperclovax",)  # model types that multiply by what the others divide by
@@ -42,40 +42,40 @@ def token_logprobs(
     impl: str | None = None,
     **kwargs: Any,
 ) -> VocabStats:
-    r"""Log-prob of each next token, entropy and top-k by a causal LM whose logits are never made.
+    r"""Log-prob of each next token, entropy and top-k of a causal LM, without storing its logits.
 
     .. math::
         \mathrm{logprob}_{b,p} = \log p(x_{b,p+1} \mid x_{b,0..p}), \quad
         p(\cdot \mid x_{b,0..p}) = \mathrm{softmax}(\mathrm{logits}_{b,p} / \mathrm{temperature}_{b,p})
 
-    Position p predicts token p + 1, so L tokens have L - 1 results. logits are what ``model(input_ids,
-    attention_mask, **kwargs)`` would return: with the scale, softcap, bias and adapters of its head, as :func:`head_of`
-    says, and with the positions that the model gives its tokens. (Most models count them from the left edge, padding
-    included: with padding on the left pass ``position_ids``, as to the model itself.)
+    Position p predicts token p + 1, so L tokens have L - 1 results. logits are those that ``model(input_ids,
+    attention_mask, **kwargs)`` would return, with the scale, softcap, bias and adapters of its head (see
+    :func:`head_of`) and the model's own position ids. Most models count positions from the left edge, padding included:
+    with padding on the left, pass ``position_ids``, as for the model itself.
 
     Args:
         model: a causal LM of transformers, plain, as a PeftModel, compiled, or in DistributedDataParallel.
         input_ids: [B, L], int64 or int32.
-        attention_mask: [B, L], 1 at tokens and 0 at padding on either side; None for no padding. Where token p or p + 1
+        attention_mask: [B, L], 1 at tokens and 0 at padding on either side; None for no padding. If token p or p + 1
             is padding, every result is 0 and has no gradient. On a GPU a mask costs one synchronisation.
-        k: how many of the most probable tokens to return, 0 <= k <= V.
-        temperature: divides the logits, > 0: a number, or one of each row of the results, [B, L - 1] or
-            [B, logits_to_keep], as in :func:`entropy_topk`; not looked at where a result is 0 for padding. Of
-            sequences with a temperature each, [B]: ``temperature[:, None].expand(-1, L - 1)``.
-        logits_to_keep: only the last so many predicted tokens, 1 to L - 1 (the length of a completion, say; not one
-            more, as transformers counts); None for all.
-        early_gradient: for a loss of the log-probs alone, as in :func:`linear_entropy_topk`.
+        k: number of most probable tokens to return, 0 <= k <= V.
+        temperature: divides the logits, > 0: a number, or a tensor with one value per row of the results, [B, L - 1] or
+            [B, logits_to_keep], as in :func:`entropy_topk`; not read where a result is 0 for padding. For one
+            temperature per sequence, [B]: ``temperature[:, None].expand(-1, L - 1)``.
+        logits_to_keep: return only this many predicted tokens, the last ones, 1 to L - 1 (such as the length of a
+            completion; transformers counts one more); None for all.
+        early_gradient: for a loss that depends only on the log-probs, as in :func:`linear_entropy_topk`.
         check: as in :func:`head_of`.
         impl: None (best available), "reference", "cpu" or "triton".
         kwargs: further inputs of the model (position_ids, pixel_values, ...).
 
     Returns:
         :class:`VocabStats` with rows [B, L - 1] or [B, logits_to_keep], float32 (float64 for float64 models), in nats;
-        topk_logprobs and topk_ids [B, rows, K]. All but topk_ids is differentiable, entropy too, with respect to
-        everything that the model trains: body, head and adapters. Under ``torch.no_grad`` nothing is kept.
+        topk_logprobs and topk_ids [B, rows, K]. All except topk_ids are differentiable with respect to
+        everything that the model trains: body, head and adapters. Under ``torch.no_grad`` nothing is stored.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name, or a model whose head this does not reproduce.
+        TypeError, ValueError: a wrong argument, by name, or a model whose head is not supported.
         BackendUnavailable: ``impl`` cannot run here.
 
     Source: per-token log-probs of GRPO, arXiv 2402.03300, section 4.1; entropy gate of arXiv 2605.06241, section 3.
@@ -101,7 +101,7 @@ def token_logprobs(
 
 
 def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
-    r"""The final hidden states of a causal LM and its head, in the form that every linear operator takes.
+    r"""The final hidden states of a causal LM and its head, as arguments for every linear operator.
 
     .. math:: \mathrm{logits} = \mathrm{cap}(\mathrm{scale} \, (h (W + \sum_j s_j B_j A_j)^\top + b))
 
@@ -109,15 +109,15 @@ def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
 
     Args:
         model: a causal LM of transformers, plain, as a PeftModel, compiled, or in DistributedDataParallel.
-        check: run the model on 8 tokens, in evaluation mode, the first time that a head is met, and compare what it
-            does to the output of its head with the formula, in float32 and for numbers of all sizes. False skips this,
-            not the refusal of what is seen to be unsupported.
+        check: for a head seen for the first time, run the model on 8 tokens in evaluation mode, and compare with the
+            formula how the model transforms the output of its head, in float32 and for numbers of all sizes. False
+            skips this run; a head that is visibly unsupported is still an error.
 
     Returns:
         :class:`CausalLMHead`.
 
     Raises:
-        TypeError: model is no module. ValueError: no causal LM; a head that is no plain linear layer, or is
+        TypeError: model is not a module. ValueError: not a causal LM; a head that is not a plain linear layer, or is
         quantised; an adapter on it other than LoRA, or LoRA with a variant (DoRA), a bias, or dropout in training mode;
         prompt learning or activated LoRA; logits that differ from the model's own.
 
@@ -139,7 +139,7 @@ def head_of(model: nn.Module, check: bool = True) -> "CausalLMHead":
 
 @dataclass(frozen=True)
 class CausalLMHead:
-    """Made by :func:`head_of`; reads the model at every call, so it may be kept while adapters train and switch."""
+    """Result of :func:`head_of`. It reads the model at every call, so it stays valid when adapters train or switch."""
 
     model: nn.Module
 
@@ -147,16 +147,16 @@ class CausalLMHead:
         """Final hidden states [B, L, H], after the last norm, in the dtype of the head; inputs as the model takes them.
 
         Raises:
-            ValueError: ``adapter_names``, which acts in the forward of a PeftModel; an input of the causal LM that
-                its decoder does not take; or a module in DistributedDataParallel whose gradients would not be averaged,
-                since its own forward does not run.
+            ValueError: ``adapter_names``, which only works in the forward of a PeftModel; an input of the causal LM
+                that its decoder does not take; or a module in DistributedDataParallel, whose gradients would not be
+                averaged, since the forward of the wrapper does not run.
         """
         if "adapter_names" in kwargs:
             raise ValueError("adapter_names: expected one set of adapters for the batch, got names for each sequence")
         if torch.is_grad_enabled() and getattr(self.model, "require_backward_grad_sync", False):
             raise ValueError(
-                "model: expected the module inside DistributedDataParallel, since gradients are recorded and its "
-                "forward, which averages them, does not run, got the wrapper; make this call in its forward "
+                "model: expected the module inside DistributedDataParallel, got the wrapper; gradients are recorded, "
+                "but the wrapper's forward, which averages them, does not run; make this call in its forward "
                 "(in_forward), or score under torch.no_grad()"
             )
         decoder = self.decoder
@@ -164,8 +164,8 @@ class CausalLMHead:
         lost = sorted({name for name, value in kwargs.items() if value is not None} & next(known) - next(known))
         if lost := [name for name in lost if name not in ASKED]:
             raise ValueError(
-                f"{lost[0]}: expected inputs of {type(decoder).__name__}, whose hidden states are read, got one of "
-                f"{type(self.causal_lm).__name__} alone"
+                f"{lost[0]}: expected only inputs of {type(decoder).__name__}, which gives the hidden states, got an "
+                f"input that only {type(self.causal_lm).__name__} takes"
             )
         kwargs.setdefault("use_cache", False)
         try:
@@ -174,14 +174,14 @@ class CausalLMHead:
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             raise ValueError(
-                "model: expected a decoder whose parameters are whole in its own forward, got some that fully_shard "
-                f"gathers in that of the {type(self.outer).__name__} alone: make this call in it (in_forward), or give "
-                "the decoder a fully_shard of its own"
+                "model: expected a decoder with full parameters in its own forward, got parameters that fully_shard "
+                f"gathers only in the forward of {type(self.outer).__name__}: make this call in that forward "
+                "(in_forward), or apply fully_shard to the decoder too"
             ) from error
         weight = self.linear()[0].weight
         if hidden.shape[-1] != weight.shape[1]:
             raise ValueError(
-                f"model: expected final hidden states of {weight.shape[1]} columns, as the output head has, "
+                f"model: expected final hidden states with {weight.shape[1]} columns, as in the output head, "
                 f"got shape {tuple(hidden.shape)} from {type(decoder).__name__}"
             )
         return hidden.to(weight.dtype)
@@ -189,11 +189,11 @@ class CausalLMHead:
     def kwargs(self, temperature: float | Tensor = 1.0) -> dict[str, Any]:
         """weight [V, H], bias [V] or None, lora or None, softcap and temperature: arguments of every linear operator.
 
-        temperature: a number, or a tensor with one of each row that the operator will get. The scale of the logits is
-        in softcap and temperature. Several LoRA pairs are one of their ranks' sum, in the
-        dtype of the head. The operators with a base give ``lora`` to the student alone: make base_hidden under
-        ``model.disable_adapter()``. A head that is trained itself (modules_to_save) serves the base as well. One that
-        fully_shard has spread over ranks is gathered, as :func:`gathered` says.
+        temperature: a number, or a tensor with one value per row that the operator will get. The scale of the logits
+        is included in softcap and temperature. Several LoRA pairs become one pair, whose rank is the sum of their
+        ranks, in the dtype of the head. Operators with a base use ``lora`` for the student only: compute base_hidden
+        under ``model.disable_adapter()``. A trained head (modules_to_save) is used for the base too. A head that
+        fully_shard has sharded over ranks is gathered, see :func:`gathered`.
         """
         checks.scaling(temperature, None, None)
         linear, pairs = self.linear()
@@ -211,16 +211,16 @@ class CausalLMHead:
 
     @property
     def outer(self) -> Any:
-        """The model out of DistributedDataParallel and torch.compile, with PEFT's wrapper around it if there is one."""
+        """The model without the wrappers of DistributedDataParallel and torch.compile, but with PEFT's, if any."""
         model = self.model
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         while (inner := inside(model)) is not None:
             if "_fsdp_wrapped_module" in model._modules:
                 raise ValueError(
-                    "model: expected a module with whole weights, got FullyShardedDataParallel, which gathers weights "
-                    "and averages gradients in its own forward alone: make this call in it (in_forward), or use "
-                    "fully_shard"
+                    "model: expected a module with full weights, got FullyShardedDataParallel, which gathers weights "
+                    "and averages gradients only in its own forward: make this call in that forward (in_forward), or "
+                    "use fully_shard"
                 )
             model = inner
         return model
@@ -232,8 +232,8 @@ class CausalLMHead:
         for config in getattr(model, "peft_config", {}).values():
             if getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None):
                 raise ValueError(
-                    f"model: expected adapters in the layers of the model, got {config.peft_type}, which acts in the "
-                    f"forward of {type(model).__name__} on the inputs"
+                    f"model: expected adapters in the layers of the model, got {config.peft_type}, which changes "
+                    f"the inputs in the forward of {type(model).__name__}"
                 )
         if hasattr(model, "get_base_model"):
             model = CausalLMHead(model.get_base_model()).outer
@@ -244,7 +244,7 @@ class CausalLMHead:
 
     @property
     def decoder(self) -> Any:
-        """The part of the model that ends in final hidden states, with the encoders of images if it has some."""
+        """The part of the model that computes the final hidden states, with image encoders if it has any."""
         model = self.causal_lm
         decoder = getattr(model, "base_model", model)
         if decoder is model:
@@ -259,7 +259,7 @@ class CausalLMHead:
 
     @property
     def scale(self) -> float:
-        """What the logits are multiplied by."""
+        """The factor that multiplies the logits."""
         config, scale = self._config, 1.0
         for name in MULTIPLIERS:
             scale *= _number(config, name, 1.0)
@@ -279,7 +279,7 @@ class CausalLMHead:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def linear(self) -> tuple[Any, list[LoRA]]:
-        """The linear layer under all adapters of the head, and the LoRA pairs that are active on it."""
+        """The linear layer of the head without its adapters, and the LoRA pairs that are active on it."""
         head = self.causal_lm.get_output_embeddings()
         pairs: list[LoRA] = []
         while True:
@@ -300,7 +300,7 @@ class CausalLMHead:
         plain = type(weight) in (Tensor, nn.Parameter) or checks.is_sharded(weight)
         if not plain or weight.dtype not in checks.FLOATS or weight.dim() != 2:
             raise ValueError(
-                f"model: expected an output head with a whole floating-point weight [V, H], got "
+                f"model: expected an output head with a full floating-point weight [V, H], got "
                 f"{type(weight).__name__} of {weight.dtype} and shape {tuple(weight.shape)}"
             )
         return head, pairs
@@ -314,7 +314,7 @@ def _check_inputs(input_ids: object, attention_mask: object, logits_to_keep: obj
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected shape [B, L] with L >= 1, got {tuple(input_ids.shape)}")
     if kwargs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: expected whole sequences and no cache, got one")
+        raise ValueError("past_key_values: expected whole sequences without a cache, got a cache")
     if attention_mask is not None:
         checks.is_tensor("attention_mask", attention_mask)
         assert isinstance(attention_mask, Tensor)

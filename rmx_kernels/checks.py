@@ -28,8 +28,8 @@ def whole(name: str, value: Tensor) -> None:
     """No DTensor, which does not tell whether its rows are to be gathered or are a part of the vocabulary."""
     if is_sharded(value):
         raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; pass rmx_kernels.gathered(parameter), or of a head "
-            "that is spread over ranks its to_local() and process_group="
+            f"{name}: expected a plain torch.Tensor, got a DTensor; pass rmx_kernels.gathered(parameter), or for a "
+            "head that is sharded over ranks parameter.to_local() with process_group="
         )
 
 
@@ -73,7 +73,7 @@ def mixable(name: str, value: Tensor, other_name: str, other: Tensor, part: str 
     """Of two operands of one product: float64 stands alone, the others may differ (:func:`logits.operand_dtype`)."""
     if value.dtype not in FLOATS or (value.dtype == torch.float64) != (other.dtype == torch.float64):
         expected = "float64" if other.dtype == torch.float64 else "bfloat16, float16 or float32"
-        raise TypeError(f"{name}: expected {part}{expected}, since {other_name} is of {other.dtype}, got {value.dtype}")
+        raise TypeError(f"{name}: expected {part}{expected}, since {other_name} has {other.dtype}, got {value.dtype}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -88,7 +88,7 @@ def frozen(name: str, value: Tensor, why: str) -> None:
 
 def _one_a_row(name: str, what: str, value: Tensor, rows: Sequence[int], device: torch.device) -> None:
     if tuple(value.shape) != tuple(rows):
-        raise ValueError(f"{name}: expected one {what} a row, shape {tuple(rows)}, got {tuple(value.shape)}")
+        raise ValueError(f"{name}: expected one {what} per row, shape {tuple(rows)}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 

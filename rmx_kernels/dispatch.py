@@ -28,12 +28,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 
 
 class BackendUnavailable(RuntimeError):
-    """The implementation that was named cannot run this operator on this machine or device."""
+    """The requested implementation cannot run this operator on this machine or device."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: does it run here, on which device types, for which operators, and if not, why."""
+    """One implementation: whether it runs here, on which device types, for which operators; if not, the reason."""
 
     name: str
     available: bool
@@ -66,7 +66,7 @@ def _describe(impl: str) -> Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Return every implementation by name: whether it runs here, for what, and why not otherwise.
+    """Return every implementation by name: whether it runs here, on which devices, for which operators; if not, why.
 
     >>> for backend in backends().values():
     ...     print(backend.name, backend.available, backend.reason)  # doctest: +SKIP
@@ -79,7 +79,7 @@ def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
 
     Raises:
         ValueError: ``impl`` is not None or one of :data:`IMPLS`.
-        BackendUnavailable: the implementation that was named cannot run here; the message says why.
+        BackendUnavailable: the requested implementation cannot run here; the message says why.
     """
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected None or one of {', '.join(sorted(IMPLS))}, got {impl!r}")
@@ -87,9 +87,9 @@ def choose(op: str, impl: str | None, device: str, dtype: torch.dtype) -> str:
         backend = _describe(name)
         reason = backend.reason
         if not reason and name != "reference" and device not in backend.devices:
-            reason = f"the tensors are on {device!r}, it runs on {', '.join(backend.devices)}"
+            reason = f"the tensors are on {device!r}, but it runs on {', '.join(backend.devices)}"
         if not reason and name == "triton" and dtype == torch.float64:
-            reason = "the tensors are float64, it computes in float32"
+            reason = "the tensors are float64, but it computes in float32"
         if not reason:
             return name
         if impl is not None:
@@ -107,7 +107,7 @@ def remembered(op: str, impl: str | None, device: str, dtype: torch.dtype) -> st
 @functools.cache
 def _warn_of_fallback(name: str, reason: str) -> None:
     warnings.warn(
-        f"rmx_kernels: {reason}. Running on impl='reference', exact and several times slower",
+        f"rmx_kernels: {reason}. Running on impl='reference', which is exact and several times slower",
         RuntimeWarning,
         stacklevel=6,
     )

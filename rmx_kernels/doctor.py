@@ -1,6 +1,6 @@
-"""What this machine is, what every operator runs on and how fast, and known traps.
+"""Describe this machine: devices, the implementation of every operator, measured rates, and warnings.
 
-Needs the operators alone: ``python -m rmx_kernels.doctor``, or ``rmx doctor``.
+Needs only the operators: ``python -m rmx_kernels.doctor``, or ``rmx doctor``.
 """
 
 import argparse
@@ -125,14 +125,14 @@ def traps_of_threads(found: Cpu, environment: Mapping[str, str], busy: float) ->
             f"expected {max(1, found.cores // processes)}"
         )
     elif found.threads > found.cores:
-        traps.append(f"torch uses {found.threads} threads on {found.cores} cores, where they wait for each other")
+        traps.append(f"torch uses {found.threads} threads on {found.cores} cores, so the threads wait for each other")
     elif found.threads == 1 < found.cores and processes == 1:
         cause = f"OMP_NUM_THREADS is {setting}" if setting else "torch.set_num_threads sets it"
         traps.append(f"torch uses 1 thread of {found.cores} cores: {cause}")
     if busy > 0.5:
         traps.append(
-            f"other work keeps this machine busy (load {busy:.1f} a core): the rates are too low. Of processes that "
-            "run side by side, each needs an OMP_NUM_THREADS of its share of the cores"
+            f"other work keeps this machine busy (load {busy:.1f} a core): the rates are too low. Set "
+            "OMP_NUM_THREADS of each process to its share of the cores"
         )
     return traps
 
@@ -142,10 +142,10 @@ def traps_of_gpus(found: list[Gpu], device_files: list[str]) -> list[str]:
     traps = []
     if device_files and not found:
         build = torch.version.cuda
-        cause = f"finds none: is the driver new enough for CUDA {build}, CUDA_VISIBLE_DEVICES empty, its use allowed?"
+        cause = f"finds none: check the driver (for CUDA {build}), CUDA_VISIBLE_DEVICES and the access rights"
         if build is None:
-            cause = "is a build without CUDA: install one with it"
-        traps.append(f"this machine has an NVIDIA GPU ({device_files[0]}), and torch {torch.__version__} {cause}")
+            cause = "is a build without CUDA: install a build with CUDA"
+        traps.append(f"this machine has an NVIDIA GPU ({device_files[0]}), but torch {torch.__version__} {cause}")
     for index, gpu in enumerate(found):
         if gpu.capability < (8, 0) and torch.version.hip is None:
             traps.append(f"GPU {index} ({gpu.name}) has no bfloat16 products: expected compute capability 8.0 or above")
@@ -160,8 +160,8 @@ def traps_of_rates(rates: list[Rate], auto_dtypes: Mapping[str, Precision]) -> l
         return []
     said = "this CPU multiplies bfloat16 slower than float32: "
     if auto_dtypes["cpu"].dtype == "float32":
-        return [said + "model.dtype=auto takes float32 here, leave it so"]
-    return [said + f"set model.dtype=float32, as model.dtype=auto takes bfloat16 ({auto_dtypes['cpu'].reason})"]
+        return [said + "keep model.dtype=auto, which takes float32 here"]
+    return [said + f"set model.dtype=float32, because model.dtype=auto takes bfloat16 ({auto_dtypes['cpu'].reason})"]
 
 
 def examine(*, seconds: float | None = SECONDS) -> Examination:
@@ -175,10 +175,10 @@ def examine(*, seconds: float | None = SECONDS) -> Examination:
     traps = [*traps_of_operators(operators), *traps_of_threads(described, os.environ, busy)]
     traps += traps_of_gpus(devices, files)
     if INTERPRETED:
-        traps.append("TRITON_INTERPRET is set: Triton kernels are interpreted, which is for tests alone")
+        traps.append("TRITON_INTERPRET is set: Triton kernels are interpreted, which is only for tests")
     if seconds and devices and devices[0].memory_free < ROOM:
         kinds = ("cpu",)
-        traps.append(f"GPU 0 was not measured: {_gib(ROOM)} have to be free, {_gib(devices[0].memory_free)} are")
+        traps.append(f"GPU 0 was not measured: expected {_gib(ROOM)} free, got {_gib(devices[0].memory_free)}")
     rates = [rate for device in kinds for rate in measure(device, seconds)] if seconds else []
     return Examination(
         rmx=__version__,
@@ -281,8 +281,8 @@ def report(*, as_json: bool = False, rates: bool = True) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rmx_kernels.doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    parser.add_argument("--no-rates", action="store_true", help="skip the rates")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--no-rates", action="store_true", help="do not measure the rates")
     arguments = parser.parse_args()
     print(report(as_json=arguments.json, rates=not arguments.no_rates))
 

@@ -102,6 +102,6 @@ def _compare(name: str, ours: Tensor, theirs: Tensor, limit: float, what: str = 
     if not error <= limit:
         raise ValueError(
             f"model: expected the logits of {name} to be its hidden states times its output head, with the scale and "
-            f"softcap of its configuration, got {what} with a difference of {error:.2%}; it transforms them in another "
-            "way"
+            f"softcap of its configuration, got {what} with a difference of {error:.2%}; the model "
+            "transforms them in another way"
         )

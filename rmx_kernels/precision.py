@@ -1,7 +1,7 @@
-"""In which number format a model runs where its configuration leaves that open (``model.dtype: auto``).
+"""The number format of a model whose configuration says ``model.dtype: auto``.
 
-bfloat16 where the device multiplies it; else float32 on a CPU and float16 on a GPU. A CPU without such instructions
-computes bfloat16 products in torch's emulation, many times slower than float32 ones.
+bfloat16 if the device multiplies it; else float32 on a CPU and float16 on a GPU. A CPU without bfloat16 instructions
+emulates bfloat16 products in torch, many times slower than float32 products.
 """
 
 import time
@@ -23,7 +23,7 @@ class Precision:
 
 
 def choose(device: str = "auto") -> Precision:
-    """What ``model.dtype: auto`` is on ``device``: "cpu", "cuda", or "auto" for cuda where torch sees one."""
+    """What ``model.dtype: auto`` means on ``device``: "cpu", "cuda", or "auto" (cuda if torch finds a GPU)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return _of_gpu() if device == "cuda" else _of_cpu()
@@ -34,7 +34,7 @@ def _of_gpu() -> Precision:
     if torch.version.hip is not None or capability >= (8, 0):
         return Precision("bfloat16", f"{name} multiplies bfloat16")
     said = ".".join(map(str, capability))
-    return Precision("float16", f"{name} (compute capability {said}) multiplies no bfloat16, which begins with 8.0")
+    return Precision("float16", f"{name} (compute capability {said}) has no bfloat16 products, which need 8.0")
 
 
 def _of_cpu() -> Precision:
@@ -42,7 +42,7 @@ def _of_cpu() -> Precision:
     if supported and flags:
         return Precision("bfloat16", f"this CPU multiplies bfloat16 ({', '.join(flags)})")
     if supported is False:
-        return Precision("float32", "this CPU has no bfloat16 instructions: products of it would be emulated, slowly")
+        return Precision("float32", "this CPU has no bfloat16 instructions: such products would be emulated, slowly")
     # oneDNN also says yes where it only converts (AVX-512 without BF16), and not every build of torch has oneDNN
     half, single = _measured()
     said = f"products run at {half / 1e9:.0f} GFLOP/s in bfloat16 and {single / 1e9:.0f} in float32 here"

@@ -1,4 +1,4 @@
-"""Modules of torch around a model: what is inside, a call in their forward, and parameters spread over ranks."""
+"""Wrappers of torch around a model: the inner module, a call in its forward, and parameters sharded over ranks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,22 +12,22 @@ T = TypeVar("T")
 
 
 def in_forward(model: nn.Module, function: Callable[[Any], T]) -> T:
-    r"""function(module inside of the wrappers), called in the place of its forward.
+    r"""Run the wrappers' forward with function(inner module) instead of the inner module's forward.
 
-    For DistributedDataParallel and FullyShardedDataParallel, which average gradients, and gather weights, around the
-    forward of what they wrap: :func:`head_of`, :func:`token_logprobs` and the loss belong in there.
+    DistributedDataParallel and FullyShardedDataParallel average gradients and gather weights only around the forward of
+    the module that they wrap. So call :func:`head_of`, :func:`token_logprobs` and the loss inside ``function``.
 
     .. math:: \mathrm{in\_forward}(\mathrm{wrap}(m), f) = f(m)
 
     Args:
         model: a module, in any number of wrappers, compiled or not.
-        function: takes the module inside, and returns a tensor or a tuple, list or dict of them; called once.
+        function: takes the inner module, and returns a tensor or a tuple, list or dict of tensors; called once.
 
     Returns:
-        What function returned.
+        The result of function.
 
     Raises:
-        TypeError: model is no module. RuntimeError: the wrapper did not call the module.
+        TypeError: model is not a module. RuntimeError: the wrapper did not call the inner module.
 
     >>> loss = in_forward(wrapped, lambda inner: -token_logprobs(inner, ids).logprob.mean())  # doctest: +SKIP
     >>> loss.backward()  # gradients are averaged over ranks  # doctest: +SKIP
@@ -57,35 +57,35 @@ def in_forward(model: nn.Module, function: Callable[[Any], T]) -> T:
     finally:
         restore()
     if not results:
-        raise RuntimeError(f"model: expected {type(model).__name__} to call the module inside, it did not")
+        raise RuntimeError(f"model: expected {type(model).__name__} to call its inner module, but it did not")
     return returned
 
 
 def inside(model: nn.Module) -> Any:
-    """What a wrapper of torch wraps: a compiled module, DistributedDataParallel, FullyShardedDataParallel."""
+    """The inner module of a compiled module, DistributedDataParallel or FullyShardedDataParallel; None for others."""
     names = ("_orig_mod", "module", "_fsdp_wrapped_module")
     return next((model._modules[name] for name in names if model._modules.get(name) is not None), None)
 
 
 def gathered(parameter: Tensor) -> Tensor:
-    r"""The whole of a parameter that is spread over ranks as a DTensor; any other tensor as it is.
+    r"""The full tensor of a parameter that is sharded over ranks as a DTensor; any other tensor unchanged.
 
     .. math:: \frac{\partial}{\partial \mathrm{parameter}} = \frac{1}{R} \sum_{r=1}^{R} g_r
 
-    with the gradient g of the whole on each of the R ranks of its mesh: their mean, as fully_shard (FSDP2) makes of the
-    gradients of its own forward, in the parameter's placements. Where all ranks compute the same (tensor parallelism
-    with replicated rows) the mean is what each of them has.
+    where g_r is the gradient of the full tensor on rank r of the R ranks of its mesh. This is the mean that fully_shard
+    (FSDP2) computes for its own forward, and it has the parameter's placements. If all ranks compute the same values
+    (tensor parallelism with replicated rows), the mean equals the gradient of each rank.
 
-    A DTensor with Shard(0) may be a shard of FSDP2, or a part of the vocabulary: it does not tell. So it is gathered,
-    which is right for both. A head that is to stay spread is given as ``parameter.to_local()`` with ``process_group=``.
+    A DTensor with Shard(0) does not say whether it is a shard of FSDP2 or a part of the vocabulary. Gathering it is
+    right for both. To keep a head sharded, pass ``parameter.to_local()`` with ``process_group=`` to the operator.
 
     Args:
-        parameter: a tensor; a DTensor on all ranks of its mesh at once, each of which makes this call.
+        parameter: a tensor; if it is a DTensor, every rank of its mesh has to make this call.
 
     Returns:
-        A plain tensor of the whole shape. Differentiable once.
+        A plain tensor of the full shape. Differentiable once.
 
-    Source: ``torch.distributed.tensor.DTensor.full_tensor``, whose gradient is each rank's own.
+    Source: ``torch.distributed.tensor.DTensor.full_tensor``, which leaves each rank its own gradient.
 
     >>> linear_entropy_topk(hidden, gathered(model.lm_head.weight))  # doctest: +SKIP
     """

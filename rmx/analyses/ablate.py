@@ -77,7 +77,7 @@ class Options:
     budget: float = 0.2
     quantile: float = 0.5
     seeds: int = 1  # trainings of each variant
-    shares: Sequence[float] = ()  # of a curve: its variants take the place of the others
+    shares: Sequence[float] = ()  # of a curve, whose variants replace the others
     max_new_tokens: int | None = None  # of base and variants where they are judged; None: evaluate.max_new_tokens
 
     def check(self) -> None:
@@ -98,7 +98,7 @@ class Options:
 def ablate(run: Run, out: Path, names: Sequence[str] = (), options: Options = Options()) -> Ablation:
     """Train and judge the variants ``names`` (none: all of them).
 
-    Killed and started again, it goes on in the stage under way; what is done with the same settings stays.
+    If it was killed, a new start continues in the current stage; results with the same settings are kept.
 
     Raises:
         AnalysisError: an unknown name; a share outside (0, 1); a run whose training set is not its own selection.
@@ -107,7 +107,7 @@ def ablate(run: Run, out: Path, names: Sequence[str] = (), options: Options = Op
     options.check()
     known = options.variants()
     if unknown := [name for name in names if name not in known]:
-        raise AnalysisError(f"ablate: no variant {unknown[0]!r}; expected some of {', '.join(known)}")
+        raise AnalysisError(f"ablate: unknown variant {unknown[0]!r}; expected one or more of {', '.join(known)}")
     _check(run)
     known = options.variants(_imitation_epochs(run))
     if options.max_new_tokens is not None:
@@ -166,13 +166,11 @@ def _check(run: Run) -> None:
         raise AnalysisError("ablate: a server has one tuned model, not every variant: set another evaluate.engine")
     run.need("evaluate")
     if "imported" in run.stages()["select"]:
-        raise AnalysisError(
-            "ablate: the training set was imported; variants of it would be selected anew, by other rules"
-        )
+        raise AnalysisError("ablate: the training set was imported; its variants would be selected by other rules")
     if run.config.select.shuffle_advantages:
-        raise AnalysisError("ablate: the run itself has shuffled advantages")
+        raise AnalysisError("ablate: expected a run with select.shuffle_advantages=false, got true")
     if run.config.select.right_only:
-        raise AnalysisError("ablate: the run itself has right rollouts alone")
+        raise AnalysisError("ablate: expected a run without select.right_only, got true")
 
 
 def _imitation_epochs(run: Run) -> float:

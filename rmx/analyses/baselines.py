@@ -1,4 +1,4 @@
-"""What the base reaches without training, by other decodings and by votes, beside the tuned model, with its cost.
+"""Accuracy of the base with other decodings and majority votes, compared with the tuned model, with the cost.
 
 All on the run's held-out problems with the evaluation's random numbers, so that differences are paired over problems.
 """
@@ -31,7 +31,7 @@ TUNED = "tuned"
 
 @dataclass(frozen=True)
 class Options:
-    """What the base is decoded with, beside the evaluation's own decoding and greedily."""
+    """The decodings of the base, in addition to that of the evaluation and to greedy."""
 
     temperatures: Sequence[float] = (0.3,)
     top_ps: Sequence[float] = (0.8,)
@@ -60,7 +60,7 @@ class Baselines:
 
 
 def baselines(run: Run, out: Path, options: Options = Options()) -> Baselines:
-    """Sample what is not there yet, judge it, and compare.
+    """Sample what is missing, judge it, and compare.
 
     Raises:
         AnalysisError: a bad option, or no problem was judged in every arm. RunError: the run is not evaluated.
@@ -120,9 +120,9 @@ def _decodings(sampling: EvaluateConfig, options: Options) -> dict[str, Evaluate
         if value is not None and value < 1:
             raise AnalysisError(f"baselines: --{name}: expected at least 1, got {value}")
     if wrong := [t for t in options.temperatures if t < 1e-3]:
-        raise AnalysisError(f"baselines: --temperature: expected at least 0.001 (0 is there already), got {wrong[0]}")
+        raise AnalysisError(f"baselines: --temperature: expected at least 0.001 (0 is always included), got {wrong[0]}")
     if wrong := [p for p in options.top_ps if not 0 < p <= 1]:
-        raise AnalysisError(f"baselines: --top-p: expected over 0 and at most 1, got {wrong[0]}")
+        raise AnalysisError(f"baselines: --top-p: expected above 0 and at most 1, got {wrong[0]}")
     own = _limited(sampling, options)
     found = {"": own.model_copy(update={"samples": options.samples or own.samples})}
     found["greedy"] = own.model_copy(update={"temperature": 0.0, "samples": 1})

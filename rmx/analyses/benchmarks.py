@@ -1,7 +1,7 @@
-"""Accuracy on named benchmarks, reasoning-gym tasks and files of problems, of the model and of it with an adapter.
+"""Accuracy on named benchmarks, reasoning-gym tasks and files of problems, without and with an adapter.
 
-What was sampled stays beside the results, so that a start with other intervals, or with another adapter, samples only
-what is new. docs/benchmarks.md lists sources and rules.
+The samples are stored beside the results, so a start with other intervals, or with another adapter, samples only
+what is missing. docs/benchmarks.md lists sources and rules.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ Samples = tuple[list[Rollout], list[Verdict]]
 
 
 class BenchmarkError(RmxError):
-    """A benchmark is not known, cannot be had, or does not hold what it should."""
+    """A benchmark is unknown, cannot be loaded, or has unexpected content."""
 
 
 def _behind_hashes(value: Any) -> str:
@@ -111,12 +111,12 @@ def read_benchmark(name: str, limit: int | None = None, data: Path | None = None
     """A benchmark by its name, a reasoning-gym task as ``gym:TASK``, or a JSONL file by its path.
 
     Args:
-        limit: take only so many problems: the first of one fixed shuffle, the same ones in every run.
+        limit: take only this many problems: the first of one fixed shuffle, the same ones in every run.
         data: a directory that holds NAME.jsonl, or a data set in a directory NAME, to use instead of the hub.
 
     Raises:
         BenchmarkError: an unknown name, no data, or a row without a question or an answer. ArtefactError: a file that
-            is no JSONL. ProblemsError: no such task.
+            is not JSONL. ProblemsError: no such task.
     """
     if name.startswith(GYM):
         task = name.removeprefix(GYM)
@@ -125,7 +125,7 @@ def read_benchmark(name: str, limit: int | None = None, data: Path | None = None
         source = BENCHMARKS[name]
         found = Benchmark(name, list(_problems(name, source, _rows(name, source, data))), source.samples)
         if not found.problems:
-            raise BenchmarkError(f"{name}: holds no problem")
+            raise BenchmarkError(f"{name}: contains no problems")
     elif name.endswith(".jsonl"):
         path = Path(name).expanduser()
         found = Benchmark(path.stem, read_jsonl(path))
@@ -159,7 +159,7 @@ def _problems(name: str, source: Source, rows: Iterable[tuple[str, Any]]) -> Ite
 
 def _field(where: str, row: dict[str, Any], key: str, read: Callable[[Any], str]) -> str:
     if key not in row:
-        raise BenchmarkError(f"{where}: no field {key!r}; there are {', '.join(map(repr, row))}")
+        raise BenchmarkError(f"{where}: no field {key!r}; fields: {', '.join(map(repr, row))}")
     try:
         return read(row[key])
     except ValueError as fault:
@@ -175,14 +175,14 @@ def _rows(name: str, source: Source, data: Path | None) -> Iterator[tuple[str, A
     elif (folder := data.expanduser() / name).is_dir():
         yield from _from_hub(str(folder), source.config, source.split)
     else:
-        raise BenchmarkError(f"--data {data}: holds neither {name}.jsonl nor a directory {name}")
+        raise BenchmarkError(f"--data {data}: contains neither {name}.jsonl nor a directory {name}")
 
 
 def _from_hub(hub: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = load_rows(hub, config, split=split)
     except DataError as fault:
-        raise BenchmarkError(f"{fault}; --data DIR takes the problems from files") from fault
+        raise BenchmarkError(f"{fault}; --data DIR reads the problems from files") from fault
     yield from ((f"{hub} {split}:{number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -197,10 +197,10 @@ def run_benchmarks(
     data: Path | None = None,
     out: Path | None = None,
 ) -> list[Result]:
-    """Evaluate the model of ``home``, and the same with an adapter, on each benchmark; write JSON and a picture.
+    """Evaluate the model of ``home``, without and with an adapter, on each benchmark; write JSON and a picture.
 
-    Sampled as ``evaluate`` of the configuration says, but for the number of samples, with the same random numbers on
-    both sides. A benchmark that is there with the same settings is not sampled again.
+    Sampling follows ``evaluate`` of the configuration, except for the number of samples, with the same random numbers
+    on both sides. A benchmark with results for the same settings is not sampled again.
 
     Args:
         names: see :func:`read_benchmark`, as are ``limit`` and ``data``; or "held-out", the run's own problems.
@@ -209,8 +209,8 @@ def run_benchmarks(
         out: where NAME.json and benchmarks.png go; default: benchmarks/ in the run directory.
 
     Raises:
-        BenchmarkError: a bad argument, or problems that cannot be had. AdapterError: the adapter is of another model.
-        RunError: the run has no finished adapter.
+        BenchmarkError: a bad argument, or problems that cannot be loaded. AdapterError: the adapter is of another
+            model. RunError: the run has no finished adapter.
     """
     for key, value in (("limit", limit), ("samples", samples)):
         if value is not None and value < 1:

@@ -1,4 +1,4 @@
-"""How many of the decisions that a large sample of rollouts meets do a few of them already contain.
+"""How many decision points of a large sample of rollouts are already in a small set of them.
 
 A *decision point* is a completion token whose predicting position has a base entropy above tau. Its kind is a key, of
 which there are three, from fine to coarse:
@@ -7,7 +7,7 @@ which there are three, from fine to coarse:
 * ``candidates``: the base's two most probable tokens, in either order,
 * ``token``: the base's most probable token.
 
-A small set of rollouts *covers* a decision point of the rest where a decision point of the same key is in the set.
+A small set of rollouts *covers* a decision point of the rest if the set has a decision point with the same key.
 """
 
 from collections.abc import Collection, Sequence
@@ -113,11 +113,11 @@ def cover(
     An interval is the central 95 % of ``draws`` small sets, the same ones for every key and for the control. It says
     how much depends on which rollouts are taken from this sample, not how far another sample would differ.
 
-    The control asks the same of as many positions at random with an entropy of at most tau (all of them where they are
-    fewer). It shows what share would be covered only because the text of the sample repeats itself. Decisions that are
-    covered less than the control are more varied than the rest of the text; a high share of theirs alone does not
-    say that there are few decisions. ``candidates`` of a sure position hold a second token that hardly matters, so
-    there the control is hard to cover.
+    The control does the same for as many random positions with an entropy of at most tau (all of them if there are
+    fewer). It shows which share is covered only because the text of the sample repeats itself. Decisions with less
+    coverage than the control are more varied than the rest of the text. A high coverage of decisions alone does not
+    show that there are few decisions. ``candidates`` of a low-entropy position include a second token that hardly
+    matters, so there the control is hard to cover.
 
     Args:
         rollouts: the large sample. scores: of the base model, of each of them, in order, with top-k, k >= 2.
@@ -273,7 +273,7 @@ def cover_run(run: RunDirectory, tau: float | None = None, draws: int = 200) -> 
     if tau is None:
         tau = run.tau() if selected else run.config.select.tau
     if tau is None:
-        raise RunError("tau: the configuration has none before its select stage: run `rmx select` or give --tau")
+        raise RunError("tau: not known before the select stage: run `rmx select` or give --tau")
     trained = {(s.problem_id, s.sample) for s in run.training_set()} if selected else set()
     return cover(run.rollouts(), run.base_scores(), tau, trained=trained, draws=draws, seed=run.config.seed)
 

@@ -1,6 +1,6 @@
-"""How far an adapter moves the model on text that has nothing to do with its training: KL and perplexity.
+"""How far an adapter moves the model on text unrelated to its training: KL and perplexity.
 
-Both models read the same windows of a text, teacher-forced, by the linear operators: no logits are made.
+Both models read the same windows of a text, teacher-forced, with the linear operators: no logits are stored.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
-"""How much of another model's accuracy a few of its tokens bring to the base (arXiv 2605.06241, section 3).
+"""How much of another model's accuracy the base gains from a few of its tokens (arXiv 2605.06241, section 3).
 
-The base model decodes. Where a gate is open the other model's token is taken instead, if it is among the base's top 5:
+The base model decodes. Where a gate is open, the other model's token is used instead, if it is among the base's top 5:
 
 * ``disagreement``: the two models' most probable tokens differ;
 * ``entropy``: the base's entropy is above tau, so that no second model chooses the positions.
 
-Controls: the other's tokens at as many positions drawn at random, and random tokens of the base's top 5 wherever the
-gate is open. The random positions of a sample are as many as were taken in its gated completion, drawn from the length
-of the base's; where the other's token is not among the base's top 5 the next position serves instead. A completion
-that ends early leaves some unused, so the share that was taken stands beside each arm.
+Controls: the other's tokens at as many random positions, and random tokens of the base's top 5 wherever the gate is
+open. A sample has as many random positions as replaced tokens in its gated completion, drawn from the length of the
+base's completion. If the other's token is not among the base's top 5, the next position is used. A completion that ends
+early leaves some positions unused, so each arm reports the share of replaced tokens.
 
 All arms are decoded by rmx's own loop, whatever ``evaluate.engine`` says, and every sample keeps its random numbers in
 all of them, so that what differs is the intervention.
@@ -86,13 +86,13 @@ class Intervention:
 def intervene(run: Run, pair: Pair, out: Path, gate: Gate = "disagreement", tau: float | None = None) -> Intervention:
     """Decode the run's held-out problems in every arm, as ``rmx evaluate`` samples them, and compare.
 
-    Killed and started again, it goes on at the unit of completions under way.
+    If it was killed, a new start continues at the current unit of completions.
 
     Raises:
         AnalysisError: an entropy gate without ``tau``, or another one with it.
     """
     if (gate == "entropy") != (tau is not None):
-        raise AnalysisError(f"intervene: expected tau (nats) for the entropy gate and for no other, got {tau}")
+        raise AnalysisError(f"intervene: expected tau (nats) with gate entropy, none with disagreement, got {tau}")
     experiment = _Experiment(run, pair, out, gate, tau)
     problems, sampling = experiment.problems, run.config.evaluate
     found: dict[str, list[Intervened]] = {}

@@ -53,5 +53,5 @@ def paired(
         hint = "; --trust-other-code lets it run its own code" if "trust_remote_code" in str(fault) else ""
         raise AnalysisError(f"{other}: neither a directory with an adapter nor a model: {fault}{hint}") from fault
     if second.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise AnalysisError(f"{other}: has another tokenizer than the base: its token ids mean other text")
+        raise AnalysisError(f"{other}: its tokenizer differs from the base's, so the same token ids mean other text")
     yield Pair(base, second, f"{other} {model.fingerprint(theirs)}", None)

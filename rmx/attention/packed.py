@@ -49,15 +49,15 @@ def attend(
         ([1, T, Hq, D], None).
 
     Raises:
-        PackingError: the model hands over no packing, or asks for what this attention does not do.
+        PackingError: the model passes no packing, or asks for what this attention does not support.
     """
     name = type(module).__name__
     if packing is None or query.shape[0] != 1:
-        raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
+        raise PackingError(f"{name} does not pass the packing to its attention; set model.packing=false")
     asked = sorted(key for key, value in more.items() if key not in HARMLESS and value is not None)
     if asked or attention_mask is not None or dropout or not getattr(module, "is_causal", True):
         what = ", ".join(asked) or "a mask, dropout or attention in both directions"
-        raise PackingError(f"{name} asks its attention for {what}; set model.packing=false")
+        raise PackingError(f"{name} asks its attention for {what}, which is not supported; set model.packing=false")
     unsaid = None
     if sliding_window == UNSAID:  # a window that is only in the masks of the model would be lost
         sliding_window, unsaid = None, min(_declared_windows(module), default=None)
@@ -76,10 +76,10 @@ def _checked(
     """(the packing, the window or None where no sequence is longer)."""
     packing = _packing(ends, q.device)
     if len(q) != packing.tokens:
-        raise PackingError(f"{name} hands no packing to its attention; set model.packing=false")
+        raise PackingError(f"{name} does not pass the packing to its attention; set model.packing=false")
     if unsaid is not None and unsaid < packing.longest:
         raise PackingError(
-            f"{name} does not tell its attention of the window of {unsaid} tokens in its configuration; "
+            f"{name} does not pass the window of {unsaid} tokens in its configuration to its attention; "
             "set model.packing=false"
         )
     return packing, None if window is None or window >= packing.longest else window

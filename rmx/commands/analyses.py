@@ -11,9 +11,7 @@ from rmx.errors import RmxError, visible
 
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx compare config.yaml")
 def compare(
-    config: Annotated[
-        Path, typer.Argument(metavar="BASE", help="YAML file of a run, whose model and rollouts are used")
-    ],
+    config: Annotated[Path, typer.Argument(metavar="BASE", help="YAML file of a run; its model and rollouts are used")],
     other: Annotated[
         str, typer.Argument(help="directory of an adapter, or name of a model; default: the run's own adapter")
     ] = "",
@@ -73,13 +71,13 @@ def coverage(
     tau: Annotated[
         float | None, typer.Option(help="entropy in nats above which a token is a decision; default: the run's tau")
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="number of random small sets of each size")] = 200,
+    draws: Annotated[int, typer.Option(min=1, help="number of random sets of rollouts of each size")] = 200,
     out: Annotated[
         Path | None, typer.Option(help="directory to write; default: coverage/ in the run directory")
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Count how many of the decision points of all rollouts a few of the rollouts already contain."""
+    """Measure how many decision points of all rollouts a small set of rollouts already contains."""
     run = open_run(config, set_)
     from rmx.analyses import coverage
     from rmx.tables import show
@@ -105,21 +103,19 @@ def benchmark_command(
             "own problems), or a JSONL file",
         ),
     ],
-    tuned: Annotated[bool, typer.Option("--tuned", help="evaluate with the run's own adapter, too")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="evaluate with the adapter in this directory, too")] = None,
+    tuned: Annotated[bool, typer.Option("--tuned", help="also evaluate with the run's own adapter")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="also evaluate with the adapter in this directory")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="number of problems of each benchmark, by a fixed shuffle; default: all")
+        int | None, typer.Option(help="number of problems of each benchmark, after a fixed shuffle; default: all")
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            help="completions of each problem; default: 8 for aime24 and amc23, 1 for the other named ones, else "
-            "evaluate.samples"
+            help="completions of each problem; default: 8 for aime24 and amc23, 1 for gsm8k, math500, "
+            "minerva and olympiadbench, else evaluate.samples"
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="directory with NAME.jsonl, which is read instead of the hub")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="directory with NAME.jsonl files, read instead of the hub")] = None,
     out: Annotated[
         Path | None, typer.Option(help="directory to write; default: benchmarks/ in the run directory")
     ] = None,
@@ -144,12 +140,12 @@ def ablate(
         list[str] | None, typer.Option(help="variant to train; may be given several times; default: all variants")
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="share of gated tokens in the variants budget, random, lowest and those with -mass")
+        float, typer.Option(help="share of gated tokens in the variants budget, random, lowest and *-mass")
     ] = 0.2,
     quantile: Annotated[float, typer.Option(help="quantile of the scored entropies in the variant quantile")] = 0.5,
-    seeds: Annotated[int, typer.Option(help="number of trainings of each variant")] = 1,
+    seeds: Annotated[int, typer.Option(help="number of seeds to train each variant with")] = 1,
     curve: Annotated[
-        bool, typer.Option("--curve", help="train the entropy and the random gate at several shares, and all tokens")
+        bool, typer.Option("--curve", help="train the entropy and random gates at several shares, and with all tokens")
     ] = False,
     share: Annotated[
         list[float] | None,
@@ -157,14 +153,14 @@ def ablate(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="longest completion where base and variants are judged; default: evaluate.max_new_tokens"),
+        typer.Option(help="maximum tokens of a completion of base and variants; default: evaluate.max_new_tokens"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="directory to write; default: ablate/ in the run directory")] = None,
     set_: Overrides = None,
 ) -> None:
-    """Repeat the training with one change: another gate, other weights or advantages, supervised, another adapter."""
+    """Repeat the training with one change each: gate, weights, advantages, supervised training, or adapter size."""
     if share and not curve:
-        raise RmxError("--share: is of --curve")
+        raise RmxError("--share: expected only together with --curve")
     run = open_run(config, set_)
     from rmx.analyses import ablate
     from rmx.analyses.variants import SHARES
@@ -191,18 +187,18 @@ def baselines(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="completions of each problem that votes are taken from; default: evaluate.samples"),
+        typer.Option(help="completions of each problem for the majority votes; default: evaluate.samples"),
     ] = None,
-    both: Annotated[bool, typer.Option("--both", help="decode the tuned model in all these ways, too")] = False,
+    both: Annotated[bool, typer.Option("--both", help="also decode the tuned model in all these ways")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="longest completion of both models; default: evaluate.max_new_tokens")
+        int | None, typer.Option(help="maximum tokens of a completion of both models; default: evaluate.max_new_tokens")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="directory to write; default: baselines/ in the run directory")
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Compare the tuned model with the base under other decodings: greedy, colder, smaller top-p, majority votes."""
+    """Compare the tuned model with the base in other decodings: greedy, low temperature, low top-p, majority vote."""
     run = open_run(config, set_)
     from rmx.analyses import baselines
     from rmx.tables import show
@@ -220,9 +216,9 @@ def baselines(
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx drift config.yaml novel.txt --window 1024")
 def drift(
     config: ConfigPath,
-    text: Annotated[Path, typer.Argument(help="file with plain text, in UTF-8, that the training has nothing of")],
+    text: Annotated[Path, typer.Argument(help="UTF-8 file of plain text that is not in the training data")],
     adapter: Annotated[Path | None, typer.Option(help="adapter directory; default: the run's own adapter")] = None,
-    window: Annotated[int, typer.Option(help="number of tokens that are read at a time")] = 512,
+    window: Annotated[int, typer.Option(help="number of tokens in each window of the text")] = 512,
     out: Annotated[Path | None, typer.Option(help="directory to write; default: drift/ in the run directory")] = None,
     set_: Overrides = None,
 ) -> None:
@@ -244,7 +240,7 @@ def drift(
 @app.command(rich_help_panel=PANELS[2], epilog="Example: rmx intervene config.yaml --gate entropy --tau 2.5")
 def intervene(
     config: Annotated[
-        Path, typer.Argument(metavar="BASE", help="YAML file of a run, whose model and held-out problems are used")
+        Path, typer.Argument(metavar="BASE", help="YAML file of a run; its model and held-out problems are used")
     ],
     other: Annotated[
         str, typer.Argument(help="directory of an adapter, or name of a model; default: the run's own adapter")
@@ -261,7 +257,7 @@ def intervene(
     set_: Overrides = None,
     trust_other: TrustOther = False,
 ) -> None:
-    """Measure how much accuracy BASE gains if it takes the tokens of OTHER at a few positions, against controls."""
+    """Measure how much accuracy BASE gains with the tokens of OTHER at a few positions, compared with controls."""
     from rich.console import Console
 
     if gate not in ("disagreement", "entropy"):

@@ -17,8 +17,9 @@ def merge(
         str | None,
         typer.Option(
             metavar="TYPE|FILE",
-            help="also write a GGUF file by llama.cpp's converter (on PATH, or in the folder RMX_LLAMA_CPP): f32, f16, "
-            "bf16, q8_0, tq1_0, tq2_0 or auto, into OUT; or the file, whose name may end with a type, as m-q8_0.gguf",
+            help="also write a GGUF file with llama.cpp's converter (on PATH, or in the folder RMX_LLAMA_CPP). TYPE: "
+            "f32, f16, bf16, q8_0, tq1_0, tq2_0 or auto, written into OUT. FILE: its name may end with a type, such as "
+            "m-q8_0.gguf",
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -34,7 +35,7 @@ def merge(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    folder = merge.check(run, out, adapter)  # mistakes first: to merge takes minutes
+    folder = merge.check(run, out, adapter)  # mistakes first: a merge takes minutes
     asked = None if gguf is None else wanted(gguf, folder)
     command = [] if asked is None else converter()
     if asked is not None:
@@ -55,14 +56,14 @@ def merge(
 @app.command(rich_help_panel=PANELS[3], epilog="Example: rmx push config.yaml me/my-adapter --dry-run")
 def push(
     config: ConfigPath,
-    repo: Annotated[str, typer.Argument(help="repository on the Hugging Face hub, as USER/NAME")],
+    repo: Annotated[str, typer.Argument(help="repository on the Hugging Face hub: USER/NAME")],
     private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="write the files and show the card, and send nothing")
+        bool, typer.Option("--dry-run", help="write the files and show the card, but send nothing")
     ] = False,
     set_: Overrides = None,
 ) -> None:
-    """Put the adapter on the hub, with a model card that has the numbers of the run."""
+    """Upload the adapter to the Hugging Face hub, with a model card that shows the results of the run."""
     run = open_run(config, set_)
     from rmx.progress import console
     from rmx.reports.card import Told, staged, upload
@@ -100,7 +101,7 @@ def export_task_command(
     name: Annotated[str, typer.Option(help="name of the task; default: rmx_ and the name of the run directory")] = "",
     set_: Overrides = None,
 ) -> None:
-    """Write a run's problems as a task of lm-evaluation-harness, which rmx's verifier scores."""
+    """Write a run's problems as a task for lm-evaluation-harness, scored by rmx's verifier."""
     run = open_run(config, set_)
     from rmx.interchange.harness import export_task
     from rmx.progress import console
@@ -117,7 +118,7 @@ def import_command(
     source: Annotated[Path, typer.Argument(help="directory with records.json, rollouts.json, training_set.json")],
     set_: Overrides = None,
     any_prompt: Annotated[
-        bool, typer.Option(help="accept prompts that differ from those that this configuration would render")
+        bool, typer.Option(help="accept prompts that differ from the ones this configuration renders")
     ] = False,
 ) -> None:
     """Start a run from JSON files of the method's released code. `rmx run` continues from there."""
@@ -129,9 +130,9 @@ def import_command(
 
 @app.command("cache", rich_help_panel=PANELS[3], epilog="Example: rmx cache --clear")
 def cache_command(
-    clear: Annotated[bool, typer.Option("--clear", help="delete all kept models")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="delete all models in the cache")] = False,
 ) -> None:
-    """List the models that were converted from GGUF files and are kept in the cache, or delete them."""
+    """List or delete the models in the cache, which were converted from GGUF files."""
     from rmx import digests
     from rmx.models import converted
 

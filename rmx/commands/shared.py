@@ -44,7 +44,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="setting that replaces the configuration's, as in --set train.epochs=2; may be given several times; "
+        help="change a setting of the configuration: --set train.epochs=2; may be given several times; "
         "relative paths start at the current directory",
     ),
 ]
@@ -54,7 +54,7 @@ Engine = Annotated[
 ]
 TrustOther = Annotated[bool, typer.Option("--trust-other-code", help="run Python code that comes with the model OTHER")]
 BaseUrl = Annotated[
-    str | None, typer.Option(help="address of an OpenAI-compatible server, as http://localhost:8000/v1")
+    str | None, typer.Option(help="address of an OpenAI-compatible server, such as http://localhost:8000/v1")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="check the settings, print what would be done, and write nothing")
@@ -63,7 +63,7 @@ Again = Annotated[bool, typer.Option(help="redo the stage even if it is done")]
 
 
 def open_run(config: Path, overrides: list[str] | None) -> "Run":
-    """Errors of the configuration first: what comes after them imports torch, which takes seconds."""
+    """Check the configuration before the imports of torch, which take seconds."""
     from rmx.config_file import load_config
     from rmx.models.source import locate
 

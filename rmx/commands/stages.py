@@ -1,4 +1,4 @@
-"""The commands of the stages, of all of them, and of the plan."""
+"""The commands of the single stages, ``run`` for all of them, ``plan`` and ``watch``."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def run_command(
     base_url: BaseUrl = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run all stages. Started again, it continues where it was stopped."""
+    """Run all stages. If it was stopped, start it again: it continues from there."""
     overrides = _with_engine(set_, engine, base_url)
     if dry_run:
         _rehearse(config, overrides)
@@ -142,7 +142,7 @@ def plan(
         float, typer.Option(min=0.1, max=600, help="time limit of each of the four measurements, in seconds")
     ] = 2.0,
 ) -> None:
-    """Print what each stage of `rmx run` will take here, and what to change if it does not fit. Runs nothing."""
+    """Estimate time, memory and disk of each stage of `rmx run`, and say what to change if it does not fit."""
     run = open_run(config, set_)
     from rmx.runs import plan_table
     from rmx.runs.plan import make
@@ -161,10 +161,10 @@ def plan(
 def watch(
     config: ConfigPath,
     set_: Overrides = None,
-    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="look once")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="show the state once and exit")] = False,
 ) -> None:
-    """Show what a run is doing, until it stops: its stage, speed, loss and the time left. Reads files alone."""
+    """Show what a run is doing, until it stops: its stage, speed, loss and the time left. Only reads files."""
     from rich.console import Console
     from rich.live import Live
 

@@ -19,19 +19,19 @@ def init_command(
     out: Annotated[Path, typer.Argument(help="YAML file to write")] = Path("config.yaml"),
     model: Annotated[str, typer.Option(help="Hugging Face name, directory or .gguf file of the model")] = "",
     dataset: Annotated[
-        str | None, typer.Option(help="problems: a data set of the hub, a directory, or a Parquet, JSON or CSV file")
+        str | None, typer.Option(help="problems: a data set on the hub, a directory, or a Parquet, JSON or CSV file")
     ] = None,
-    dataset_config: Annotated[str | None, typer.Option(help="configuration of the data set, as main")] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="configuration of the data set, such as main")] = None,
     question: Annotated[str | None, typer.Option(help="column of the questions, or an expression")] = None,
     answer: Annotated[
-        str | None, typer.Option(help='column of the answers, or an expression as "answer: after ####"')
+        str | None, typer.Option(help='column of the answers, or an expression such as "answer: after ####"')
     ] = None,
     jsonl: Annotated[str | None, typer.Option(help='problems: lines of {"question": ..., "answer": ...}')] = None,
-    task: Annotated[str | None, typer.Option(help="problems: a reasoning-gym task, as gcd")] = None,
+    task: Annotated[str | None, typer.Option(help="problems: a reasoning-gym task, such as gcd")] = None,
     run_dir: Annotated[str, typer.Option(help="directory of the run")] = "runs/first",
-    force: Annotated[bool, typer.Option("--force", help="replace the file if it is there")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
 ) -> None:
-    """Write a commented configuration. What is not given is asked for, on a terminal."""
+    """Write a commented configuration. On a terminal, it asks for what the options do not give."""
     import pydantic
 
     from rmx.artefacts import describe
@@ -40,11 +40,11 @@ def init_command(
     from rmx.config_help import first_config
 
     if out.exists() and not force:
-        raise RmxError(f"{out}: is there already; --force replaces it")
+        raise RmxError(f"{out}: already exists; --force replaces it")
     model = model or _asked("model (Hugging Face name, directory or .gguf file)", "--model")
     given: dict[str, Any] = {"dataset": dataset, "jsonl": jsonl, "task": task}
     if not any(given.values()):
-        given["dataset"] = _asked("problems (data set of the hub, or a file)", "--dataset, --jsonl or --task")
+        given["dataset"] = _asked("problems (data set on the hub, or a file)", "--dataset, --jsonl or --task")
         if Path(given["dataset"]).suffix == ".jsonl":
             given = {"jsonl": given["dataset"]}
     given |= {"dataset_config": dataset_config, "question": question, "answer": answer}
@@ -55,19 +55,19 @@ def init_command(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(first_config(run_dir, model, source), encoding="utf-8")
     load_config(out)
-    print(f"{out}: written; `rmx plan {out}` says what it will take, `rmx run {out}` does it")
+    print(f"{out}: written; `rmx plan {out}` estimates the run, `rmx run {out}` starts it")
 
 
 def _asked(what: str, option: str) -> str:
     if not sys.stdin.isatty():
-        raise RmxError(f"init: expected {option}, since there is no terminal to ask on")
+        raise RmxError(f"init: expected {option}: there is no terminal on which to ask for it")
     found: str = typer.prompt(what)
     return found.strip()
 
 
 @app.command("schema", rich_help_panel=PANELS[3], epilog="Example: rmx schema")
 def schema_command() -> None:
-    """Print the JSON schema of the configuration, by which editors complete and check it."""
+    """Print the JSON schema of the configuration. Editors use it to complete and check the file."""
     from rmx.config_help import schema_text
 
     print(schema_text())

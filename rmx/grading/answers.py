@@ -177,7 +177,7 @@ MONTHS = [month.lower() for month in calendar.month_name[1:]]
 
 
 def same_answer(truth: str, answer: str) -> bool:
-    """Whether the answer says what the truth says; the truth decides which rule applies. May take for ever."""
+    """Whether the answer equals the truth; the form of the truth decides which rule applies. It may never return."""
     truth, answer = spelled(truth), spelled(answer)
     if truth == answer:
         return True

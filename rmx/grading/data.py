@@ -31,7 +31,7 @@ def read_dataset(source: ProblemSource, seed: int, locate: Callable[[str], Path]
         locate: where a path of the configuration is.
 
     Raises:
-        DataError: it cannot be loaded; a row lacks a column, or holds no text there; the row is named.
+        DataError: it cannot be loaded, or a row lacks a column or has no text in it; the message names the row.
     """
     assert source.dataset is not None
     name = Path(source.dataset).stem if locate(source.dataset).exists() else source.dataset.rpartition("/")[2]
@@ -44,19 +44,19 @@ def read_dataset(source: ProblemSource, seed: int, locate: Callable[[str], Path]
         except ValueError as fault:
             raise DataError(f"{where}: {fault}") from fault
         if found[2].startswith("reasoning_gym:"):
-            raise DataError(f"{where}: category: names that begin with reasoning_gym: are those of its tasks")
+            raise DataError(f"{where}: category: the prefix reasoning_gym: is reserved for its tasks")
         problems.append(Problem(f"{name}-{len(problems) + 1}", *found))
     if not problems:
-        raise DataError(f"{source.dataset}: holds no row")
+        raise DataError(f"{source.dataset}: contains no rows")
     return problems
 
 
 def expression(text: str) -> Read:
     """How a text is read from a row.
 
-    ``column``: that column: text or a number; a list of answers, joined by commas; or a chat of one user's message.
-    ``column: after ####``: what stands behind the last ``####``. ``column: boxed``: the answer of a worked solution.
-    ``{a}: {b}``: a text with columns in its braces.
+    ``column``: that column: text or a number; a list of answers, joined by commas; or a chat with one user message.
+    ``column: after ####``: the text after the last ``####``. ``column: boxed``: the answer of a worked solution.
+    ``{a}: {b}``: a text with column names in braces.
 
     >>> expression("answer: after ####")({"answer": "3 + 4 = 7 #### 7"})
     '7'
@@ -78,7 +78,7 @@ def expression(text: str) -> Read:
 
 def _text(row: Row, column: str) -> str:
     if column not in row:
-        raise ValueError(f"no column {column!r}; there are {', '.join(map(repr, row))}{close_to(column, row)}")
+        raise ValueError(f"no column {column!r}; columns: {', '.join(map(repr, row))}{close_to(column, row)}")
     value = row[column]
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return _asked(value, column)
@@ -88,7 +88,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A text or a number, as text without space around it. Raises ValueError: it is neither, or empty."""
+    """A text or a number as text without surrounding space. Raises ValueError if it is neither, or empty."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
         raise ValueError("expected text or a number")
     return str(value).strip()
@@ -106,7 +106,7 @@ def _asked(chat: list[dict[str, Any]], column: str) -> str:
     roles = [message.get("role") for message in chat]
     if roles != ["user"]:
         raise ValueError(
-            f"{column}: expected a chat of one user's message, got the roles {', '.join(map(str, roles))} "
+            f"{column}: expected a chat with one user message, got the roles {', '.join(map(str, roles))} "
             "(prompt.system sets a system message for all problems)"
         )
     return _plain(chat[0].get("content"), f"{column}: content")
@@ -115,7 +115,7 @@ def _asked(chat: list[dict[str, Any]], column: str) -> str:
 def _behind(text: str, column: str, mark: str) -> str:
     _, found, behind = text.rpartition(mark)
     if not found or not behind.strip():
-        raise ValueError(f"{column}: expected {mark!r} and an answer behind it, got {text[-80:]!r}")
+        raise ValueError(f"{column}: expected {mark!r} and an answer after it, got {text[-80:]!r}")
     behind = behind.strip()
     return behind.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", behind) else behind
 

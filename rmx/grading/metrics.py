@@ -1,4 +1,4 @@
-"""What the samples of one model say: pass@k, majority votes, lengths and boxes, with intervals over problems."""
+"""Statistics of the samples of one model: pass@k, majority votes, lengths, boxes, with intervals over problems."""
 
 import re
 from collections import Counter, defaultdict
@@ -134,8 +134,8 @@ def share_of_gap(gain: np.ndarray, gap: np.ndarray, draws: int, seed: int) -> In
 
     .. math:: \{ r : 0 \text{ lies in the central 95 \% of the resamples of } \sum gain - r \sum gap \}
 
-    Resamples of the ratio itself have no bound where that of the gap may be zero. None where the interval of the gap
-    holds zero: then no share is excluded.
+    Resamples of the ratio itself have no bound if the gap may be zero. The result is None if the interval of the gap
+    contains zero: then no share is excluded.
     """
     gains, gaps = _resampled(gain, draws, seed), _resampled(gap, draws, seed)
     low, high = np.quantile(gaps, CENTRAL)
@@ -174,7 +174,7 @@ def _resampled(values: np.ndarray, draws: int, seed: int) -> np.ndarray:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one (unbiased).
+    """1 - C(n - c, k) / C(n, k): the probability that k of n samples, c of them right, contain a right one (unbiased).
 
     Raises:
         ValueError: k is not in 1 .. n.
@@ -185,7 +185,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def majority(right: int, wrong: Sequence[int], silent: int, sizes: Sequence[int]) -> list[float]:
-    """The chance that the most frequent answer of k samples is right, for each k in ``sizes``; exact.
+    """The probability that the most frequent answer of k samples is right, for each k in ``sizes``; exact.
 
     It is the mean over all subsets of k of the n = right + sum(wrong) + silent samples (of all n where k > n) of
     1 / (1 + t) where the right answer has the most votes and shares them with t wrong ones, else 0.

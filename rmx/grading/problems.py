@@ -1,4 +1,4 @@
-"""Problems from JSONL files and reasoning-gym tasks, split so that no question is both trained and evaluated on."""
+"""Problems from JSONL files and reasoning-gym tasks; no question is used both for training and for evaluation."""
 
 import random
 import unicodedata
@@ -21,14 +21,14 @@ SOURCE_STRIDE = 1_000_003  # and of two sources of one task
 
 
 class ProblemsError(RmxError):
-    """The sources do not give the problems that were asked for."""
+    """The sources do not give the requested problems."""
 
 
 def build_problems(config: ProblemsConfig, seed: int, locate: Callable[[str], Path] = Path) -> list[Problem]:
-    """The training problems, those to choose a checkpoint on, and the held-out ones; disjoint by question text.
+    """The problems for training, for the choice of a checkpoint, and for evaluation; disjoint by question text.
 
-    White space and Unicode forms do not tell questions apart. A source with split "both" is divided between the splits
-    in the proportion of their counts; within each split the sources take turns until the count is reached.
+    Questions that differ only in white space or Unicode form are equal. A source with split "both" is divided between
+    the splits in proportion to their counts; within each split the sources take turns until the count is reached.
 
     Args:
         locate: where a source's file is.
@@ -65,7 +65,7 @@ def build_problems(config: ProblemsConfig, seed: int, locate: Callable[[str], Pa
         taken = _take_turns(pools[split], count)
         if len(taken) < count:
             raise ProblemsError(
-                f"problems: {count} {split} problems wanted, but the sources hold only {len(taken)} distinct "
+                f"problems: {count} {split} problems needed, but the sources have only {len(taken)} distinct "
                 f"questions for it; lower problems.{split}_count or add a source"
             )
         problems += [replace(problem, split=split) for problem in taken]
@@ -80,7 +80,7 @@ def _take_turns(pools: Sequence[Sequence[Problem]], count: int) -> list[Problem]
 
 
 def folded(problem: Problem) -> str:
-    """What tells one question from another: its text, whatever the white space, the Unicode form, and its signs."""
+    """The key of a question: its text with normalised white space and Unicode form, and its signs."""
     seen = "".join(char for char in plain(problem.question) if unicodedata.category(char) != "Cf")
     return " ".join(unicodedata.normalize("NFKC", seen).split())
 
@@ -126,7 +126,7 @@ def _read(source: ProblemSource, limit: int, seed: int, repeat: int, locate: Cal
 
 
 def fingerprints(config: ProblemsConfig, locate: Callable[[str], Path] = Path) -> dict[str, str]:
-    """Of the content of each file among the sources, which is where ``locate`` says.
+    """Fingerprints of the content of each file among the sources; ``locate`` finds the file.
 
     Raises:
         ArtefactError: a file cannot be read.
@@ -148,10 +148,10 @@ def read_jsonl(path: Path, *, consistent: bool = False) -> list[Problem]:
     """Lines of {"question": str, "answer": str or number, optional "problem_id", "category"}.
 
     Args:
-        consistent: refuse a question that comes again with another answer.
+        consistent: refuse a question that appears again with another answer.
 
     Raises:
-        ArtefactError: a line is no problem, or the file holds none; the message names file and line.
+        ArtefactError: a line is not a problem, or the file has none; the message names file and line.
     """
     problems = []
     first: dict[str, tuple[int, Problem]] = {}
@@ -160,7 +160,7 @@ def read_jsonl(path: Path, *, consistent: bool = False) -> list[Problem]:
             raise ArtefactError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
         for key in ("question", "answer"):
             if key not in row:
-                raise ArtefactError(f"{path}:{line}: no field {key!r}; there are {', '.join(map(repr, row)) or 'none'}")
+                raise ArtefactError(f"{path}:{line}: no field {key!r}; fields: {', '.join(map(repr, row)) or 'none'}")
             try:
                 plain_text(row[key])
             except ValueError as fault:
@@ -169,17 +169,17 @@ def read_jsonl(path: Path, *, consistent: bool = False) -> list[Problem]:
         problem_id = f"{path.stem}-{line}" if problem_id is None else problem_id
         category = path.stem if category is None else category
         if str(category).startswith("reasoning_gym:"):
-            raise ArtefactError(f"{path}:{line}: category: names that begin with reasoning_gym: are those of its tasks")
+            raise ArtefactError(f"{path}:{line}: category: the prefix reasoning_gym: is reserved for its tasks")
         problem = Problem(str(problem_id), str(row["question"]), str(row["answer"]), str(category))
         before, same = first.setdefault(folded(problem), (line, problem))
         if consistent and contradict(same, problem):
             raise ArtefactError(
-                f"{path}:{line}: the question of line {before} with another answer: {same.answer[:80]!r} there, "
+                f"{path}:{line}: the question of line {before} has another answer: {same.answer[:80]!r} there, "
                 f"{problem.answer[:80]!r} here"
             )
         problems.append(problem)
     if not problems:
-        raise ArtefactError(f"{path}: holds no problem")
+        raise ArtefactError(f"{path}: contains no problems")
     return problems
 
 

@@ -18,23 +18,23 @@ NAMES = ("prompts", "completions", "question", "answer", "category", "problem_id
 
 
 class RewardError(RmxError):
-    """verify.reward names no function, or the function does not return what it should."""
+    """verify.reward does not name a function, or the function returns an invalid result."""
 
 
 @dataclass(frozen=True)
 class PythonReward:
-    """Judges a completion by the function ``name``, in one of two forms.
+    """Judges a completion with the function ``name``, which has one of two forms.
 
     ``function(question, completion, answer)`` returns a number in [0, 1], or such a number and a reason. A function
-    with a parameter ``completions`` is called as TRL calls one, with keyword arguments that are lists, and returns a
-    list of numbers. A completion is right where the reward is 1.
+    with a parameter ``completions`` is called as in TRL, with lists as keyword arguments, and returns a list of
+    numbers. A completion is right if the reward is 1.
     """
 
     name: str
     chat: bool = False  # prompts and completions are chats, as TRL has them where prompts are; else texts
 
     def prepare(self) -> None:
-        """Import the function before a clock runs.
+        """Import the function before the time limit starts.
 
         Raises:
             RewardError: there is no such function.
@@ -61,7 +61,7 @@ class PythonReward:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(module or file, function). Raises RewardError: it has another form."""
+    """(module or file, function). Raises RewardError if the name has another form."""
     where, colon, function = name.rpartition(":")
     if not colon or not where or not function.isidentifier():
         raise RewardError(f"verify.reward={name}: {FORMS}")
@@ -77,7 +77,7 @@ def _function(name: str) -> Callable[..., Any]:
     except Exception as fault:  # whatever the user's module raises when it is imported
         raise RewardError(f"verify.reward={name}: {type(fault).__name__}: {fault}; {FORMS}") from fault
     if not callable(function):
-        raise RewardError(f"verify.reward={name}: {called} is no function")
+        raise RewardError(f"verify.reward={name}: {called} is not a function")
     checked: Callable[..., Any] = function
     return checked
 

@@ -1,7 +1,7 @@
 """Reward of each rollout: extract an answer, compare it with the ground truth in worker processes that can be killed.
 
-math-verify and reasoning-gym parse what a model wrote, which can take for ever or crash; either is an outcome of its
-own and never "wrong", and so is a lack of memory. Workers import neither torch nor the model. On Linux each may take
+math-verify and reasoning-gym parse what a model wrote, which can take forever, crash or run out of memory. Each of
+these is an outcome of its own, never "wrong". Workers import neither torch nor the model. On Linux each may take
 MEMORY_BYTES beyond what its imports took, and dies with the process that started it.
 """
 
@@ -40,7 +40,7 @@ def _is_gym(problem: Problem) -> bool:
 
 
 def judge(problem: Problem, text: str) -> Judgement:
-    """Compare in this process; may take for ever, which is why :func:`verify` runs it in a worker."""
+    """Compare in this process. It may never return, so :func:`verify` runs it in a worker."""
     answer = extract_answer(text, words=not _is_gym(problem))
     if answer is None:
         return "no_answer", None, "no boxed answer, answer phrase or number"
@@ -71,7 +71,7 @@ def verify(
     on_done: Callable[[int], None] = lambda _: None,
     kept: "list[Worker] | None" = None,
 ) -> list[Verdict]:
-    """One verdict a rollout, in their order. ``judge`` must be importable by a worker.
+    """One verdict per rollout, in their order. A worker must be able to import ``judge``.
 
     Args:
         kept: workers that an earlier call with the same judge and kind of problems left here, an empty list at first.
@@ -140,7 +140,7 @@ class Worker:
             raise ready
         if not ready:
             self.process.kill()
-            raise VerifierError("verify: a verifier process did not start; its own message stands above")
+            raise VerifierError("verify: a verifier process did not start; its own message is above")
 
     def start(self, job: tuple[str, str], problem: Problem, timeout_s: float) -> None:
         try:

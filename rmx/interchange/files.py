@@ -171,7 +171,7 @@ def _read(path: Path, name: str, entry: type[E], about: str | None = None) -> tu
             raise ArtefactError(f"{where}: {problem}")
         if made.key in found:
             keys = "problem_id and gen_index" if isinstance(made, _Sequence) else "problem_id"
-            raise ArtefactError(f"{where}: {keys}: the same as of {name}[{list(found).index(made.key)}]")
+            raise ArtefactError(f"{where}: {keys}: the same as in {name}[{list(found).index(made.key)}]")
         found[made.key] = made
     return value[about] if about else {}, list(found.values())
 

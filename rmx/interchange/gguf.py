@@ -20,7 +20,7 @@ SHOWN = 15  # last lines of a converter that failed
 
 
 class GGUFError(RmxError):
-    """There is no converter, it failed, or it cannot write what was asked for."""
+    """The converter is missing, it failed, or it cannot write the requested type."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def wanted(asked: str, model: Path) -> Wanted:
     if asked.lower().endswith(".gguf"):
         file = Path(asked).expanduser().resolve()
         if file.exists():
-            raise GGUFError(f"--gguf {asked}: is there already; expected a new file")
+            raise GGUFError(f"--gguf {asked}: already exists; expected a new file")
         stem = file.stem.lower()
         kind = next((kind for kind in TYPES if stem == kind or stem.endswith((f"-{kind}", f".{kind}"))), "auto")
         return Wanted(file, kind)
@@ -51,7 +51,7 @@ def wanted(asked: str, model: Path) -> Wanted:
         return Wanted(model / f"{model.name}-{kind}.gguf", kind)
     known = f"expected {', '.join(TYPES)}, or a file that ends in .gguf"
     if kind.startswith(("q2", "q3", "q4", "q5", "q6", "iq")):
-        raise GGUFError(f"--gguf {asked}: {known}; llama.cpp's llama-quantize makes this type of a file in f16")
+        raise GGUFError(f"--gguf {asked}: {known}; llama.cpp's llama-quantize converts an f16 file to this type")
     raise GGUFError(f"--gguf {asked}: {known}{close_to(kind, TYPES)}")
 
 
@@ -68,7 +68,7 @@ def converter() -> list[str]:
     if folder := os.environ.get(VARIABLE):
         script = Path(folder).expanduser() / SCRIPT
         if not script.is_file():
-            raise GGUFError(f"--gguf: {VARIABLE}={folder}: holds no {SCRIPT}; {install}")
+            raise GGUFError(f"--gguf: {VARIABLE}={folder}: contains no {SCRIPT}; {install}")
         return [sys.executable, str(script)]
     if found := shutil.which(SCRIPT):  # whose first line names its own Python
         return [found]
@@ -84,7 +84,7 @@ def convert(model: Path, asked: Wanted, command: list[str]) -> Path:
     with replacing(asked.file) as aside:
         arguments = [str(model), "--outfile", str(aside), "--outtype", asked.type]
         again = shlex.join([*command, str(model), "--outfile", str(asked.file), "--outtype", asked.type])
-        rest = f"the merged model is whole in {model}; to try again: {again}"
+        rest = f"the merged model is complete in {model}; to try again: {again}"
         done = subprocess.run(
             [*command, *arguments],
             stdin=subprocess.DEVNULL,
@@ -94,12 +94,12 @@ def convert(model: Path, asked: Wanted, command: list[str]) -> Path:
         )
         if done.returncode:
             lines = done.stdout.decode(errors="replace").strip().splitlines()
-            said = "\n".join(lines[-SHOWN:]) or "it said nothing"
+            said = "\n".join(lines[-SHOWN:]) or "it printed nothing"
             raise GGUFError(f"--gguf: {command[-1]} ended with code {done.returncode}:\n{said}\n{rest}")
         if not aside.is_file():
-            raise GGUFError(f"--gguf: {command[-1]} ended well and wrote no file; {rest}")
+            raise GGUFError(f"--gguf: {command[-1]} succeeded but wrote no file; {rest}")
         try:
             gguf_header.check(aside)
         except ModelError as fault:
-            raise GGUFError(f"--gguf: {command[-1]} ended well, and its file is damaged: {fault}; {rest}") from fault
+            raise GGUFError(f"--gguf: {command[-1]} succeeded, but its file is damaged: {fault}; {rest}") from fault
     return asked.file

@@ -101,7 +101,7 @@ def export_task(run: RunDirectory, out: Path, split: str = "evaluate", name: str
         raise TaskError(f"--split {split}: this run has no such problems; expected problems.{split}_count > 0")
     renderer = run.renderer
     if run.path("rollouts.jsonl").exists() and run.meta()["prompt"] != renderer.fingerprint:
-        raise RunError(f"{run.dir}: was made with other prompts than this model and style give now")
+        raise RunError(f"{run.dir}: was made with other prompts than this model and style render now")
     bos = _adds_tokens(renderer, problems)
     out = out.expanduser().resolve()
     rows = [_row(problem, renderer) for problem in problems]
@@ -159,7 +159,7 @@ def _adds_tokens(renderer: Renderer, problems: Sequence[Problem]) -> bool | None
         if odd is None:
             return choice
     raise TaskError(
-        f"export-task: the prompt of {odd!r} cannot be given as text: its question holds what the tokenizer reads as a "
+        f"export-task: the prompt of {odd!r} cannot be written as text: the tokenizer reads part of its question as a "
         "control token; reword it"
     )
 

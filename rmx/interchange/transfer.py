@@ -97,7 +97,7 @@ def import_run(run: Run, source: Path, *, any_prompt: bool = False) -> None:
     source = source.expanduser()
     with run.locked():
         if done := run.stages():
-            raise RunError(f"{run.dir}: has stages that are done ({', '.join(done)}): import into another run_dir")
+            raise RunError(f"{run.dir}: stages are done already ({', '.join(done)}): import into another run_dir")
         summary = {"problems": _import_problems(run, source)}
         training = import_training_set(source / TRAINING_SET) if (source / TRAINING_SET).exists() else None
         if training is not None or (source / ROLLOUTS).exists():
@@ -120,14 +120,14 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
         held_out = import_records(source / HELD_OUT, "evaluate")
         for i, problem in enumerate(held_out):
             if folded(problem) in trained:
-                raise ArtefactError(f"{source / HELD_OUT}: records[{i}]: problem_text: stands in {RECORDS} too")
+                raise ArtefactError(f"{source / HELD_OUT}: records[{i}]: problem_text: is also in {RECORDS}")
     else:
         built = build_problems(run.config.problems, run.config.seed, run.config.path)
         held_out = [p for p in built if p.split == "evaluate" and folded(p) not in trained]
         if not held_out:
             raise ArtefactError(
                 f"{source}: no problem to evaluate on: without {HELD_OUT} they come from the configuration's problems, "
-                f"all of which stand in {RECORDS}"
+                f"and all of these are also in {RECORDS}"
             )
     choose = []
     if run.config.problems.choose_count:
@@ -136,8 +136,8 @@ def _import_problems(run: Run, source: Path) -> dict[str, Any]:
         choose = [p for p in built if p.split == "choose" and folded(p) not in taken]
         if not choose:
             raise ArtefactError(
-                f"{source}: no problem to choose a candidate on: they come from the configuration's problems, all of "
-                f"which stand in the files; set problems.choose_count=0 and train.candidates=1"
+                f"{source}: no problem to choose a candidate on: they come from the configuration's problems, and all "
+                f"of these are also in the files; set problems.choose_count=0 and train.candidates=1"
             )
     write_records(run.path("problems.jsonl"), train + choose + held_out, {"seed": run.config.seed})
     found = {"train": len(train), "choose": len(choose), "evaluate": len(held_out)}
@@ -180,9 +180,9 @@ def _check_sequences(path: Path, training: TrainingSet, scored: ScoredRollouts) 
             raise ArtefactError(f"{where}: problem_id, gen_index: {s.problem_id!r}, {s.sample} is not in {ROLLOUTS}")
         rollout, verdict = known[s.problem_id, s.sample]
         if (rollout.prompt_ids, rollout.completion_ids) != (s.prompt_ids, s.completion_ids):
-            raise ArtefactError(f"{where}: input_ids, prompt_length: not what {ROLLOUTS} has for this rollout")
+            raise ArtefactError(f"{where}: input_ids, prompt_length: differ from this rollout in {ROLLOUTS}")
         if verdict.reward != s.reward:
-            raise ArtefactError(f"{where}: correct: not what {ROLLOUTS} has for this rollout")
+            raise ArtefactError(f"{where}: correct: differs from this rollout in {ROLLOUTS}")
 
 
 def _check_prompts(path: Path, run: Run, rollouts: Sequence[Rollout], any_prompt: bool) -> None:
@@ -202,7 +202,7 @@ def _check_prompts(path: Path, run: Run, rollouts: Sequence[Rollout], any_prompt
             n = sum(1 for _ in same)
             theirs, ours = (run.vocabulary.tokenizer.decode(prompt[n : n + 16]) for prompt in (given, wanted))
             raise ArtefactError(
-                f"{where}: {ids}.{n}: the prompt goes on with {theirs!r}, that of this configuration with {ours!r}: "
+                f"{where}: {ids}.{n}: the prompt continues with {theirs!r}, the configuration's with {ours!r}: "
                 f"set `prompt` to match (its style is {run.renderer.style}), or import with --any-prompt"
             )
 
@@ -212,7 +212,7 @@ def _import_training_set(run: Run, source: Path, training: TrainingSet) -> dict[
     for i, s in enumerate(training.sequences):
         if (s.problem_id, s.sample) not in to_score:
             raise ArtefactError(
-                f"{source / TRAINING_SET}: rollouts[{i}]: score.problems={run.config.score.problems} leaves it out: "
+                f"{source / TRAINING_SET}: rollouts[{i}]: score.problems={run.config.score.problems} excludes it: "
                 "set score.problems=all"
             )
     started = time.perf_counter()

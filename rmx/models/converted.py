@@ -83,7 +83,7 @@ class Entry:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         free = shutil.disk_usage(self.cache).free
         if need > 0.9 * free:
-            raise OSError(f"it needs {_size(need)}, and the disk has {_size(free)} left")
+            raise OSError(f"it needs {_size(need)}, but the disk has {_size(free)} left")
         with replacing(self.path) as aside:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
@@ -104,7 +104,7 @@ class Entry:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(f"waits for another process that converts {self.gguf.name}")
+                say(f"waiting for another process that converts {self.gguf.name}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -150,7 +150,7 @@ def say(text: str) -> None:
 
 
 def say_not_kept(entry: Entry, fault: OSError | SafetensorError) -> None:
-    say(f"{entry.gguf.name} is loaded without the cache, which takes longer: {entry.cache}: {fault}")
+    say(f"{entry.gguf.name} is loaded without the cache, which is slower: {entry.cache}: {fault}")
 
 
 def _size(count: int) -> str:

@@ -29,7 +29,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name, module
-    raise PackingError(f"{type(model).__name__} keeps no list of {count} decoder layers; set lora.first_layer=0")
+    raise PackingError(f"{type(model).__name__} has no list of {count} decoder layers; set lora.first_layer=0")
 
 
 def final_hidden(
@@ -115,23 +115,23 @@ def _check_apart(lm: CausalLM) -> None:
     limit = 1e-3 if together.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((together.float() - alone.float()).norm() / alone.float().norm())
     if not error < limit:
-        raise PackingError(f"{form} differ from the same sequences alone by {error:.1%}; {hint}")
+        raise PackingError(f"{form} differ by {error:.1%} from those of the same sequences alone; {hint}")
     for chosen in (0, len(probe) - 1):
         if _reaches_others(lm, probe, chosen):
             kinds = getattr(lm.model.config.get_text_config(), "layer_types", None) or []
             others = sorted({kind for kind in kinds if "attention" not in kind or "linear" in kind})
             what = ", ".join(others) or "recurrence, convolution or attention of its own"
-            raise PackingError(f"{form} depend on their neighbours ({what}); {hint}")
+            raise PackingError(f"{form} depend on other sequences in the batch ({what}); {hint}")
     if not lm.packing:
         return
     if "position_ids" not in inspect.signature(text_decoder(lm.model).forward).parameters:
-        raise PackingError(f"{name} takes no position_ids, and so counts positions through a row; {hint}")
+        raise PackingError(f"{name} takes no position_ids, so it counts positions across sequences; {hint}")
     first = len(probe[0])
     changed = [(token + 1) % lm.weight.shape[0] for token in probe[0]]
     after, before = _run(lm, [changed, *probe[1:]])[first:].float(), together[first:].float()
     # experts multiply as many rows as tokens chose them, which moves the last bits
     if not (after.equal(before) or (_has_experts(lm) and (after - before).norm() < limit * before.norm())):
-        raise PackingError(f"{form} change with another sequence before them; {hint}")
+        raise PackingError(f"{form} change when the sequence before them changes; {hint}")
 
 
 def _check_start(lm: CausalLM, first_layer: int) -> None:
@@ -141,8 +141,8 @@ def _check_start(lm: CausalLM, first_layer: int) -> None:
     error = float((final_hidden(lm, probe, first_layer, entry).float() - together.float()).abs().max())
     if error != 0.0:
         raise PackingError(
-            f"{type(lm.model).__name__}: a forward pass from layer {first_layer} on differs from the whole by "
-            f"{error:g}; its layers hand on more than hidden states; set lora.first_layer=0"
+            f"{type(lm.model).__name__}: a forward pass that starts at layer {first_layer} differs from the whole "
+            f"by {error:g}: its layers pass on more than hidden states; set lora.first_layer=0"
         )
 
 
@@ -195,7 +195,7 @@ def _check_rotation(lm: CausalLM, sequences: Sequence[Sequence[int]]) -> None:
     if len(sequences) > 1 and (found := changing_rotation(lm, longest)):
         raise PackingError(
             f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for all sequences of a "
-            f"pass with one of {longest} tokens, more than {found[1]}: set score.token_budget=1 and "
+            f"pass if one has more than {found[1]} tokens, and one has {longest}: set score.token_budget=1 and "
             "train.token_budget=1 (one sequence a pass), or shorten with select.max_completion_tokens"
         )
 
@@ -284,7 +284,7 @@ def _offloaded(layer: nn.Module) -> Callable[..., Any]:
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
     if not callable(checkpoint):
         raise PackingError(
-            f"{type(layer).__name__} is no layer that checkpoints by itself: set train.activation_checkpointing=true"
+            f"{type(layer).__name__} cannot checkpoint its own activations: set train.activation_checkpointing=true"
         )
 
     def run(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -22,7 +22,7 @@ def check(path: Path) -> None:
     with path.open("rb") as file:
         try:
             if file.read(4) != b"GGUF":
-                raise ModelError(f"{path}: expected a GGUF file, it does not begin as one")
+                raise ModelError(f"{path}: expected a GGUF file, got one without the GGUF header")
             version, tensors, pairs = _read(file, "<IQQ")
             if version not in VERSIONS:
                 raise ModelError(f"{path}: GGUF version {version}; expected {' or '.join(map(str, VERSIONS))}")
@@ -43,13 +43,13 @@ def check(path: Path) -> None:
                 ends.append(offset + math.prod(shape) // block * block_bytes)
             need = math.ceil(file.tell() / max(alignment, 1)) * alignment + max(ends)
         except (EOFError, struct.error) as fault:
-            raise ModelError(f"{path}: is cut off within its metadata, at {size:,} bytes: fetch it again") from fault
+            raise ModelError(f"{path}: is truncated in its metadata, at {size:,} bytes: download it again") from fault
         except (ValueError, KeyError, OverflowError, MemoryError) as fault:
             if isinstance(fault, ModelError):
                 raise
-            raise ModelError(f"{path}: its metadata cannot be understood: {fault}") from fault
+            raise ModelError(f"{path}: its metadata cannot be parsed: {fault}") from fault
     if size < need:
-        raise ModelError(f"{path}: is cut off: it has {size:,} bytes of {need:,}: fetch it again")
+        raise ModelError(f"{path}: is truncated: it has {size:,} of {need:,} bytes: download it again")
 
 
 def _read(file: BinaryIO, form: str) -> tuple[int, ...]:

@@ -83,22 +83,22 @@ def attach(model: PreTrainedModel, config: LoraConfig, seed: int) -> Adapter:
 def merge(adapter: Adapter, sign: float = 1.0) -> None:
     """Add each update to its base weight, in float32 and rounded to the weight's dtype, and switch the adapter off.
 
-    In low precision the sum is rounded where the adapter itself is not: an update far below the weights' rounding is
-    lost. :func:`unmerge` brings the weights back to rounding.
+    In low precision the sum is rounded, while a separate adapter is not: an update far below the weights' rounding is
+    lost. :func:`unmerge` restores the weights up to rounding.
 
     Raises:
-        AdapterError: the weights are in 4 bits, or one is the embedding's and the head's at once.
+        AdapterError: the weights are in 4 bits, or one weight is shared by embedding and head.
     """
     if tied := [name for name, layer in adapter.layers.items() if layer.tied]:
         raise AdapterError(
-            f"merge: {tied[0]} shares its weight with the model's other end (tied embeddings), which would change too: "
-            "use the adapter as it is, or merge into a copy of the model that was saved with a head of its own "
+            f"merge: {tied[0]} is the weight of input embedding and output head (tied), and both would change: "
+            "use the adapter unmerged, or merge it into a copy of the model that was saved with a separate head "
             "(tie_word_embeddings=false)"
         )
     if any(is_quantized(layer.base) for layer in adapter.layers.values()):
         raise AdapterError(
-            "merge: the weights are in 4 bits (model.quantization), whose rounding would take most of the adapter; "
-            "--adapter DIR --set model.quantization=null merges it into the whole weights, which it did not learn on"
+            "merge: the weights are in 4 bits (model.quantization); rounding to 4 bits would lose most of the adapter; "
+            "--adapter DIR --set model.quantization=null merges it into the full weights, on which it was not trained"
         )
     for layer in adapter.layers.values():
         weight = layer.base.weight
@@ -120,7 +120,7 @@ def detach(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def adapter_mark(path: Path) -> str:
-    """Tells the adapter in a directory from another one, by both of its files."""
+    """A fingerprint of the adapter in a directory, computed from both of its files."""
     return fingerprint(b"".join((path / name).read_bytes() for name in (CONFIG, WEIGHTS)))
 
 
@@ -137,16 +137,16 @@ def worn(model: PreTrainedModel, path: Path, prompt: str | None = None) -> Itera
 
 
 def check_prompt(path: Path, prompt: str) -> None:
-    """Refuse an adapter that says that it learned from other prompts than those with this fingerprint.
+    """Refuse an adapter whose notes say that it was trained with prompts of another fingerprint.
 
     Raises:
-        AdapterError: it did.
+        AdapterError: the fingerprints differ.
     """
     notes = path / NOTES
     if notes.exists() and json.loads(notes.read_text(encoding="utf-8")).get("prompt", prompt) != prompt:
         raise AdapterError(
-            f"{path}: was trained with other prompts than this model and style give now (prompt.template fixes a chat "
-            "template that writes today's date)"
+            f"{path}: was trained with other prompts than this model and style render now (prompt.template fixes "
+            "the date of a chat template that writes today's date)"
         )
 
 
@@ -154,18 +154,18 @@ def save_adapter(adapter: Adapter, path: Path, base_model: str, **notes: str) ->
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory ``path``, whole or not at all.
 
     Args:
-        notes: kept beside them in ``rmx.json``, as the prompt's fingerprint: PEFT knows no such keys, and the order of
-            safetensors' own metadata differs from one process to the next.
+        notes: stored beside them in ``rmx.json``, such as the prompt's fingerprint: PEFT knows no such keys, and the
+            order of safetensors' own metadata differs between processes.
 
     Raises:
-        AdapterError: the adapter changes nothing, or holds values that are not finite.
+        AdapterError: the adapter changes nothing, or contains values that are not finite.
     """
     tensors = {}
     for name, layer in adapter.layers.items():
         for part, tensor in layer.stored().items():
             tensors[f"{PREFIX}{name}.{part}"] = tensor.detach().cpu().contiguous()
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise AdapterError(f"{path}: not saved: {bad[0]} holds values that are not finite")
+        raise AdapterError(f"{path}: not saved: {bad[0]} contains values that are not finite")
     if not any(bool(layer.lora_A.any()) and bool(layer.lora_B.any()) for layer in adapter.layers.values()):
         raise AdapterError(f"{path}: not saved: the adapter changes nothing (every product B A is zero)")
     description = {
@@ -193,7 +193,7 @@ def description(path: Path) -> dict[str, Any]:
     """adapter_config.json of a plain LoRA adapter.
 
     Raises:
-        AdapterError: there is none, or one that would make it another adapter, by name.
+        AdapterError: the file is missing, or a setting in it, named in the message, is not supported.
     """
     try:
         found: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def description(path: Path) -> dict[str, Any]:
         if plain is not None and not any(value is x or value == x for x in plain):
             raise AdapterError(f"{path}: {key} is {value!r}; only {', '.join(map(repr, plain))} is supported")
         if plain is None and key not in FREE and value not in (None, False, "", [], {}):
-            raise AdapterError(f"{path}: {key} is {value!r}, which is not supported: the adapter is no plain LoRA")
+            raise AdapterError(f"{path}: {key} is {value!r}, which is not supported: expected a plain LoRA adapter")
     return found
 
 
@@ -225,7 +225,7 @@ def _described(path: Path, model: PreTrainedModel) -> LoraConfig:
         last = model.config.get_text_config().num_hidden_layers - 1
         if numbers and sorted(numbers) != list(range(min(numbers), last + 1)):
             raise ValueError(
-                f"layers_to_transform is {numbers}; only all layers from one on to the last, {last}, are supported"
+                f"layers_to_transform is {numbers}; expected all layers from the first number to the last layer, {last}"
             )
         return LoraConfig(
             r=found["r"],
@@ -253,7 +253,7 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
     except (OSError, SafetensorError) as fault:
         raise AdapterError(f"{path}: cannot be read as an adapter: {fault}") from fault
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
-        raise AdapterError(f"{path}: {bad[0]} holds values that are not finite")
+        raise AdapterError(f"{path}: {bad[0]} contains values that are not finite")
     adapter = attach(model, config, seed=0)
     expected = {
         f"{PREFIX}{name}.{part}": tensor
@@ -264,11 +264,11 @@ def load_adapter(model: PreTrainedModel, path: Path) -> Adapter:
         theirs = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None) if layer.at_end else None
         if theirs is not None and not _same(theirs, layer.base.weight):  # PEFT saves those of embeddings and heads too
             detach(model, adapter)
-            raise AdapterError(f"{path}: belongs to another model: it brings another weight of {name} with it")
+            raise AdapterError(f"{path}: belongs to another model: it contains another weight of {name}")
     if set(expected) != set(tensors):
         odd = sorted(set(expected) ^ set(tensors))[0]
         detach(model, adapter)
-        raise AdapterError(f"{path}: belongs to another model: {odd} is only on one side")
+        raise AdapterError(f"{path}: belongs to another model: only one of adapter and model has {odd}")
     for name, parameter in expected.items():
         if parameter.shape != tensors[name].shape:
             detach(model, adapter)
@@ -289,7 +289,7 @@ def _same(theirs: Tensor, ours: Tensor) -> bool:
 
 
 def begin(model: PreTrainedModel, config: LoraConfig, seed: int, start: Path | None = None) -> Adapter:
-    """The adapter that a training begins with: a new one, or the one in ``start``.
+    """The adapter that a training starts from: a new one, or the one in ``start``.
 
     Raises:
         AdapterError: as :func:`attach` and :func:`load_adapter`; the adapter in ``start`` is on other layers, or of

@@ -35,7 +35,7 @@ __all__ = ["CausalLM", "ModelError", "Vocabulary", "batches", "fingerprint", "lo
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A model, its tokenizer, and the head by which hidden states become logits.
+    """A model, its tokenizer, and the head that turns hidden states into logits.
 
     logits = cap(scale * (hidden @ weight.T + bias)), cap(u) = softcap * tanh(u / softcap) or u, as of head_of.
     """
@@ -79,7 +79,7 @@ class CausalLM:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def lora(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """The adapter on the head that is on, as every linear operator takes it."""
+        """The active adapter on the head, as every linear operator takes it."""
         head = self.model.get_output_embeddings() if self.adapted else None
         if not (isinstance(head, LoraLinear) and head.enabled):
             return None
@@ -110,7 +110,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many rows the output head has."""
+        """Number of rows of the output head."""
         return int(self.config.get_text_config().vocab_size)
 
 
@@ -119,10 +119,10 @@ def load(config: ModelConfig, vocabulary: Vocabulary | None = None) -> CausalLM:
     """Load a frozen model in evaluation mode from safetensors or GGUF; pickled weights are never opened.
 
     Args:
-        vocabulary: of this model, where it is loaded already.
+        vocabulary: of this model, if it is already loaded.
 
     Raises:
-        ModelError: no such directory or package, no usable weights, or a head that rmx does not reproduce.
+        ModelError: no such directory or package, no usable weights, or a head that rmx does not support.
     """
     with _faults(config):
         files = _Files(config)
@@ -167,7 +167,7 @@ class _Files:
         revision = {"revision": config.revision}
         # transformers would load the base model of an adapter, and the adapter from a pickle if it has no other file
         if find_adapter_config_file(self.source, **revision) is not None:
-            raise ValueError("it is an adapter; name its base model")
+            raise ValueError("it is an adapter; expected its base model")
         self.common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **revision}
         self.gguf: Path | None = None
         if gguf_file is not None:
@@ -176,8 +176,8 @@ class _Files:
             gguf_header.check(self.gguf)
             if config.quantization is not None:
                 raise ValueError(
-                    "model.quantization: a GGUF file's weights are quantised already, and would be rounded a second "
-                    "time: name the model's safetensors"
+                    "model.quantization: a GGUF file's weights are quantised already and would be rounded a second "
+                    "time: use the model's safetensors files"
                 )
         if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("model.quantization: bitsandbytes is not installed: pip install 'rmx[bitsandbytes]'")
@@ -231,13 +231,13 @@ class _Files:
         except ValueError as fault:
             if self.settings.attention != "sdpa" or "scaled_dot_product_attention" not in str(fault):
                 raise
-            said = f"model: {str(fault).split()[0]} has no attention 'sdpa', so it generates with 'eager'"
+            said = f"model: {str(fault).split()[0]} does not support attention 'sdpa', so it generates with 'eager'"
             console.print(said, markup=False, highlight=False, soft_wrap=True)
             model, found = self._loaded("eager", weights)
         if missing := sorted(found["missing_keys"]):  # tied ones are not among them
             more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
             raise ValueError(
-                f"its files hold no {missing[0]}{more}, so these weights would be random: expected every tensor of "
+                f"its files lack {missing[0]}{more}, so these weights would be random: expected every tensor of "
                 f"{type(model).__name__} as config.json describes it"
             )
         model.name_or_path = model.config.name_or_path = self.name
@@ -285,7 +285,7 @@ def wrap(model: PreTrainedModel, tokenizer: Any, packing: bool = True) -> Causal
     """Describe the head of a loaded model by :func:`rmx_kernels.head_of`, which checks it.
 
     Raises:
-        ModelError: a head that it does not serve, or that has fewer rows than the tokenizer has tokens.
+        ModelError: an unsupported head, or one with fewer rows than the tokenizer has tokens.
     """
     try:
         head = head_of(model)
@@ -318,7 +318,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 @contextmanager
 def embedded_leaves(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside, the embedded tokens of each pass are leaves that want a gradient; they are kept in the list."""
+    """Inside, the embedded tokens of each pass are leaf tensors that require a gradient; the list collects them."""
     leaves: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def embedded_leaves(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def text_decoder(model: PreTrainedModel) -> Any:
-    """The part of the model that ends in final hidden states, without the encoders of images."""
+    """The part of the model that computes the final hidden states, without image encoders."""
     found = model.get_decoder()
     if isinstance(found, PreTrainedModel) and found is not model and found.get_output_embeddings() is None:
         return found
@@ -356,7 +356,7 @@ def _check_text(model: PreTrainedModel, head: CausalLMHead) -> None:
 
 @quiet()
 def save(lm: CausalLM, path: Path) -> None:
-    """Write model and tokenizer as a Hugging Face directory (safetensors), whole or not at all."""
+    """Write model and tokenizer as a Hugging Face directory (safetensors), completely or not at all."""
     with replacing(path) as aside:
         lm.model.save_pretrained(aside)
         lm.tokenizer.save_pretrained(aside)

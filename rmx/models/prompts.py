@@ -66,8 +66,8 @@ def auto_style(names: list[str], model_type: str, has_template: bool) -> str:
     """The style of a model (docs/prompts.md).
 
     Args:
-        names: hub names or paths of the model, the best first; only the last part of each is looked at.
-        model_type: of its transformers configuration, for names that no family has.
+        names: hub names or paths of the model, the best first; only the last part of each is used.
+        model_type: of its transformers configuration, for names that match no family.
         has_template: whether its tokenizer has a chat template.
     """
     said = [(_last_part(name), NAMES) for name in names] + [(model_type, MODEL_TYPES)]
@@ -90,12 +90,12 @@ class Renderer:
     Args:
         tokenizer: of the model.
         config: the run's ``prompt``.
-        name: hub name or path of the model, for ``auto``; the tokenizer's own where it says nothing.
+        name: hub name or path of the model, for ``auto``; default: the name of the tokenizer.
         model_type: of the model's transformers configuration, for ``auto``.
 
     Attributes:
         style: never ``auto``.
-        fingerprint: tells apart all that changes prompts; the same for ``auto`` and for the style that it became.
+        fingerprint: changes with everything that changes prompts; equal for ``auto`` and for the style it became.
 
     Raises:
         PromptError: the style, or another setting of ``prompt``, does not fit the model.
@@ -114,12 +114,12 @@ class Renderer:
             given = getattr(config, setting)
             if given not in (None, {}) and self.style not in CHAT:
                 raise PromptError(
-                    f"prompt.{setting}: the style {self.style!r} takes none, got {given!r}: expected a style with the "
-                    f"model's chat template ({', '.join(CHAT)})"
+                    f"prompt.{setting}: not supported by style {self.style!r}, got {given!r}: expected a style with "
+                    f"the model's chat template ({', '.join(CHAT)})"
                 )
         for mark in MARKS.get(self.style, ()):
             if mark not in tokenizer.get_added_vocab():
-                raise PromptError(f"prompt.style={self.style}: expected a tokenizer with the token {mark}, it has none")
+                raise PromptError(f"prompt.style={self.style}: the tokenizer has no token {mark}; use another style")
         self.control = _control_tokens(tokenizer)
         probe = json.dumps([{**config.model_dump(), "style": self.style}, self(PROBE)], sort_keys=True)
         self.fingerprint = fingerprint(probe.encode())
@@ -151,7 +151,7 @@ class Renderer:
         return whole[:at] + ids + whole[at + len(bare) :]
 
     def controls(self, question: str) -> list[str]:
-        """The control tokens that stand in a question, the longest first."""
+        """The control tokens in a question, the longest first."""
         return [token for token in self.control if token in question]
 
     def _ids(self, text: str) -> list[int]:
@@ -161,7 +161,7 @@ class Renderer:
         ids = self._ids(token[:1]) + self._ids(token[1:])
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         if any(i != unknown and i in self.control.values() for i in ids):
-            raise PromptError(f"a question holds {token!r}, which this tokenizer reads as a control token; reword it")
+            raise PromptError(f"a question contains {token!r}, which the tokenizer reads as a control token; reword it")
         return ids
 
     def text(self, question: str) -> str:
@@ -173,7 +173,7 @@ class Renderer:
                 self.turns(question), add_generation_prompt=True, tokenize=False, **self.config.template
             )
         except jinja2.TemplateError as fault:
-            raise PromptError(f"prompt: the model's chat template refuses these turns: {fault}") from fault
+            raise PromptError(f"prompt: the model's chat template rejects these messages: {fault}") from fault
         return text
 
     def turns(self, question: str) -> list[dict[str, str]]:
@@ -194,7 +194,7 @@ def _control_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def renderer_for(tokenizer: Any, model_type: str, config: Config) -> Renderer:
-    """The renderer of a run; it says what ``prompt.style=auto`` became."""
+    """The renderer of a run; it prints what ``prompt.style=auto`` became."""
     renderer = Renderer(tokenizer, config.prompt, config.located_model.name, model_type)
     if config.prompt.style == "auto":
         console.print(f"prompt.style=auto: {renderer.style}", markup=False, highlight=False)

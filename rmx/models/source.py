@@ -61,10 +61,10 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
     if len(ggufs) == 1:
         return str(path), ggufs[0]
     if ggufs:
-        raise ModelError(f"model.name={name!r}: holds several GGUF files ({', '.join(ggufs)}); set model.gguf_file")
+        raise ModelError(f"model.name={name!r}: contains several GGUF files ({', '.join(ggufs)}); set model.gguf_file")
     pickles = sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     hint = f"; {pickles[0]} is a pickle, which is never opened: convert it to safetensors" if pickles else ""
-    raise ModelError(f"model.name={name!r}: the directory holds no weights (*.safetensors or *.gguf){hint}")
+    raise ModelError(f"model.name={name!r}: the directory contains no weights (*.safetensors or *.gguf){hint}")
 
 
 def _why_path(name: str) -> str:
@@ -77,19 +77,19 @@ def _why_path(name: str) -> str:
     if path.is_file():
         return "it is a file"
     if name.count("/") > 1 or "\\" in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return "it cannot be a name of the Hugging Face hub, which is NAME or OWNER/NAME"
+        return "it cannot be a name on the Hugging Face hub: these are NAME or OWNER/NAME"
     if path.parent != Path() and path.parent.is_dir():
-        return f"{str(path.parent)!r} is a directory here, so this is a path and not a name of the Hugging Face hub"
+        return f"{str(path.parent)!r} is a directory here, so this is a path and not a name on the Hugging Face hub"
     return ""
 
 
 def _absent(path: Path) -> str:
     if path.is_file():
-        return "expected a directory or a .gguf file, got another file: name the directory that it is in"
+        return "expected a directory or a .gguf file, got another file: give the directory that contains it"
     if path.suffix in ENDINGS:
         return "no such file"
     near = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
-    return f"no such directory; {str(near)!r} is one"
+    return f"no such directory; the nearest existing one is {str(near)!r}"
 
 
 def fingerprint(config: ModelConfig, *, keep: bool = True) -> str | None:
@@ -127,7 +127,7 @@ def reach(name: str, revision: str | None, file: str = "config.json") -> str:
     found, said, _ = _ask_hub(name, revision, file)
     if said:
         raise ModelError(
-            f"model.name={name!r}: {said}. Expected a directory that exists, a .gguf file, package:NAME, or a model of "
+            f"model.name={name!r}: {said}. Expected a directory that exists, a .gguf file, package:NAME, or a model on "
             "the Hugging Face hub"
         )
     return found
@@ -152,7 +152,7 @@ def _ask_hub(name: str, revision: str | None, file: str) -> tuple[str, str, str 
     kept = str(Path(found).parents[len(Path(file).parts) - 1]) if isinstance(found, str) else ""
     held = Path(kept).name if kept else None  # models--OWNER--NAME/snapshots/COMMIT
     if constants.HF_HUB_OFFLINE:
-        return kept, "" if kept else "HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model", held
+        return kept, "" if kept else "HF_HUB_OFFLINE is set, but the hub's local cache does not have this model", held
     answers: list[str | None] = []
     faults: list[Exception] = []
 

@@ -57,7 +57,7 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear 
         if not matches:
             fit = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or m is model.get_input_embeddings()}
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in fit}))
-            raise AdapterError(f"lora.targets: {target!r} names no layer; this model's layers: {known}")
+            raise AdapterError(f"lora.targets: {target!r} matches no layer; this model's layers: {known}")
         found |= matches
     layers: dict[str, nn.Linear | nn.Embedding] = {}
     for name, module in modules.items():  # the order of the model, whatever that of the targets
@@ -68,8 +68,8 @@ def matching(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Linear 
             raise AdapterError(f"lora.targets: {name} {why}")
         if not (module.weight.dtype in WHOLE or is_quantized(module)):
             raise AdapterError(
-                f"lora.targets: {name} is a {type(module).__name__} with weights in {module.weight.dtype}, of which no "
-                "gradient is made here: use the model without that quantisation, or model.quantization=nf4"
+                f"lora.targets: {name} is a {type(module).__name__} with weights in {module.weight.dtype}, which "
+                "cannot be trained here: use the model without that quantisation, or model.quantization=nf4"
             )
         if why := _unfit(model, name):
             raise AdapterError(f"lora.targets: {name} {why}; leave it out of the targets")
@@ -96,14 +96,14 @@ def _other_kind(model: PreTrainedModel, module: nn.Module, config: LoraConfig) -
     """Why a layer that is no linear one, or is the head, cannot be adapted; empty where it can."""
     if isinstance(module, nn.Linear):
         if config.dropout and module is model.get_output_embeddings():
-            return "is the output head, whose adapter has no dropout here: set lora.dropout=0 or leave it out"
+            return "is the output head; dropout is not supported there: set lora.dropout=0 or leave it out"
         return ""
     if module is not model.get_input_embeddings() or not isinstance(module, nn.Embedding):
         return f"is a {type(module).__name__}, not a plain linear layer or the input embedding"
     if type(module).forward is not nn.Embedding.forward or module.max_norm is not None:
-        return f"is a {type(module).__name__}, which does more than to look up a row: leave it out of the targets"
+        return f"is a {type(module).__name__}, which does more than look up a row: leave it out of the targets"
     if config.first_layer:
-        return f"comes before the layers that lora.first_layer={config.first_layer} leaves out: set that to 0"
+        return f"comes before the layers that lora.first_layer={config.first_layer} skips: set it to 0"
     return ""
 
 
@@ -127,9 +127,9 @@ def _unfit(model: PreTrainedModel, name: str) -> str:
     path, _, last = name.rpartition(".")
     parent, kind = model.get_submodule(path), model.config.get_text_config().model_type
     if kind in STATE_SPACE and last in NOT_THERE:
-        return f"is a layer that PEFT adapts in no model of type {kind}"
+        return f"is a layer that PEFT does not adapt in models of type {kind}"
     if last in OF_EXPERTS and any(p.dim() == 3 and "experts." in n for n, p in model.named_parameters()):
-        return "has a name of the experts, which are one tensor in this model: PEFT would adapt them in its place"
+        return "has the name of an expert layer; the experts here are one tensor, and PEFT would adapt that instead"
     try:
         source = inspect.getsource(type(parent))
     except (OSError, TypeError):  # a class that was made at run time
@@ -137,7 +137,7 @@ def _unfit(model: PreTrainedModel, name: str) -> str:
     reads = re.search(rf"self\.{re.escape(last)}\.weight\b(?!\.(dtype|device))", source)
     # A state space may call a layer on one device and read its weight on another.
     if reads and (hasattr(parent, "A_log") or f"self.{last}(" not in source):
-        return f"is not called by {type(parent).__name__}, which reads its weight alone: an adapter would not act"
+        return f"is not called by {type(parent).__name__}, which only reads its weight: an adapter would have no effect"
     return ""
 
 
@@ -152,7 +152,7 @@ def spelled_for_peft(model: PreTrainedModel, config: LoraConfig, names: list[str
     for spelled in (given, {"target_modules": list(names)}):
         if _peft_matches(model, **spelled) == set(names):
             return spelled
-    raise AdapterError(f"lora.targets: {', '.join(config.targets)}: PEFT would adapt other layers by these names")
+    raise AdapterError(f"lora.targets: {', '.join(config.targets)}: PEFT would adapt other layers with these names")
 
 
 def _peft_matches(

@@ -115,5 +115,5 @@ def upload(files: Sequence[Path], repo: str, *, private: bool) -> str:
         hub.upload_folder(repo_id=repo, folder_path=files[0].parent, commit_message="Adapter trained by rmx")
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as fault:
         first = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise PushError(f"push: {repo}: {first}; `hf auth login` keeps a token") from fault
+        raise PushError(f"push: {repo}: {first}; `hf auth login` stores a token") from fault
     return address

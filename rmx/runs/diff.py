@@ -33,7 +33,7 @@ def open_side(given: Path) -> Run:
     if given.is_dir():
         run = RunDirectory(Config.model_construct(run_dir=str(given)))
         if not run.stages():
-            raise RunError(f"{given}: no run has begun there: expected a run directory, which has a stages.json")
+            raise RunError(f"{given}: no run has begun there: expected a run directory, which contains stages.json")
         return Run(_recorded(run))
     if not given.exists():
         parent = given.absolute().parent
@@ -54,7 +54,7 @@ def _recorded(run: RunDirectory) -> Config:
         return Config.model_validate({**tree, "run_dir": str(run.dir)})
     except pydantic.ValidationError as fault:
         said = f"{run.path('stages.json')}: its settings are not those of this version: {describe(fault, Config)}"
-        raise RunError(f"{said}; give the YAML file of the run in place of its directory") from fault
+        raise RunError(f"{said}; give the YAML file of the run instead of its directory") from fault
 
 
 def compare(first: Run, second: Run, given: Sequence[Path] = ()) -> Difference:
@@ -141,8 +141,8 @@ def _check_reward(run: Run, given: Path) -> None:
     recorded = run.stages()["verify"]["settings"]["verify"].get("reward")
     if recorded is not None and given.is_dir():
         raise RunError(
-            f"{given}: was judged by verify.reward={recorded}: give the YAML file of the run in place of its "
-            "directory, so that this function is yours"
+            f"{given}: was judged by verify.reward={recorded}: give the YAML file of the run instead of its "
+            "directory: only your own configuration may name the function to run"
         )
     if recorded != run.config.verify.reward:
         raise RunError(f"{given}: verify.reward was {recorded}, is now {run.config.verify.reward}")

@@ -116,7 +116,7 @@ def notes(run: RunDirectory, steps: Sequence[Step]) -> list[str]:
     if unread and any(step.stage == "problems" and step.state != DONE for step in steps):
         said.append(f"not read: {', '.join(unread)}")
     if any(step.state == ON for step in steps):
-        said.append("a stage goes on with what it kept if its settings, problems and weights are still the same")
+        said.append("a stage continues with its stored results if its settings, problems and weights are unchanged")
     if any(step.stage in MODEL and step.state not in (DONE, UNDONE) for step in steps):
         said.append(
             f"model: {run.config.located_model.name} in {run.dtype_now()[0]}; its layers are checked in the run"

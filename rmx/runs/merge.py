@@ -52,6 +52,6 @@ def check_writable(path: Path, what: str) -> None:
     """Raise RunError where the nearest directory that exists takes no new files; ``what`` names the setting."""
     near = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not near.is_dir():
-        raise RunError(f"{what}: {near} is a file; expected a directory, or a name that is free")
+        raise RunError(f"{what}: {near} is a file; expected a directory or an unused name")
     if not os.access(near, os.W_OK | os.X_OK):
         raise RunError(f"{what}: {near} cannot be written: permission denied")

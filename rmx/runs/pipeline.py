@@ -273,7 +273,7 @@ class Run(RunDirectory):
     def _check_prompt(self) -> None:
         if self.meta()["prompt"] != self.renderer.fingerprint:
             raise ArtefactError(
-                f"{self.path('rollouts.jsonl')}: was made with other prompts than this model and style give now "
+                f"{self.path('rollouts.jsonl')}: was made with other prompts than this model and style render now "
                 "(a chat template that writes today's date? fix it with prompt.template)"
             )
 

@@ -1,7 +1,7 @@
-"""What each stage of a run will take on this machine: tokens, time, memory and disk, before anything runs.
+"""Estimate tokens, time, memory and disk of each stage of a run on this machine, before anything runs.
 
-Tokens of prompts are counted, since problems and prompts can be made without the model. How long completions are is
-assumed until there are rollouts. Rates are measured in some seconds with the model itself.
+Tokens of prompts are counted, since problems and prompts need no model. The length of completions is assumed until
+there are rollouts. Rates are measured in some seconds with the model itself.
 """
 
 import os
@@ -322,7 +322,7 @@ def make(run: Run, seconds: float = SECONDS) -> Plan:
     """The plan of a run; nothing is written into its directory.
 
     Args:
-        seconds: that each measurement may take, of which there are four; the model is loaded besides.
+        seconds: time limit of each of the four measurements; loading the model comes in addition.
 
     Raises:
         RunError: a stage was run with other settings. ProblemsError, PromptError, ModelError: as the stages.

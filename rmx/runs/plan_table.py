@@ -97,6 +97,6 @@ def total(stages: Sequence[StagePlan]) -> StagePlan:
 
 def say(plan: Plan) -> list[str]:
     """The lines below the table."""
-    lines = ["c counted, m measured here, a assumed, or following from what is assumed"]
+    lines = ["c: counted, m: measured here, a: assumed, or computed from an assumption"]
     lines += [f"assumed: {said}" for said in plan.assumptions]
     return lines + [f"to change: {said}" for said in plan.advice] + ([] if plan.advice else ["fits this machine"])

@@ -35,7 +35,7 @@ FIRST_LENGTH = 8192  # of evaluate.max_new_tokens where it was not given, before
 
 
 class RunError(RmxError):
-    """The run directory and the request do not go together."""
+    """The request is not possible in this run directory."""
 
 
 class RunDirectory:
@@ -220,7 +220,7 @@ class RunDirectory:
         if changed:
             raise RunError(
                 f"{self.dir}: stage {stage!r} was run with other settings: {'; '.join(changed)}. Set another run_dir "
-                f"(rmx demo: --run-dir), or redo it and what follows with `rmx {stage} CONFIG --again`"
+                f"(rmx demo: --run-dir), or redo it and the later stages with `rmx {stage} CONFIG --again`"
             )
         return True
 
@@ -243,7 +243,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """One process at a time in a run directory."""
         if self.dir.exists() and not self.dir.is_dir():
-            raise RunError(f"run_dir: {self.dir} is a file; expected a directory, or a name that is free")
+            raise RunError(f"run_dir: {self.dir} is a file; expected a directory or an unused name")
         self.dir.mkdir(parents=True, exist_ok=True)
         with lock_file(self.path(".lock")) as file:
             try:
@@ -266,7 +266,7 @@ class RunDirectory:
             kept = self.kept or (
                 "nothing of this stage is kept" if self.under_way else f"what was finished is kept in {self.dir}"
             )
-            said = f"{self.under_way or self.dir}: SIGINT; {kept}; start again to go on"
+            said = f"{self.under_way or self.dir}: SIGINT; {kept}; start again to continue"
             raise Interrupted(said, signal.SIGINT) from stop
 
     # What the stages wrote.
@@ -342,11 +342,11 @@ class RunDirectory:
                 "run `rmx score` with --again"
             )
         if not keep.covers(self.wanted()):
-            said = "train: the score stage did not keep these base states; they are computed in each step"
+            said = "train: the score stage did not store the base states that training needs; every step computes them"
             console.print(said, markup=False, soft_wrap=True)
             return None, keep
         if made := store.fill(self.lm, self.config.score, keep):
-            said = f"train: {made} files of {store.path} were absent or torn and were made again"
+            said = f"train: {made} files of {store.path} were missing or incomplete and were made again"
             console.print(said, markup=False, soft_wrap=True)
         return (lambda sequence: store.states(sequence.problem_id, sequence.sample, keep)), keep
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run; ``Run`` has a method with its name, after an underscore, that does the work."""
+    """One stage of a run. The method of ``Run`` with this name after an underscore does the work."""
 
     name: str  # also of its command
     help: str  # of that
@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "choose",
-            "Choose the best of the adapters kept by train.candidates, on problems set apart for that.",
+            "Choose the best of the adapters kept by train.candidates, on problems reserved for this choice.",
             ("seed", "evaluate"),
             "choice.json",
             beside=("adapter",),

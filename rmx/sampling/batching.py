@@ -1,4 +1,4 @@
-"""How many sequences are decoded at a time where the configuration leaves it open (``batch_size: auto``)."""
+"""The number of sequences that are decoded at a time with ``batch_size: auto``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class BatchSize:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes on a CUDA device that tensors may still take: free ones, and those that torch keeps for later."""
+    """Bytes of a CUDA device that tensors can still use: free ones, and those that torch has reserved."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -35,7 +35,7 @@ def free_memory(device: torch.device) -> int:
 def cache_bytes(config: Any, dtype: torch.dtype, length: int) -> int:
     """Keys and values of one sequence of ``length`` tokens, counted from a model's configuration.
 
-    Layers with a window keep so many tokens at most; a layer without attention counts as one with it.
+    Layers with a window keep at most that many tokens; a layer without attention counts as one with attention.
     """
     text = config.get_text_config()
     heads, own = _heads(text)
@@ -78,13 +78,13 @@ def sequence_bytes(config: Any, dtype: torch.dtype, length: int, graphs: bool = 
 def batch_size(lm: CausalLM, sampling: Sampling, longest: int, count: int, models: int = 1) -> BatchSize:
     """The size that ``sampling`` gives, or for ``auto`` one that fits the device.
 
-    On a CPU 128, and for a server. For vLLM, which counts its memory itself, 2048. On a GPU the largest power of two
-    whose sequences of ``longest`` + ``max_new_tokens`` tokens fit into 80 % of the free memory, at most 2048. Never
-    more than the ``count`` completions need.
+    128 on a CPU and for a server; 2048 for vLLM, which manages its memory itself. On a GPU the largest power of two, at
+    most 2048, whose sequences of ``longest`` + ``max_new_tokens`` tokens fit into 80 % of the free memory. Never more
+    than the ``count`` completions need.
 
     Args:
         longest: tokens of the longest prompt. count: completions to sample.
-        models: that read every completion, each with a cache of its own.
+        models: number of models that read every completion, each with a cache of its own.
     """
     if isinstance(sampling.batch_size, int):
         return BatchSize(sampling.batch_size, "batch_size")
@@ -106,7 +106,7 @@ def batch_size(lm: CausalLM, sampling: Sampling, longest: int, count: int, model
 def settled(
     lm: CausalLM, sampling: Sampling, prompts: Sequence[Sequence[int]], section: str = "", models: int = 1
 ) -> Sampling:
-    """``sampling`` with a number for ``batch_size``; the choice for a GPU is said.
+    """``sampling`` with a number for ``batch_size``; it prints the choice for a GPU.
 
     Args:
         section: of the configuration, as "rollouts.". models: see :func:`batch_size`.

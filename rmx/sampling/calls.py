@@ -1,4 +1,4 @@
-"""Requests to a server over HTTP, with bounds: of time, of bytes, of where they go, and of what is told of them."""
+"""HTTP requests to a server, with limits on time, bytes and redirects; the bearer token is never printed."""
 
 import http.client
 import json
@@ -21,7 +21,7 @@ API_KEY = "RMX_API_KEY"  # environment variable: the bearer token, where the ser
 
 
 class ServerError(EngineError):
-    """The server cannot be reached, refuses, or answers what does not fit; the message names the URL."""
+    """The server cannot be reached, refuses, or gives an invalid answer; the message names the URL."""
 
     def __init__(self, url: str, message: str, status: int | None = None) -> None:
         super().__init__(f"{url}: {f'status {status}: ' if status else ''}{without_key(message)}")
@@ -29,19 +29,19 @@ class ServerError(EngineError):
 
 
 def api_key() -> str:
-    """The bearer token; empty where there is none.
+    """The bearer token; empty if there is none.
 
     Raises:
-        EngineError: no header can hold it.
+        EngineError: it cannot be sent in a header.
     """
     key = os.environ.get(API_KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise EngineError(f"{API_KEY}: expected printable ASCII characters, got others: no header can hold them")
+        raise EngineError(f"{API_KEY}: expected printable ASCII characters, since it is sent in a header, got others")
     return key
 
 
 def without_key(text: str) -> str:
-    """What a server said, should it have repeated the bearer token."""
+    """The text of a server without the bearer token, in case the server repeated it."""
     key = os.environ.get(API_KEY, "").strip()
     for form in {key, json.dumps(key)[1:-1], urllib.parse.quote(key), urllib.parse.quote(key, safe="")} if key else ():
         text = text.replace(form, f"[{API_KEY}]")
@@ -56,13 +56,13 @@ def check_address(base_url: str) -> None:
     except ValueError as fault:
         raise EngineError(f"base_url: expected http://HOST[:PORT]/..., got another address: {fault}") from fault
     if parts.username is not None or parts.password is not None:
-        raise EngineError(f"base_url: holds a user's name or a password; set the bearer token {API_KEY} instead")
+        raise EngineError(f"base_url: contains a user name or password; set the bearer token {API_KEY} instead")
     if parts.scheme not in ("http", "https") or not host or not base_url.isascii() or " " in base_url:
         raise EngineError(f"base_url: expected http://... or https://..., got {base_url!r}")
 
 
 class Calls:
-    """The requests under way to a server; :meth:`hang_up` ends all of them at once."""
+    """The running requests to a server; :meth:`hang_up` ends all of them at once."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -70,7 +70,7 @@ class Calls:
         self._open: set[socket.socket] = set()
 
     def hang_up(self) -> None:
-        """End the requests under way; later ones fail at once."""
+        """End the running requests; later ones fail at once."""
         with self._lock:
             self.ended.set()
             for sock in self._open:
@@ -79,11 +79,11 @@ class Calls:
     def ask(
         self, url: str, body: dict[str, Any] | None, *, seconds: float, most_bytes: int, waits: Sequence[float]
     ) -> dict[str, Any]:
-        """The JSON object that the server answers; tried again where it is busy, down or cannot be reached.
+        """The JSON object that the server returns; tries again if the server is busy, down or cannot be reached.
 
         Args:
             body: to POST; None: a GET.
-            seconds: until the whole answer must be there. most_bytes: that it may have. waits: before further tries, s.
+            seconds: time limit for the whole answer. most_bytes: its size limit. waits: seconds before each retry.
 
         Raises:
             ServerError: an error status, no answer, one that is too late or too long, no JSON object, or a redirect,
@@ -96,7 +96,7 @@ class Calls:
         left = iter(waits)
         while True:
             if self.ended.is_set():
-                raise ServerError(url, "was hung up on, as the work ended")
+                raise ServerError(url, "request cancelled, because the run ended")
             with _Call(self, seconds) as call:
                 found = self._once(call, request, most_bytes)
             if not isinstance(found, ServerError):
@@ -125,7 +125,7 @@ class Calls:
             return error
         except (OSError, http.client.HTTPException) as fault:  # URLError and timeouts are OSErrors
             if call.late:
-                said = f"no whole answer within {call.seconds:.0f} s, which is what max_new_tokens allows for"
+                said = f"no complete answer within {call.seconds:.0f} s, the time limit for max_new_tokens"
                 raise ServerError(url, said) from fault
             return ServerError(url, f"no answer: {getattr(fault, 'reason', None) or fault!r}")
 

@@ -135,7 +135,7 @@ def check_decoding(lm: CausalLM, padded: bool) -> None:
             decoder = Decoder(lm, prompts, 2)
             (reached,) = torch.autograd.grad(decoder.hidden[0].float().sum(), embedded[:1], retain_graph=True)
         if padded and bool(reached[0, :3].nan_to_num().any()):  # NaN: 0 times infinity, by roots of 0
-            raise EngineError(f"{name}: padding on the left reaches the states of the tokens; {hint}")
+            raise EngineError(f"{name}: padding on the left changes the states of the tokens; {hint}")
         decoder = Decoder(lm, prompts, 2)
         decoder.read(torch.tensor([steps[0][0], 0, 0, steps[1][0]], device=lm.device))
         decoder.keep(torch.tensor([0, 3], device=lm.device))
@@ -145,7 +145,7 @@ def check_decoding(lm: CausalLM, padded: bool) -> None:
     except (EngineError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
-        said = f"{name}: engine loop cannot keep its states from token to token ({fault!r})"
+        said = f"{name}: engine loop cannot carry its states from token to token ({fault!r})"
         raise EngineError(f"{said}; {hint}") from fault
     limit = 1e-3 if lm.weight.dtype in (torch.float32, torch.float64) else 5e-2
     error = float((decoder.hidden.float() - alone).norm() / alone.norm())
@@ -238,7 +238,7 @@ class Decoder:
         self.lm, self.within, self.cache = lm, within, _Cache(lm)
         parameters = inspect.signature(text_decoder(lm.model).forward).parameters
         if not {"past_key_values", "cache_params"} & set(parameters):
-            raise EngineError(f"{type(lm.model).__name__}: engine loop knows no cache for it; {OTHERS}")
+            raise EngineError(f"{type(lm.model).__name__}: engine loop does not support its cache; {OTHERS}")
         self.inputs = [name for name in ("past_key_values", "cache_params", "position_ids") if name in parameters]
         if graphs is None:
             graphs = self.inputs == ["past_key_values", "position_ids"] and self.cache.roomy

@@ -27,7 +27,7 @@ TIMEOUT_S = 3600.0  # that a server has for an answer at most
 ANSWER_S, TOKEN_S = 60.0, 0.5  # that a server has for an answer: so long, and for each of its max_tokens
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 256  # that an answer may have: so many, and for each token that it may hold
 
-NAMES = "set server_model (and tuned_model of evaluate) to the names there"
+NAMES = "set server_model (and evaluate.tuned_model) to these names"
 
 
 class CannotSay(EngineError):
@@ -108,7 +108,7 @@ class Server:
             for prompt in ("ids", "text", "chat"):
                 dialect = Dialect(prompt, transformers, many)
                 if self.sampling.top_k is not None and not dialect.cuts:
-                    refusals[f"top_k={self.sampling.top_k}: cannot be said to this server, by {prompt}"] = None
+                    refusals[f"top_k={self.sampling.top_k}: not possible with a prompt as {prompt}"] = None
                     continue
                 try:
                     return self.ask(unit, dialect)
@@ -121,8 +121,8 @@ class Server:
                     refusals[str(fault)] = None
         named = self.named
         if (names := self.served()) is not None and named not in names:
-            raise EngineError(f"{self.sampling.base_url}: serves no model {named!r}, but {_listed(names)}: {NAMES}")
-        raise EngineError("the server takes no way of asking: " + "; ".join(refusals))
+            raise EngineError(f"{self.sampling.base_url}: no model {named!r} there, only {_listed(names)}: {NAMES}")
+        raise EngineError("the server accepts no form of request: " + "; ".join(refusals))
 
     @property
     def named(self) -> str:
@@ -163,8 +163,8 @@ class Server:
             if prompt != len(unit.prompts[0]) and not (prompt is None and dialect.prompt == "ids"):
                 raise ServerError(
                     url,
-                    f"the server read a prompt of {prompt} tokens where rmx rendered {len(unit.prompts[0])}: another "
-                    "model, tokenizer or chat template",
+                    f"the server read a prompt of {prompt} tokens, rmx rendered {len(unit.prompts[0])}: its model, "
+                    "tokenizer or chat template differs",
                 )
             choices += sorted(found, key=lambda choice: choice.index)
             dialect = dialect if len(found) == asked else replace(dialect, many=False)
@@ -207,7 +207,7 @@ class Server:
     def turns(self, question: str) -> list[dict[str, str]]:
         assert self.renderer is not None
         if self.renderer.style not in CHAT:
-            raise CannotSay(f"a chat: prompt.style={self.renderer.style} is no chat")
+            raise CannotSay(f"a chat: prompt.style={self.renderer.style} is not a chat style")
         if found := self.renderer.controls(question):
             raise CannotSay(f"a chat: the server would read {found[0]!r} in a question as a control token")
         return self.renderer.turns(question)
@@ -226,10 +226,10 @@ class Server:
         ids, eos, V = list(ids), self.lm.tokenizer.eos_token_id, self.lm.weight.shape[0]
         if len(ids) > most:
             raise ServerError(
-                url, f"a completion of {len(ids)} tokens where max_tokens was {self.sampling.max_new_tokens}"
+                url, f"a completion of {len(ids)} tokens, but max_tokens was {self.sampling.max_new_tokens}"
             )
         if wrong := [token for token in ids if not 0 <= token < V]:
-            raise ServerError(url, f"token id {wrong[0]} where the vocabulary has {V}: another model")
+            raise ServerError(url, f"token id {wrong[0]}, but the vocabulary has {V} tokens: another model")
         if reason == "stop" and not (ids and ids[-1] in self.lm.eos_ids) and self.lm.eos_ids:
             ids.append(eos if eos in self.lm.eos_ids else min(self.lm.eos_ids))
         return Completion(ids, None)
@@ -242,7 +242,7 @@ class Server:
             if choice.message is None:
                 raise ServerError(url, f"expected a choice with a message, got {choice.model_dump_json()[:300]}")
             if choice.message.reasoning_content or choice.message.reasoning:
-                raise ServerError(url, "the server takes the reasoning out of the completion: turn its parser off")
+                raise ServerError(url, "the server removes the reasoning from the text: turn off its reasoning parser")
             text = choice.message.content or ""
         if text is None:
             raise ServerError(url, f"expected a choice with text or token_ids, got {choice.model_dump_json()[:300]}")
@@ -285,7 +285,7 @@ def openai(lm: CausalLM, renderer: Renderer, units: Sequence[Unit], sampling: Sa
 def tuned_server(sampling: Sampling) -> Sampling:
     """The same, asked of the model that is the tuned one on the server."""
     if not isinstance(sampling, EvaluateConfig) or sampling.tuned_model is None:
-        raise EngineError("engine=openai: an adapter has no name on the server: set evaluate.tuned_model")
+        raise EngineError("engine=openai: the name of the adapter on the server is not known: set evaluate.tuned_model")
     return sampling.model_copy(update={"server_model": sampling.tuned_model})
 
 
@@ -304,13 +304,13 @@ def check_served(lm: CausalLM, sampling: Sampling, adapter: Path) -> None:
     names, found, url = [server.named, str(tuned)], server.served(), sampling.base_url
     if found is None:
         raise EngineError(
-            f"{url}: cannot be asked which models it has (GET /models), so that base and tuned may be one model there: "
-            "use a server that lists its models, as vLLM, or another evaluate.engine"
+            f"{url}: does not list its models (GET /models), so base and tuned may be the same model there: "
+            "use a server that lists its models, such as vLLM, or another evaluate.engine"
         )
     if missing := [name for name in names if name not in found]:
-        said = f"{url}: serves no model {missing[0]!r}, but {_listed(found)}: {NAMES}"
+        said = f"{url}: no model {missing[0]!r} there, only {_listed(found)}: {NAMES}"
         if missing[0] == names[-1]:
-            said += f", or serve the adapter, as by vllm serve --enable-lora --lora-modules {names[-1]}={adapter}"
+            said += f", or serve the adapter: vllm serve --enable-lora --lora-modules {names[-1]}={adapter}"
         raise EngineError(said)
 
 
@@ -331,4 +331,4 @@ def _answer(url: str, said: dict[str, Any], asked: int) -> Answer:
     try:
         return Answer.model_validate(said)
     except pydantic.ValidationError as fault:
-        raise ServerError(url, f"cannot be understood: {describe(fault)[:300]}") from fault
+        raise ServerError(url, f"the answer cannot be parsed: {describe(fault)[:300]}") from fault

@@ -133,8 +133,8 @@ def check_rotation(lm: CausalLM, prompt: int, completion: int, section: str = ""
     """Raise EngineError if the rotary embedding would change within the tokens; arguments as for check_length."""
     if found := changing_rotation(lm, prompt + completion):
         raise EngineError(
-            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for a whole batch, and in the "
-            f"middle of a completion, once one has more than {found[1]} tokens: set {section}max_new_tokens to at most "
+            f"{type(lm.model).__name__}: its rotary embedding ({found[0]}) changes for the whole batch as "
+            f"soon as one sequence has more than {found[1]} tokens: set {section}max_new_tokens to at most "
             f"{found[1] - prompt}, or {section}engine=openai for a server"
         )
 
@@ -144,6 +144,6 @@ def check_length(lm: CausalLM, prompt: int, completion: int, section: str = "") 
     known = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     if known and prompt + completion > known:
         raise PromptError(
-            f"the longest prompt has {prompt} tokens and {section}max_new_tokens is {completion}, but the model knows "
-            f"only {known} positions: lower {section}max_new_tokens"
+            f"the longest prompt has {prompt} tokens and {section}max_new_tokens is {completion}, but the model "
+            f"supports only {known} positions: lower {section}max_new_tokens"
         )

@@ -34,17 +34,17 @@ def check(lm: CausalLM, adapted: Iterable[nn.Module] = ()) -> None:
     if not _on_gpu(lm):
         raise EngineError("engine=vllm: needs a CUDA GPU, and the model is on the CPU: use engine loop or auto")
     if lm.settings is None:
-        raise EngineError("engine=vllm: this model was not loaded from files, which vLLM has to read: use engine loop")
+        raise EngineError("engine=vllm: vLLM needs a model from files, this one was not loaded from files: use loop")
     if lm.gguf:
         raise EngineError(
-            "engine=vllm: the model is a GGUF file, whose weights vLLM would read in another way than rmx: use engine "
-            "loop, or write the model as safetensors and name that"
+            "engine=vllm: vLLM would read the weights of this GGUF file in another way than rmx: use engine loop, "
+            "or save the model as safetensors and use that"
         )
     ends, to_be = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()), set(map(id, adapted))
     if any(isinstance(end, LoraLayer) or id(end) in to_be for end in ends):
         raise EngineError(
-            "engine=vllm: the adapter is on the input embedding or the output head, which vLLM takes for some models "
-            "alone: use engine loop, or leave them out of lora.targets"
+            "engine=vllm: the adapter is on the input embedding or the output head, which vLLM supports only for some "
+            "models: use engine loop, or leave them out of lora.targets"
         )
 
 
@@ -139,7 +139,7 @@ def _rank(adapter: Path) -> int:
     r = max(description["r"], *(description.get("rank_pattern") or {}).values(), 0)
     found = next((rank for rank in RANKS if rank >= r), None)
     if found is None:
-        raise EngineError(f"engine=vllm: {adapter} has rank {r}, vLLM takes up to {RANKS[-1]}: use another engine")
+        raise EngineError(f"engine=vllm: {adapter} has rank {r}, vLLM supports at most {RANKS[-1]}: use another engine")
     return found
 
 
@@ -152,7 +152,7 @@ def _completion(lm: CausalLM, output: Any, sampling: Sampling) -> Completion:
             f"that end by {choice.finish_reason!r}"
         )
     if wrong := [token for token in ids if not 0 <= token < V]:
-        raise EngineError(f"engine=vllm: token id {wrong[0]} where the vocabulary has {V}: another model")
+        raise EngineError(f"engine=vllm: token id {wrong[0]}, but the vocabulary has {V} tokens: another model")
     if choice.finish_reason == "stop" and not (ids and ids[-1] in lm.eos_ids):
         eos = lm.tokenizer.eos_token_id
         ids.append(choice.stop_reason if choice.stop_reason in lm.eos_ids else eos)

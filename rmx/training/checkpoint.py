@@ -1,4 +1,4 @@
-"""The state of a training on disk: whole or absent, taken up again where it fits, saved before a signal ends a run."""
+"""The state of a training on disk: complete or absent, restored if it fits, saved before a signal ends a run."""
 
 import json
 import signal
@@ -36,11 +36,11 @@ class State:
 
 
 class Checkpoint:
-    """One file that holds the last kept state of one training.
+    """One file with the last saved state of one training.
 
     Args:
-        origin: what the training depends on; a checkpoint of another origin is not taken up.
-        seconds: at least so long between two writes.
+        origin: what the training depends on; a checkpoint of another origin is not restored.
+        seconds: minimum time between two writes.
         write: whether this process writes (one of a group does).
     """
 
@@ -51,7 +51,7 @@ class Checkpoint:
         self.last = time.monotonic()
 
     def peek(self) -> int:
-        """The step at which training will go on: 0 without a whole checkpoint of the same origin."""
+        """The step from which training will continue: 0 without a complete checkpoint of the same origin."""
         meta = self._meta()
         return int(meta["step"]) if meta else 0
 
@@ -96,7 +96,7 @@ class Checkpoint:
         self.saved, self.last = state.step, time.monotonic()
 
     def after_step(self, state: State, last: bool, stop: int) -> None:
-        """Save if it is time to, if this was the last step, or to stop for the signal ``stop`` (0: none).
+        """Save if it is time, after the last step, or before stopping for the signal ``stop`` (0: none).
 
         Raises:
             Interrupted: because of ``stop``.
@@ -105,7 +105,7 @@ class Checkpoint:
             self.save(state)
         if stop:
             name, kept = signal.Signals(stop).name, f"checkpoint of step {state.step} in {self.path}"
-            raise Interrupted(f"train: {name} after step {state.step}; {kept}; start again to go on", stop)
+            raise Interrupted(f"train: {name} after step {state.step}; {kept}; start again to continue", stop)
 
     def describe(self) -> str:
         """Where the last good state is."""

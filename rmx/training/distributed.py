@@ -22,11 +22,11 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def share(self, items: Sequence[int]) -> list[int]:
-        """Every size-th item, so that shares differ by one at most."""
+        """Every size-th item, so that shares differ by at most one."""
         return list(items[self.rank :: self.size])
 
     def sum_gradients(self, parameters: "Sequence[nn.Parameter]") -> None:
@@ -42,7 +42,7 @@ class Group:
             parameter.grad = part.view_as(parameter)
 
     def sum(self, values: "np.ndarray") -> "np.ndarray":
-        """Element by element, over processes."""
+        """The elementwise sum over processes."""
         if self.size == 1:
             return values
         import torch
@@ -51,7 +51,7 @@ class Group:
         return _reduced(torch.from_numpy(values), dist.ReduceOp.SUM).numpy()
 
     def largest(self, value: int) -> int:
-        """Over processes."""
+        """The maximum over processes."""
         if self.size == 1:
             return value
         import torch
@@ -60,7 +60,7 @@ class Group:
         return int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has reached this call."""
         if self.size > 1:
             import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""The loss of some sequences: weights of their positions, the rows that carry one, and one forward pass over them."""
+"""The loss of some sequences: the weights of their positions, the rows with a weight, and one forward pass."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def sequence_weights(
             + \frac{\lambda}{|\bar G|} \sum_{t \in \bar G} \mathrm{KL}(p_b \| p_s)
 
     so that the loss of a batch is one weighted sum, however its sequences are grouped (arXiv 2605.06241, section 3).
-    s is the sequence's ``scale``: 1 but in controls.
+    s is the sequence's ``scale``, which is 1 except in controls.
     With ``draw`` the second mean is over a random ``anchor_fraction`` of those positions, whose expectation is the
     same.
     """
@@ -53,7 +53,7 @@ def sequence_weights(
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The R rows of one forward pass that carry a weight."""
+    """The R rows of one forward pass that have a weight."""
 
     where: Tensor  # [R] among the pass's tokens, end to end
     sequence: Tensor  # [R] which sequence
@@ -111,7 +111,7 @@ def batch_loss(
 
 @dataclass(frozen=True)
 class Prepared:
-    """One forward pass before it is made: all that comes from the host."""
+    """The data of one forward pass, prepared on the host before the pass."""
 
     sequences: list[TrainingSequence]
     ids: list[list[int]]

@@ -1,8 +1,8 @@
-"""The frozen base model seen once: entropy, log-prob and top-k of every completion token, and its states for training.
+"""One pass of the frozen base model: entropy, log-prob and top-k of every completion token, and states for training.
 
-One teacher-forced pass over packed sequences, kept in safetensors shards of whole rollouts. A shard is written whole
-or not at all and depends on its own rollouts alone, so a killed stage goes on at the shard under way and ends with the
-same bits. Training reads the states through memory maps: no pass of the base model is made there.
+The teacher-forced pass over packed sequences is stored in safetensors shards of whole rollouts. A shard is written
+completely or not at all and depends only on its own rollouts, so a killed stage continues at the current shard and ends
+with the same bits. Training reads the states through memory maps and needs no pass of the base model.
 """
 
 import json
@@ -38,7 +38,7 @@ class Keep:
     layer: int = 0  # states that enter this layer are kept, of all tokens; 0: none
 
     def covers(self, wanted: "Keep") -> bool:
-        """Whether all that ``wanted`` keeps is kept."""
+        """Whether this includes everything in ``wanted``."""
         rows = ("none", "completion", "all")
         return rows.index(self.rows) >= rows.index(wanted.rows) and wanted.layer in (0, self.layer)
 
@@ -57,10 +57,10 @@ class Keep:
 def score_rollouts(
     lm: CausalLM, rollouts: Sequence[Rollout], *, top_k: int = 8, token_budget: int = 16384, keep: Keep = Keep()
 ) -> list[tuple[Scores, BaseStates]]:
-    """Scores and kept states of each rollout, in order, on the CPU; scores in float32. No [tokens, V] logits are made.
+    """Scores and kept states of each rollout, in order, on the CPU; scores in float32. It stores no [tokens, V] logits.
 
     Args:
-        token_budget: tokens a forward pass.
+        token_budget: tokens in one forward pass.
 
     Raises:
         ModelError: logits are not finite.
@@ -114,7 +114,7 @@ class ScoreStore:
         return self.path / f"shard-{number:05d}.safetensors"
 
     def missing(self) -> list[int]:
-        """Shards that are not there, or torn.
+        """Shards that are missing or incomplete.
 
         Raises:
             ArtefactError: a shard was made from something else; says from what.
@@ -128,7 +128,7 @@ class ScoreStore:
         return absent
 
     def discard_others(self) -> None:
-        """Delete shards that were made from something else, and what a kill left of one."""
+        """Delete shards that were made from something else, and partly written ones."""
         for path in self.path.glob(".shard-*.partial"):
             path.unlink()
         for path in sorted(self.path.glob("shard-*.safetensors")):
@@ -149,7 +149,7 @@ class ScoreStore:
         """Make the missing shards; returns how many were made.
 
         Args:
-            on_done: hears how many rollouts are there, and how many tokens this call has read so far.
+            on_done: called with the number of finished rollouts and of tokens that this call has read so far.
         """
         missing = self.missing()
         done = len(self.rollouts) - sum(len(self.shards[number]) for number in missing)
@@ -202,7 +202,7 @@ class ScoreStore:
         """Of all rollouts, in order.
 
         Raises:
-            ArtefactError: a shard is absent, torn or foreign.
+            ArtefactError: a shard is missing, incomplete or made from something else.
         """
         found = []
         for number, members in enumerate(self.shards):
@@ -229,7 +229,7 @@ class ScoreStore:
 def affordable(
     keep: Keep, rollouts: Sequence[Rollout], lm: CausalLM, settings: ScoreConfig, path: Path
 ) -> tuple[Keep, str]:
-    """(what is kept, a sentence about its size): all or, above the budget or the room on the disk, no states."""
+    """(what to keep, a sentence about its size): all states, or none if they exceed the budget or the free disk."""
     need = keep.bytes(rollouts, lm.weight.shape[1], lm.weight.dtype)
     path.mkdir(parents=True, exist_ok=True)
     held = sum(shard.stat().st_size for shard in path.glob("shard-*.safetensors"))  # by a start that was killed

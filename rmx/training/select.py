@@ -28,7 +28,7 @@ def advantages(rewards: Sequence[float], clip: float) -> list[float]:
 
     .. math:: A_i = \mathrm{clip}\!\left(\frac{r_i - \bar r}{\max(\sigma_r, \epsilon)}, -c, c\right)
 
-    with the population standard deviation over the rollouts that are trained on (arXiv 2605.06241, section 3).
+    with the population standard deviation over the rollouts used for training (arXiv 2605.06241, section 3).
     """
     r = np.asarray(rewards, dtype=np.float64)
     return [float(a) for a in np.clip((r - r.mean()) / max(r.std(), EPS), -clip, clip)]
@@ -37,8 +37,8 @@ def advantages(rewards: Sequence[float], clip: float) -> list[float]:
 def gate_threshold(trained: np.ndarray, scored: np.ndarray, config: SelectConfig) -> float:
     """tau in nats.
 
-    ``tau`` is taken as given; ``quantile`` q is that quantile of the entropies of all ``scored`` tokens, whatever is
-    trained on; ``budget`` b is such that a share b of the ``trained`` tokens lies strictly above it.
+    ``tau`` is used as given. ``quantile`` q: tau is the q-quantile of the entropies of all ``scored`` tokens, also of
+    those that are not used for training. ``budget`` b: a share b of the ``trained`` tokens is strictly above tau.
     """
     if config.tau is not None:
         return config.tau
@@ -72,7 +72,7 @@ def gradient_norms(scores: Scores, completion_ids: Sequence[int]) -> np.ndarray:
 
     .. math:: \sqrt{(1 - p_y)^2 + \sum_{v \neq y} p_v^2}
 
-    with the sum over the kept K most probable tokens alone. What is left out makes the norm too small by at most the
+    with the sum over only the K most probable tokens that were stored. The missing terms lower the norm by at most the
     share 1 / (8 (K - 1)), 1.8 % for K = 8: with r = 1 - p_y, tokens behind the K-th have a mass t and at most the
     probability (r - t) / (K - 1) each, so their squares sum up to at most r^2 / (4 (K - 1)).
     """
@@ -84,7 +84,7 @@ def gradient_norms(scores: Scores, completion_ids: Sequence[int]) -> np.ndarray:
 def gradient_mass(sequence: TrainingSequence, norms: np.ndarray, beta: float = 1.0) -> float:
     """Sum over the decision tokens of |advantage| x weight x ``norms`` [T]; ``beta`` is train.negative_weight.
 
-    It is what the rollout's decision tokens pull at the logits in the first step, where the student is the base.
+    It measures how strongly the decision tokens change the logits in the first step, when the student is the base.
     """
     if not sequence.decision_tokens:
         return 0.0
@@ -93,7 +93,7 @@ def gradient_mass(sequence: TrainingSequence, norms: np.ndarray, beta: float = 1
 
 
 def matched_scale(norms: np.ndarray, wanted: Sequence[int], taken: Sequence[int]) -> float:
-    """What makes the gradient mass of the decision tokens ``taken`` that of ``wanted``; at most MOST_SCALE."""
+    """The factor that gives the tokens ``taken`` the gradient mass of ``wanted``; at most MOST_SCALE."""
     if not wanted or not taken:
         return 0.0
     own = norms[list(taken)].mean()
@@ -113,13 +113,13 @@ class Gate:
 
 
 def gated_share(sequences: Sequence[TrainingSequence]) -> float:
-    """Of the completion tokens of a training set, the decision tokens."""
+    """Share of decision tokens among the completion tokens of a training set."""
     tokens = sum(len(s.completion_ids) for s in sequences)
     return sum(len(s.decision_tokens) for s in sequences) / max(tokens, 1)
 
 
 def describe_gate(sequences: Sequence[TrainingSequence], scored: np.ndarray, tau: float) -> Gate:
-    """What ``rmx select`` keeps and shows, so that tau can be judged."""
+    """Statistics of the gate that ``rmx select`` stores and shows, to judge tau."""
     counts, edges = np.histogram(scored, BINS, (0, max(float(scored.max()), tau, 1e-6)))
     return Gate(
         tau=tau,

@@ -25,9 +25,9 @@ def score_text(
         AnalysisError: there is no text, or it is of another model.
     """
     if not any(r.completion_ids for r in rollouts):
-        raise AnalysisError("the rollouts hold no completion tokens")
+        raise AnalysisError("the rollouts contain no completion tokens")
     if (highest := max(max(r.ids) for r in rollouts)) >= lm.weight.shape[0]:
-        raise AnalysisError(f"token id {highest}: the rollouts are of another model")
+        raise AnalysisError(f"token id {highest} is not in this vocabulary: the rollouts are from another model")
     used = settings.model_copy(update={"top_k": max(min(RANKS, lm.weight.shape[0]), settings.top_k)})
     origin = {
         "model": mark,

@@ -85,20 +85,20 @@ def train_adapter(
     """Train ``adapter`` in place with AdamW.
 
     All random numbers are functions of (seed, step, sequence), so the state of a training is its step, the adapter and
-    the optimiser: from a checkpoint it goes on with the same bits on a CPU.
+    the optimiser. On a CPU, a training that continues from a checkpoint gives the same bits.
 
     Args:
         base: see :func:`batch_loss`.
-        checkpoint: where the state is kept and taken up again; None: nowhere.
+        checkpoint: where the state is saved and restored from; None: nowhere.
         group: the processes among which the sequences of each step are divided.
-        on_step: called after each step with its metrics and the number of steps in all.
+        on_step: called after each step with its metrics and the total number of steps.
 
     Returns:
         The metrics of the steps that this call made.
 
     Raises:
         TrainingError: no sequence has a decision token; a loss or gradient is not finite (the step, the rows and the
-            last checkpoint are named); one sequence alone does not fit the memory.
+            last checkpoint are named); a single sequence does not fit into memory.
         Interrupted: SIGTERM or SIGINT arrived; the state is in the checkpoint.
     """
     if not any(sequence.decision_tokens and sequence.advantage for sequence in sequences):
@@ -262,8 +262,8 @@ def _gradients(source: _Source, state: State) -> list[Part]:
             continue
         if state.token_budget <= max(lengths):
             raise TrainingError(
-                f"train: out of memory at step {state.step + 1} with one sequence of {max(lengths)} tokens alone: set "
-                "train.activation_checkpointing=true (then offload, which keeps more in the host's memory), or "
+                f"train: out of memory at step {state.step + 1} with a single sequence of {max(lengths)} tokens: set "
+                "train.activation_checkpointing=true (then offload, which moves more to host memory), or "
                 f"select.max_completion_tokens ({problem})"
             )
         state.token_budget = max(max(lengths), min(state.token_budget, sum(lengths)) // 2)

@@ -92,13 +92,13 @@ _logits_dtype: torch.dtype | None = None
 
 
 def set_scratch_bytes(count: int | None) -> None:
-    """Set how many bytes of logits the linear operators hold at a time on a GPU; None for the default.
+    """Set how many bytes of logits the linear operators store at a time on a GPU; None for the default.
 
-    More rows in one product use the GPU better, in exchange for memory. The default is 1/128 of the device's memory,
+    More rows in one product use the GPU better but need more memory. The default is 1/128 of the device's memory,
     but at least 224 MiB and at most 896 MiB. docs/kernels.md has the times measured at several sizes.
 
     Raises:
-        ValueError: ``count`` is not None or a positive number.
+        ValueError: ``count`` is neither None nor a positive number.
     """
     global _scratch_bytes
     if count is not None and count <= 0:
@@ -116,13 +116,13 @@ def scratch_bytes(device: torch.device) -> int:
 
 
 def set_logits_dtype(dtype: torch.dtype | None) -> None:
-    """Set in which dtype the linear operators hold the logits of bfloat16 inputs on a GPU; None for the default.
+    """Set the dtype in which linear operators store the logits of bfloat16 inputs on a GPU; None for the default.
 
-    float32 keeps what the product has summed. bfloat16 rounds it, as eager PyTorch does: at logits up to 14 a log-prob
+    float32 keeps the sum of the product. bfloat16 rounds it, as eager PyTorch does: at logits up to 14 a log-prob
     is then off by up to 1.8e-2 nats, against 1e-5. docs/kernels.md has the times of both.
 
     Raises:
-        ValueError: ``dtype`` is not None, torch.float32 or torch.bfloat16.
+        ValueError: ``dtype`` is not one of None, torch.float32 and torch.bfloat16.
     """
     global _logits_dtype
     if dtype not in (None, torch.float32, torch.bfloat16):

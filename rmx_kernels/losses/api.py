@@ -1,6 +1,6 @@
 """gated_contrastive_loss, linear_gated_contrastive_loss and linear_logprob_kl: a student against a frozen base.
 
-The linear ones make no tensor of size [tokens, vocabulary].
+The linear operators store no tensor of size [tokens, vocabulary].
 """
 
 from typing import Any
@@ -32,23 +32,23 @@ def gated_contrastive_loss(
             + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}), \qquad
         \frac{\partial\,\mathrm{loss}}{\partial z_s} = (c + w) p_s - c\,\mathrm{onehot} - w\,p_b
 
-    The weights c = ``ce_weight`` (of any sign: an advantage) and w = ``kl_weight`` hold every mean and gate, so the
-    loss never depends on how sequences are batched. A row whose two weights are zero is not read, neither is its
-    target; a row with kl_weight = 0 needs no base.
+    The weights c = ``ce_weight`` (of any sign: an advantage) and w = ``kl_weight`` include every mean and gate, so the
+    loss never depends on how sequences are batched. If both weights of a row are zero, neither the row nor its target
+    is read. A row with kl_weight = 0 needs no base.
 
     Args:
         logits: the student's, [..., V], bfloat16, float16, float32 or float64. Differentiable.
-        base_logits: the frozen base's, same shape, dtype and device; a constant, so it may not require a gradient.
+        base_logits: the frozen base's, same shape, dtype and device; a constant, so it must not require a gradient.
         target: token ids [...] in [0, V), int64 or int32.
         ce_weight, kl_weight: [...] floating point, constants.
-        temperature, softcap: as in :func:`entropy_topk`, applied to both: of row i, both logits are divided by
-            temperature_i. In a row whose two weights are zero it is not looked at.
-        ignore_index: a target with this id does not count: ce_weight is taken for 0 in its row. None: no such id.
+        temperature, softcap: as in :func:`entropy_topk`, for student and base alike: temperature_i divides both logits
+            of row i. It is not read in a row whose two weights are zero.
+        ignore_index: a target with this id is ignored: ce_weight counts as 0 in its row. None: no such id.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
         :class:`ContrastiveLoss` of float32 (float64 for float64 logits), in nats. ``logprob`` and ``kl`` are per
-        row, detached, and NaN where they were not computed: kl where kl_weight is zero, logprob where both are.
+        row and detached. kl is NaN where kl_weight is zero, logprob where both weights are zero.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
@@ -89,7 +89,7 @@ def linear_gated_contrastive_loss(
     reduce_hidden_grad: bool = True,
     impl: str | None = None,
 ) -> ContrastiveLoss:
-    r"""What :func:`gated_contrastive_loss` returns for student and base logits that share one output head.
+    r"""The results of :func:`gated_contrastive_loss` for student and base logits that share one output head.
 
     .. math::
         \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i})
@@ -99,21 +99,21 @@ def linear_gated_contrastive_loss(
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        base_hidden: the frozen base's, same shape and device; may not require a gradient.
-        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant. Dtypes may
-            differ, and autocast acts, as in :func:`linear_entropy_topk`.
+        base_hidden: the frozen base's, same shape and device; it must not require a gradient.
+        weight: output head [V, H]. Its gradient comes from the student only: p_b is a constant. Dtypes may differ,
+            and autocast applies, as in :func:`linear_entropy_topk`.
         target: token ids [...] in [0, V), int64 or int32; not read in rows whose two weights are zero.
         ce_weight, kl_weight: [...] floating point, constants.
         bias: [V] or None. Differentiable like weight.
-        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
-            and B are differentiable; scale is a finite number. W + scale B A is never made.
-            The gradient of A is a sum over all rows, so hidden must be finite in rows without weight as well.
+        lora: (A [r, H], B [V, r], scale) of the student only, with tensors on the device of hidden, or None. A
+            and B are differentiable; scale is a finite number. W + scale B A is never stored.
+            The gradient of A is a sum over all rows, so hidden must also be finite in rows without weight.
         temperature, softcap, ignore_index: as in :func:`gated_contrastive_loss`.
-        base_lse: log-sum-exp [...] of the base's scaled logits where it is known already (``VocabStats.lse`` of
-            scoring with the same temperature and softcap), which saves one product with the head; float32 or
-            float64. Where it does not fit base_hidden (the base's mass is off by over 5 %), kl, loss and
-            gradients are NaN. Not with a process_group.
-        process_group, reduce_hidden_grad: as in :func:`linear_entropy_topk`, by way of
+        base_lse: log-sum-exp [...] of the base's scaled logits, if known (``VocabStats.lse`` from scoring with the
+            same temperature and softcap), float32 or float64. It saves one product with the head. If it does not
+            match base_hidden (the base's mass is off by over 5 %), kl, loss and gradients are NaN. Not with a
+            process_group.
+        process_group, reduce_hidden_grad: as in :func:`linear_entropy_topk`; it calls
             ``vocab_parallel_gated_contrastive_loss``.
         impl: None (best available), "reference", "cpu" or "triton".
 
@@ -137,7 +137,7 @@ def linear_gated_contrastive_loss(
             checks.row_weights("ce_weight", ce_weight, missing.shape, missing.device)
             ce_weight = ignored.filled(ce_weight, missing)
         if base_lse is not None:
-            raise ValueError("base_lse: expected None with a process_group, over which it is found anew, got one")
+            raise ValueError("base_lse: expected None with a process_group, which recomputes it, got a tensor")
         head: dict[str, Any] = {"bias": bias, "lora": lora, "temperature": temperature, "softcap": softcap}
         head |= {"group": process_group, "reduce_hidden_grad": reduce_hidden_grad, "impl": impl}
         rows = hidden, base_hidden, weight, target, ce_weight, kl_weight
@@ -169,30 +169,30 @@ def linear_logprob_kl(
     ignore_index: int | None = None,
     impl: str | None = None,
 ) -> LogprobKL:
-    r"""The two row values from which contrastive, clipped, hinge and distillation losses are made.
+    r"""The two values per row from which contrastive, clipped, hinge and distillation losses are computed.
 
     .. math::
         \mathrm{logprob}_i = \log p_{s,i}(\mathrm{target}_i), \qquad
         \mathrm{kl}_i = \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}) = \sum_v p_b (e^\delta - 1 - \delta), \quad
         \delta = \log p_s - \log p_b
 
-    of :math:`z_{s,i} = \mathrm{cap}(h_{s,i} (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_i` and
+    with :math:`z_{s,i} = \mathrm{cap}(h_{s,i} (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_i` and
     :math:`z_{b,i} = \mathrm{cap}(h_{b,i} W^\top + b) / \mathrm{temperature}_i`.
 
     Args:
         hidden: the student's final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
-        base_hidden: the frozen base's, same shape and device; may not require a gradient.
-        weight: output head [V, H]. Its gradient, if asked for, is the student's alone: p_b is a constant. Dtypes may
-            differ, and autocast acts, as in :func:`linear_entropy_topk`.
+        base_hidden: the frozen base's, same shape and device; it must not require a gradient.
+        weight: output head [V, H]. Its gradient comes from the student only: p_b is a constant. Dtypes may differ,
+            and autocast applies, as in :func:`linear_entropy_topk`.
         target: token ids [...] in [0, V), int64 or int32.
         bias: [V] or None. Differentiable like weight.
-        lora: (A [r, H], B [V, r], scale) of the student alone, the tensors on the device of hidden, or None. A
-            and B are differentiable; scale is a finite number. W + scale B A is never made.
+        lora: (A [r, H], B [V, r], scale) of the student only, with tensors on the device of hidden, or None. A
+            and B are differentiable; scale is a finite number. W + scale B A is never stored.
         temperature, softcap, impl: as in :func:`entropy_topk`, applied to both distributions.
-        ignore_index: a target with this id does not count: its logprob is 0 and has no gradient. None: no such id.
+        ignore_index: a target with this id is ignored: its logprob is 0 and has no gradient. None: no such id.
 
     Returns:
-        :class:`LogprobKL` of float32 (float64 for float64 inputs), in nats: kl >= 0, and exactly 0 where both hidden
+        :class:`LogprobKL` of float32 (float64 for float64 inputs), in nats. kl >= 0, and exactly 0 if both hidden
         states are equal and there is no lora. Scratch memory does not grow with N x V.
 
     Raises:
@@ -216,7 +216,7 @@ def linear_logprob_kl(
 
 
 def _counted(found: ContrastiveLoss, missing: Tensor | None) -> ContrastiveLoss:
-    """With log-probs of NaN, as of all rows without one, where the target is ignored."""
+    """Set the log-probs of ignored targets to NaN, as in all rows without one."""
     if missing is None:
         return found
     return found._replace(logprob=ignored.filled(found.logprob, missing, float("nan")))

@@ -1,4 +1,4 @@
-"""linear_cross_entropy and LinearCrossEntropyLoss: names and arguments of torch, no tensor of rows x vocabulary."""
+"""linear_cross_entropy and LinearCrossEntropyLoss: as in torch, but without a tensor of rows x vocabulary."""
 
 from typing import Any
 
@@ -42,30 +42,30 @@ def linear_cross_entropy(
             + \zeta \, w_{y_i} \mathrm{lse}_i^2, \qquad
         \mathrm{mean} = \frac{\sum_i \ell_i}{\sum_i w_{y_i}}
 
-    The sums go over the rows whose target is not ``ignore_index``. It takes the place of
-    ``torch.nn.functional.linear_cross_entropy``, and of ``cross_entropy(linear(input, weight, bias), target)``.
+    The sums are over the rows whose target is not ``ignore_index``. It replaces
+    ``torch.nn.functional.linear_cross_entropy`` and ``cross_entropy(linear(input, weight, bias), target)``.
 
-    Without label smoothing, z-loss and statistics a mean or a sum makes the gradient of ``input`` together with the
-    value: 2 products with a frozen head. All else makes the logits again in the backward pass: 3 products.
+    A mean or a sum without label smoothing, z-loss and statistics computes the gradient of ``input`` with the value:
+    2 products with a frozen head. All other cases compute the logits again in the backward pass: 3 products.
 
     Args:
         input: hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
         linear_weight, linear_bias: output head [V, H] and [V] or None. Differentiable. Dtypes may differ, and
-            autocast acts, as in :func:`linear_entropy_topk`.
-        target: token ids [...], int64 or int32, in [0, V) or ``ignore_index``. Rows that are ignored are not read.
-        weight: [V] floating point, a weight of each class, a constant; None for 1.
+            autocast applies, as in :func:`linear_entropy_topk`.
+        target: token ids [...], int64 or int32, in [0, V) or ``ignore_index``. Ignored rows are not read.
+        weight: [V] floating point, one weight per class, a constant; None for 1.
         reduction: "mean", "sum" or "none".
-        ignore_index: the id of rows that do not count; None for -100.
+        ignore_index: target id of the rows to ignore; None for -100.
         label_smoothing: epsilon in [0, 1]. Not together with ``softcap``.
-        z_loss: zeta >= 0, of the squared log-sum-exp.
-        shift: True predicts the next token: ``input[..., :-1, :]`` against ``target[..., 1:]``.
-        lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [...] for one of
-            each row of ``input``, not looked at in rows that do not count.
-        statistics: True returns :class:`CrossEntropy`, with lse, predicted token and accuracy besides the loss.
+        z_loss: zeta >= 0, the weight of the squared log-sum-exp.
+        shift: True predicts the next token: ``input[..., :-1, :]`` with ``target[..., 1:]``.
+        lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [...] for one per
+            row of ``input``, not read in ignored rows.
+        statistics: True returns :class:`CrossEntropy`, with the loss, lse, predicted token and accuracy.
 
     Returns:
         The loss of float32 (float64 for float64 inputs), in nats: a scalar, or [...] for "none", 0 in ignored rows.
-        A mean over no rows is NaN, as torch's.
+        A mean over no rows is NaN, as in torch.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name. BackendUnavailable: ``impl`` cannot run here.
@@ -152,7 +152,7 @@ def _check(
         assert isinstance(weight, Tensor)
         if tuple(weight.shape) != (head.shape[0],) or not weight.is_floating_point():
             raise ValueError(
-                f"weight: expected a floating-point tensor of shape [{head.shape[0]}], one weight a class, got "
+                f"weight: expected a floating-point tensor of shape [{head.shape[0]}], one weight per class, got "
                 f"{weight.dtype} of shape {tuple(weight.shape)}"
             )
         checks.frozen("weight", weight, "class weights are constants")
@@ -171,13 +171,13 @@ class LinearCrossEntropyLoss(nn.Module):
     r"""A linear layer and the cross-entropy of its output, :func:`linear_cross_entropy`, in one module.
 
     Its parameters are ``linear.weight`` [V, H] and, with a bias, ``linear.bias`` [V], as in
-    ``torch.nn.LinearCrossEntropyLoss``, whose state dict it loads. Tie the head of a model by
+    ``torch.nn.LinearCrossEntropyLoss``, whose state dict it loads. To tie it to the head of a model, set
     ``loss.linear = model.lm_head``.
 
     Args:
-        in_features: H. num_classes: V. bias: whether there is one. device, dtype: of the parameters.
+        in_features: H. num_classes: V. bias: whether to have a bias. device, dtype: of the parameters.
         weight, reduction, ignore_index, label_smoothing: as in :func:`linear_cross_entropy`.
-        options: its other keyword arguments: z_loss, shift, temperature, softcap, impl.
+        options: other keyword arguments of that function: z_loss, shift, temperature, softcap, impl.
 
     >>> loss = LinearCrossEntropyLoss(16, 100)
     >>> loss(torch.randn(5, 16), torch.randint(100, (5,))).backward()

@@ -24,7 +24,7 @@ class PolicyOptions(NamedTuple):
         \mathrm{clip}: \; -\min(\min(r, \delta) A, \; \mathrm{clamp}(r, 1 - \epsilon_l, 1 + \epsilon_h) A), \qquad
         \mathrm{cispo}: \; -\mathrm{sg}[\min(r, \epsilon_h)] \, A \log p
 
-    plus ``kl_coef`` times the KL penalty, with :math:`d = \log p_\mathrm{ref} - \log p`:
+    plus ``kl_coef`` times a KL penalty, with :math:`d = \log p_\mathrm{ref} - \log p`:
 
     .. math::
         k_1 = -d, \quad k_2 = d^2 / 2, \quad k_3 = e^d - d - 1, \quad
@@ -34,12 +34,12 @@ class PolicyOptions(NamedTuple):
     objective: str = "clip"  # or cispo
     ratio: str = "token"  # or sequence (GSPO)
     clip_low: float = 0.2  # epsilon_l
-    clip_high: float = 0.2  # epsilon_h; for cispo the bound of the ratio itself
+    clip_high: float = 0.2  # epsilon_h; for cispo, the bound of the ratio itself
     delta: float | None = None  # upper bound of the ratio where the advantage is negative (dual clip)
     kl: str = "k3"  # k1, k2, k3, full
     kl_coef: float = 0.0
-    entropy_coef: float = 0.0  # times the mean entropy, subtracted
-    # token-mean: the sum over tokens by their number (BNPO; DAPO on one device). seq-mean-token-mean: GRPO.
+    entropy_coef: float = 0.0  # subtracts this times the mean entropy
+    # token-mean: the sum over tokens divided by their number (BNPO; DAPO on one device). seq-mean-token-mean: GRPO.
     # seq-mean-token-sum: the mean of sums. A number: the sum divided by it (Dr. GRPO: sequences x longest).
     aggregation: str | float = "seq-mean-token-mean"
 
@@ -64,24 +64,24 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     r"""The clipped policy-gradient loss of sampled tokens, from the hidden states that predict them.
 
-    :class:`PolicyOptions` has the equations. Value and gradient cost 2 products of the live rows with a frozen head:
-    the logits, and their gradient, multiplied back at once. With an entropy bonus it is 3, since the logits are made
-    again in the backward pass. A "full" KL adds 5.
+    The equations are in :class:`PolicyOptions`. Value and gradient cost 2 products of the rows that count with a frozen
+    head: one for the logits and, in the same pass, one for the gradient of hidden. An entropy bonus makes it 3, since
+    the backward pass computes the logits again. A "full" KL adds 5.
 
     Args:
         hidden: [B, T, H], the final hidden states that predict the tokens of B completions. Differentiable.
-        weight: output head [V, H]. Differentiable, as are bias and the LoRA pair. Dtypes may differ, and autocast acts,
-            as in :func:`linear_entropy_topk`.
+        weight: output head [V, H]. Differentiable, as are bias and the LoRA pair. Dtypes may differ, and autocast
+            applies, as in :func:`linear_entropy_topk`.
         target: the sampled tokens [B, T], int64 or int32.
-        advantage: [B], or [B, T] for one of each token. A constant.
-        old_logprob: [B, T], log-probs under the policy that sampled; None takes the present ones (r = 1).
+        advantage: [B], or [B, T] for one per token. A constant.
+        old_logprob: [B, T], log-probs under the policy that sampled; None uses the current ones (r = 1).
         mask: [B, T], non-zero where a token counts; None for all. Other rows are not read.
-        ref_logprob: [B, T], of the reference, for the KL penalties k1 to k3.
-        base_hidden: [B, T, H] of a base that shares the head, for "full", or in the place of ref_logprob. A constant.
+        ref_logprob: [B, T], log-probs under the reference, for the KL penalties k1 to k3.
+        base_hidden: [B, T, H] of a base that shares the head, for "full" or instead of ref_logprob. A constant.
         options: None for the defaults.
         bias, lora, temperature, softcap, impl: as in :func:`linear_entropy_topk`; temperature a number, or [B, T] for
-            one of each token, which divides the base's logits as well. The base has no lora.
-        ignore_index: a token whose target is this id does not count, as if its mask were 0. None: no such id.
+            one per token; it also divides the base's logits. The base has no lora.
+        ignore_index: a token with this target is ignored, as if its mask were 0. None: no such id.
 
     Returns:
         :class:`PolicyLoss`. A mean over no tokens is 0, as in TRL.

@@ -1,4 +1,4 @@
-"""entropy_topk and linear_entropy_topk: row statistics of logits, or of hidden @ weight.T, which is never stored."""
+"""entropy_topk and linear_entropy_topk: row statistics of logits, or of hidden @ weight.T without storing it."""
 
 from typing import Any
 
@@ -27,17 +27,17 @@ def entropy_topk(
         \mathrm{lse} = \log \sum_v e^{z_v}, \quad H = -\sum_v p_v \log p_v, \quad \log p_\mathrm{target}
 
     with cap(u) = softcap * tanh(u / softcap), or u without a softcap. Entries of -inf have probability 0. A row
-    that holds a NaN or +inf, or nothing but -inf, has no distribution: its results are NaN (its ids are arbitrary).
+    that contains a NaN or +inf, or only -inf, has no distribution: its results are NaN (its ids are arbitrary).
 
     Args:
         logits: [..., V], bfloat16, float16, float32 or float64. Differentiable.
-        target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
-        k: how many of the most probable tokens to return, 0 <= k <= V. Ties go to the lower id.
-        temperature: divides the logits, > 0: a number, or a tensor [...] with that of each row, floating point, on the
-            same device, a constant. Its values are used in float32 (float64 for float64 logits). Where one is not
-            above 0 and finite: a ValueError on a CPU, NaN in that row on a GPU, which is not waited for.
-        softcap: bound of the logits in the manner of Gemma 2, > 0, or None.
-        ignore_index: a target with this id does not count: its ``logprob`` is 0 and has no gradient. None: no such id.
+        target: token ids [...] in [0, V), int64 or int32; or several ids per row, [..., K]; None for no ``logprob``.
+        k: number of most probable tokens to return, 0 <= k <= V. Ties go to the lower id.
+        temperature: divides the logits, > 0: a number, or a constant floating-point tensor [...] on the same device
+            with one value per row, used in float32 (float64 for float64 logits). A value that is not finite or not
+            above 0 raises a ValueError on a CPU. On a GPU its row is NaN, since a check would wait for the device.
+        softcap: bound of the logits as in Gemma 2, > 0, or None.
+        ignore_index: a target with this id is ignored: its ``logprob`` is 0 and has no gradient. None: no such id.
         impl: None (best available), "reference", "cpu" or "triton".
 
     Returns:
@@ -81,31 +81,32 @@ def linear_entropy_topk(
     early_gradient: bool = False,
     impl: str | None = None,
 ) -> VocabStats:
-    r"""What :func:`entropy_topk` returns for logits = hidden @ weight.T + bias, without making them.
+    r"""The results of :func:`entropy_topk` for logits = hidden @ weight.T + bias, without storing the logits.
 
     .. math:: z_n = \mathrm{cap}(\mathrm{hidden}_n \, (W + \mathrm{scale} \, B A)^\top + b) / \mathrm{temperature}_n
 
-    The dtypes may differ, but for float64, which stands alone. The product is made in the wider of hidden's and
-    weight's (``torch.promote_types``), and under ``torch.autocast`` in its dtype, as torch's own linear is; all
-    operands are cast to it, the head into a copy where it has another. Each gets its gradient in its own dtype.
+    The dtypes may differ, except that float64 does not mix with others. The product uses the wider dtype of hidden
+    and weight (``torch.promote_types``), or the dtype of ``torch.autocast``, as torch's own linear does. All operands
+    are cast to it; a head of another dtype is copied. Each operand gets its gradient in its own dtype.
 
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
         weight: output head [V, H] on the same device. Differentiable; a frozen head costs no gradient.
-        target: token ids [...] in [0, V), int64 or int32; or several of each row, [..., K]; None for no ``logprob``.
+        target: token ids [...] in [0, V), int64 or int32; or several ids per row, [..., K]; None for no ``logprob``.
         bias: [V], or None. Differentiable.
-        lora: (A [r, H], B [V, r], scale), the tensors on the same device, or None for a head without
-            adapter. A and B are differentiable; scale is a finite number. W + scale B A is never made.
+        lora: (A [r, H], B [V, r], scale), with tensors on the same device, or None for a head without
+            adapter. A and B are differentiable; scale is a finite number. W + scale B A is never stored.
         k, temperature, softcap, ignore_index, impl: as in :func:`entropy_topk`.
-        process_group: a torch.distributed group over whose ranks the head is spread by rows of the vocabulary, in their
-            order: weight, bias and B are this rank's, target and the results are of the whole vocabulary. All else is
-            the same on every rank, which is checked first; ``vocab_parallel_entropy_topk``, which is called, says more,
-            and has ``check=False`` for inner loops. ``torch.distributed.group.WORLD`` is the default group.
+        process_group: a torch.distributed group; its ranks hold the rows of the head, in rank order. weight, bias and B
+            are this rank's part; target and results refer to the whole vocabulary. All other arguments have
+            to be equal on every rank, which is checked first. It calls ``vocab_parallel_entropy_topk``: see there for
+            details, and for ``check=False`` in inner loops. ``torch.distributed.group.WORLD`` is the default group.
         reduce_hidden_grad: with a process_group, False leaves the sum of hidden's gradient over ranks to the caller.
-        early_gradient: True makes the gradient of ``logprob`` for hidden and A together with the values, from the same
-            logits, and keeps it (N x H numbers) for the backward pass: 2 products with a frozen head in the place of 3.
-            For a loss of the log-probs alone: where another result has a gradient too, all is made in the backward
-            pass and this costs a product. Without effect for several targets a row and with a process_group.
+        early_gradient: True computes the gradient of ``logprob`` for hidden and A together with the values, from the
+            same logits, and keeps it (N x H numbers) for the backward pass: 2 products with a frozen head instead of 3.
+            Use it if the loss depends only on the log-probs. If another result has a gradient too, the backward pass
+            computes everything again and this costs one more product. It has no effect with several targets per row or
+            with a process_group.
 
     Returns:
         :class:`VocabStats` of float32 (float64 for float64 inputs), in nats. Scratch memory does not grow with N x V.

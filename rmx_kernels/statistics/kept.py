@@ -1,4 +1,4 @@
-"""linear_kept_logprobs and kept_set: the distribution that top-k, top-p and min-p sampling really draws from."""
+"""linear_kept_logprobs and kept_set: the distribution that top-k, top-p and min-p sampling draws from."""
 
 from typing import Any
 
@@ -39,17 +39,17 @@ def linear_kept_logprobs(
     Args:
         hidden: final hidden states [..., H], bfloat16, float16, float32 or float64. Differentiable.
         weight: output head [V, H] on the same device. Differentiable, as is bias. Dtypes as in
-            :func:`linear_entropy_topk`; where they differ the whole head is cast.
-        kept: ids of the set S of each row, [..., K], int64 or int32, distinct, in [0, V), or -1 for none; at least one
-            in each row. :func:`kept_set` makes it from :class:`VocabStats`.
+            :func:`linear_entropy_topk`; if they differ, the whole head is cast.
+        kept: ids of the set S of each row, [..., K], int64 or int32, distinct and in [0, V), or -1 for an empty place;
+            at least one id per row. :func:`kept_set` makes it from :class:`VocabStats`.
         target: token ids [...], or None for no ``logprob``.
-        bias, lora, temperature, softcap: as in :func:`linear_entropy_topk`, as the rollout was sampled; temperature a
-            number, or [...] for one of each row.
+        bias, lora, temperature, softcap: as in :func:`linear_entropy_topk`, with the values that sampled the
+            rollout; temperature a number, or [...] for one per row.
         ignore_index: as in :func:`entropy_topk`.
 
     Returns:
-        :class:`KeptStats` of float32 (float64 for float64 inputs), in nats, differentiable once. The scratch memory is
-        64 MiB of gathered rows. A row without a kept token is NaN.
+        :class:`KeptStats` of float32 (float64 for float64 inputs), in nats, differentiable once. A row without a
+        kept token is NaN. Scratch memory is 64 MiB of gathered rows.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
@@ -87,34 +87,35 @@ def linear_kept_logprobs(
 
 
 def kept_set(stats: VocabStats, *, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
-    r"""The tokens that sampling keeps, from the top-k of a row's statistics.
+    r"""The tokens that sampling keeps, computed from the top-k of each row's statistics.
 
     .. math::
         S = \Big\{ v_j : j < \mathrm{top\_k}, \; \sum_{i<j} q(v_i) < \mathrm{top\_p}, \;
             p(v_j) \ge \mathrm{min\_p} \, p(v_0) \Big\}
 
     with v in descending order of probability, and q the distribution p renormalised over the first top_k tokens (over
-    the vocabulary without top_k): the order of transformers' generate. The most probable token is always kept.
+    the whole vocabulary if top_k is None), in the same order as transformers' generate. The most probable token is
+    always kept.
 
     Args:
-        stats: of :func:`entropy_topk` or :func:`linear_entropy_topk` with k, at the temperature of the sampling.
-        top_k: how many tokens at most, <= k; None for no bound. top_p: in (0, 1]. min_p: in [0, 1].
+        stats: from :func:`entropy_topk` or :func:`linear_entropy_topk` with k, at the temperature of the sampling.
+        top_k: maximum number of tokens, <= k; None for no bound. top_p: in (0, 1]. min_p: in [0, 1].
 
     Returns:
         ids [..., K], int64, -1 where a token is not kept.
 
     Raises:
-        TypeError, ValueError: a wrong argument; or k is too small to hold the set of some row, which takes one wait for
-        a GPU to know.
+        TypeError, ValueError: a wrong argument, or a k that is too small for the set of some row. This check waits once
+        for a GPU.
 
-    Source: as of :func:`linear_kept_logprobs`.
+    Source: as in :func:`linear_kept_logprobs`.
 
     >>> from rmx_kernels import entropy_topk
     >>> kept_set(entropy_topk(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), k=3), top_p=0.8)
     tensor([[ 1,  2, -1]])
     """
     if stats.topk_logprobs is None or stats.topk_ids is None:
-        raise ValueError("stats: expected statistics with a top-k, got some with k = 0")
+        raise ValueError("stats: expected statistics with k > 0, got k = 0")
     for name, value, least in (("top_p", top_p, 0.0), ("min_p", min_p, -1.0)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -125,7 +126,7 @@ def kept_set(stats: VocabStats, *, top_k: int | None = None, top_p: float = 1.0,
     if top_k is not None:
         checks.top_k(top_k, k)
         if top_k == 0:
-            raise ValueError("top_k: expected None or a number from 1 on, got 0")
+            raise ValueError("top_k: expected None or a number of at least 1, got 0")
         logprobs, ids, k = logprobs[..., :top_k], ids[..., :top_k], top_k
     p = logprobs.double().exp()
     mass = p.cumsum(-1)
@@ -136,7 +137,7 @@ def kept_set(stats: VocabStats, *, top_k: int | None = None, top_p: float = 1.0,
         further = kept[..., -1] & (mass[..., -1] < top_p * (1 - 1e-6)) & ~(p[..., -1] == 0)
         if bool(further.any()):
             raise ValueError(
-                f"stats: expected a top-k that holds the tokens with {top_p} of the mass, got k = {k}, with "
+                f"stats: expected a top-k with {top_p} of the probability mass, got k = {k}, which has "
                 f"{float(mass[..., -1].min()):.3f} in some row; use a larger k, or a top_k"
             )
     return torch.where(kept, ids, -1)
@@ -158,7 +159,7 @@ def _check_kept(kept: object, hidden: Tensor, vocab: int) -> None:
         raise ValueError(f"kept: expected ids in [0, {vocab}), or -1 for none, got {int(wrong[0])}")
     ordered = kept.sort(-1).values
     if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-        raise ValueError("kept: expected distinct ids in a row, got one twice")
+        raise ValueError("kept: expected distinct ids in each row, got a duplicate")
 
 
 class _KeptLogits(torch.autograd.Function):

@@ -49,7 +49,7 @@ Claim = dict[str, float]  # of ALIKE, those that are not 0, and SIZE
 def membership(group: object) -> int:
     """The number of ranks in the group, which this process has to be one of."""
     if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("group: expected an initialised torch.distributed (init_process_group), got none")
+        raise RuntimeError("group: expected torch.distributed to be initialised (init_process_group), it is not")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         if group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group: expected a group that this process is a member of, got one that it is not in")
@@ -124,7 +124,7 @@ def _covered(shards: list[tuple[int, int]]) -> list[int]:
     for start, rows in shards:
         if start not in (starts[-1], UNKNOWN):
             came = ", ".join(f"[{s}, {s + n}) on rank {rank}" for rank, (s, n) in enumerate(shards))
-            raise ValueError(f"start: expected rows that follow each other in the order of ranks from 0 on, got {came}")
+            raise ValueError(f"start: expected consecutive rows in rank order, from row 0, got {came}")
         starts.append(starts[-1] + rows)
     return starts
 
@@ -135,7 +135,7 @@ def shard_start(start: object, rows: int, known_by_others: bool) -> None:
     if isinstance(start, bool) or not isinstance(start, int):
         raise TypeError(f"start: expected an int, got {type(start).__name__}")
     if not 0 <= start <= MAX_VOCAB - rows:
-        raise ValueError(f"start: expected the id of the first of {rows} rows below {MAX_VOCAB}, got {start}")
+        raise ValueError(f"start: expected the first id of {rows} rows below {MAX_VOCAB}, got {start}")
 
 
 def gradient_of(name: str, x: Tensor) -> Claim:

@@ -42,49 +42,49 @@ def vocab_parallel_entropy_topk(
     impl: str | None = None,
     check: bool = True,
 ) -> VocabStats:
-    r"""What :func:`linear_entropy_topk` returns, from a head whose rows are spread over the ranks of a group.
+    r"""The results of :func:`linear_entropy_topk` for a head whose rows are sharded over the ranks of a group.
 
     .. math::
         \mathrm{lse} = \log \sum_r e^{\mathrm{lse}_r}, \quad \pi_r = e^{\mathrm{lse}_r - \mathrm{lse}}, \quad
         H = \sum_r \pi_r (H_r - \log \pi_r), \quad \log p(y) = \log p_r(y) + \log \pi_r
 
-    Every rank of the group calls it, with its own rows of the head and with the same values of all else: hidden states
-    are replicated, as in Megatron's vocabulary-parallel cross-entropy, and so are the results. Upstream gradients have
-    to be the same on every rank as well: each computes the same loss from the results, and none its share of it.
+    Every rank of the group calls it with its own rows of the head; all other arguments are equal on every rank. Hidden
+    states and results are replicated, as in Megatron's vocabulary-parallel cross-entropy. Upstream gradients have to be
+    equal on every rank too: each rank computes the whole loss from the results, not a share of it.
 
     Args:
         hidden: final hidden states [..., H], the same on every rank, bfloat16, float16, float32 or float64.
             Differentiable: its gradient is that of the whole vocabulary, on every rank.
-        weight: this rank's rows [V_r, H] of the output head, ids start to start + V_r - 1. Ranks hold rows in their
-            order, without gap or overlap; as many as they like, but at least one. Differentiable, as is bias.
+        weight: this rank's rows [V_r, H] of the output head, ids start to start + V_r - 1. The rows follow rank order,
+            without gap or overlap. V_r may differ between ranks, but is at least 1. Differentiable, as is bias.
         target: token ids [...] in [0, V), int64 or int32, the same on every rank; None for no ``logprob``.
-        start: id of the first of this rank's rows; None, with ``check``, for the rows of the ranks before.
+        start: id of this rank's first row; None, only with ``check``, computes it from the rows of the lower ranks.
         group: the process group; None for the default one. Works with gloo and NCCL.
-        reduce_hidden_grad: False leaves out the sum over ranks in the backward pass: the gradient of hidden is this
-            rank's share of it, for frameworks that sum it themselves (tensor parallelism with sequence parallelism).
-            Then the one of lora's A, which is small, is still that of the whole vocabulary.
-        bias: this rank's [V_r], or None on all. A part whose bias is -inf throughout has no mass; where its logits of a
-            row are all -inf for another reason, that row is NaN.
-        lora: (A [r, H], B [V_r, r], scale): A and the scale the same on every rank, B this rank's rows. The gradient
+        reduce_hidden_grad: False skips the sum over ranks in the backward pass: hidden gets this rank's share of its
+            gradient, for frameworks that sum it themselves (tensor parallelism with sequence parallelism). The small
+            gradient of lora's A still is that of the whole vocabulary.
+        bias: this rank's [V_r], or None on all ranks. A rank whose bias is all -inf has no probability mass. A row
+            whose logits on a rank are all -inf for another reason is NaN.
+        lora: (A [r, H], B [V_r, r], scale): A and scale are equal on every rank, B is this rank's rows. The gradient
             of A is that of the whole vocabulary, on every rank.
-        k: 0 <= k <= V. Ties go to the lower id. The log-probs of equal logits on two ranks differ by roundings, so
+        k: 0 <= k <= V. Ties go to the lower id. The log-probs of equal logits on two ranks differ by rounding, so
             tokens of two ranks whose log-probs are within 4 roundings of each other are ties.
-        temperature, softcap, impl: as in :func:`entropy_topk`, a temperature of each row too, the same on every rank
-            (impl may differ).
-        check: compare shapes, arguments and checksums of the values that are to be the same over ranks first, so that a
-            difference is an error on every rank. It waits for the device. Without, a difference is a hang or a wrong
-            result, and the log-prob of a target that no rank holds is -inf.
+        temperature, softcap, impl: as in :func:`entropy_topk`, also a temperature per row; equal on every rank (impl
+            may differ).
+        check: first compare shapes, arguments and checksums of values that have to be equal on all ranks, so that a
+            difference raises an error on every rank. It waits for the device. Without the check, a difference causes a
+            hang or a wrong result, and a target that no rank holds gets the log-prob -inf.
 
     Returns:
-        :class:`VocabStats` of float32 (float64 for float64 inputs), in nats, equal on every rank and up to rounding to
-        those of one process. In a group of one it is :func:`linear_entropy_topk`.
+        :class:`VocabStats` of float32 (float64 for float64 inputs), in nats. They are equal on every rank, and equal up
+        to rounding to those of one process. In a group of one, this is :func:`linear_entropy_topk`.
 
-    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 224 where it checks; backward a sum over
-    ranks of 4 N H bytes (8 N H), and of 4 N r more with lora, of what requires a gradient. The statistics are merged in
-    rank order; the order of that sum is the backend's.
+    Each rank sends 4 (4 + 2 k) N bytes forward (8 (4 + 2 k) N in float64), and 224 for the check. Backward sums 4 N H
+    bytes over ranks (8 N H), and 4 N r more with lora, for tensors that require a gradient. The statistics are merged
+    in rank order; the backend chooses the order of the backward sum.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
+        TypeError, ValueError: a wrong argument, by name; on every rank if any rank has one. RuntimeError:
         torch.distributed is not initialised. BackendUnavailable: ``impl`` cannot run here.
 
     Source: vocabulary-parallel cross-entropy of Megatron-LM (arXiv 1909.08053, section 3); the rest by the chain rules.
@@ -137,36 +137,36 @@ def vocab_parallel_gated_contrastive_loss(
     impl: str | None = None,
     check: bool = True,
 ) -> ContrastiveLoss:
-    r"""What :func:`linear_gated_contrastive_loss` returns, from a head whose rows are spread over the ranks of a group.
+    r"""The results of :func:`linear_gated_contrastive_loss` for a head whose rows are sharded over ranks of a group.
 
     .. math::
         \mathrm{loss} = \sum_i c_i \, (-\log p_{s,i}(\mathrm{target}_i)) + w_i \, \mathrm{KL}(p_{b,i} \,\|\, p_{s,i}),
         \quad \mathrm{KL}(p_b \,\|\, p_s) = \sum_r \pi_r \mathrm{KL}_r + \mathrm{KL}(\pi \,\|\, \rho)
 
     with :math:`\mathrm{KL}_r` between the distributions within the rows of rank r, and :math:`\pi_r, \rho_r` the mass
-    that base and student give to them. No term is negative, and equal hidden states give exactly 0.
+    that base and student give to these rows. No term is negative, and equal hidden states give exactly 0.
 
-    Every rank of the group calls it with its own rows of the head and the same values of all else, and differentiates
-    the same loss: :func:`vocab_parallel_entropy_topk` says which. d hidden is that of the whole vocabulary, on every
-    rank; d weight, d bias and d B are of this rank's rows.
+    Every rank of the group calls it with its own rows of the head and differentiates the same loss; all other arguments
+    are equal on every rank, see :func:`vocab_parallel_entropy_topk`. d hidden is that of the whole vocabulary, on every
+    rank; d weight, d bias and d B are those of this rank's rows.
 
     Args:
-        hidden, base_hidden: of student and frozen base, [..., H], the same on every rank; hidden is differentiable.
+        hidden, base_hidden: of student and frozen base, [..., H], equal on every rank; hidden is differentiable.
         weight, bias, lora, start, group, reduce_hidden_grad, temperature, softcap, impl, check: as in
-            :func:`vocab_parallel_entropy_topk`. The base has no lora; weight's gradient is the student's alone.
+            :func:`vocab_parallel_entropy_topk`. The base has no lora; weight's gradient comes from the student only.
         target: token ids [...] of the whole vocabulary; not read in rows whose two weights are zero.
         ce_weight, kl_weight: [...] floating point, constants, the same on every rank.
 
     Returns:
-        :class:`ContrastiveLoss`, as :func:`gated_contrastive_loss`, the same on every rank. In a group of one it is
-        :func:`linear_gated_contrastive_loss`. No gradient comes with the value, since what the others hold is not known
-        yet: a row with ce_weight costs 3 products with the part, one with kl_weight 5, one with both 8.
+        :class:`ContrastiveLoss`, as :func:`gated_contrastive_loss`, equal on every rank. In a group of one, this is
+        :func:`linear_gated_contrastive_loss`. The gradient is not computed with the value, since it needs results of
+        the other ranks: a row with ce_weight costs 3 products with this rank's part, with kl_weight 5, with both 8.
 
-    Of n rows with ce_weight and m with kl_weight, each rank sends 16 n + 24 m bytes forward (twice that in float64),
-    and 224 where it checks; backward sums over ranks of 4 (n + m) H bytes, and of 4 (n + m) r more with lora.
+    With n rows with ce_weight and m with kl_weight, each rank sends 16 n + 24 m bytes forward (twice that in float64),
+    and 224 for the check. Backward sums 4 (n + m) H bytes over ranks, and 4 (n + m) r more with lora.
 
     Raises:
-        TypeError, ValueError: a wrong argument, by name; on every rank, where any has one. RuntimeError:
+        TypeError, ValueError: a wrong argument, by name; on every rank if any rank has one. RuntimeError:
         torch.distributed is not initialised. BackendUnavailable: ``impl`` cannot run here.
 
     Source: loss of arXiv 2605.06241, section 3.

@@ -122,7 +122,7 @@ def test_a_temperature_for_each_predicted_token(name: str, kept: int | None) -> 
     one = token_logprobs(model, ids, mask, temperature=torch.full_like(t, 0.7), **options)
     number = token_logprobs(model, ids, mask, temperature=0.7, **options)
     torch.testing.assert_close(tuple(one), tuple(number), rtol=RTOL, atol=ATOL)
-    with pytest.raises(ValueError, match=r"^temperature: expected one temperature a row, shape \(3, "):
+    with pytest.raises(ValueError, match=r"^temperature: expected one temperature per row, shape \(3, "):
         token_logprobs(model, ids, mask, temperature=t[:, 0], **options)
 
 

@@ -247,7 +247,7 @@ def test_fully_sharded_data_parallel_is_served_in_its_forward_alone() -> None:
     expected = gradients(model, [token_logprobs(model, ids).logprob])
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     for call in (head_of, lambda m: token_logprobs(m, ids)):
-        with pytest.raises(ValueError, match=r"^model: expected a module with whole weights, got FullyShardedData"):
+        with pytest.raises(ValueError, match=r"^model: expected a module with full weights, got FullyShardedData"):
             call(wrapped)
     logprob = in_forward(wrapped, lambda inner: token_logprobs(inner, ids).logprob)
     weighted([logprob]).backward()

@@ -89,11 +89,11 @@ UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "no language model": (lambda: nn.Linear(3, 3), "expected a causal LM of transformers, got Linear"),
     "integer weights": (
         lambda: with_weight(torch.zeros(V, H, dtype=torch.int8)),
-        r"expected an output head with a whole floating-point weight \[V, H\], got Parameter of torch\.int8",
+        r"expected an output head with a full floating-point weight \[V, H\], got Parameter of torch\.int8",
     ),
     "shard of a weight": (
         lambda: with_weight(torch.zeros(0)),
-        r"expected an output head with a whole .* and shape \(0,\)",
+        r"expected an output head with a full .* and shape \(0,\)",
     ),
     "negative scale": (
         lambda: hf.CohereForCausalLM(hf.CohereConfig(**LLAMA, logit_scale=-1.0)),
@@ -140,7 +140,7 @@ def test_images_that_the_decoder_would_not_see_are_refused() -> None:
     model, ids = hf.Llama4ForConditionalGeneration(config).eval(), tokens()
     got = token_logprobs(model, ids)
     torch.testing.assert_close(tuple(got[:3]), tuple(eager(model, ids, ids[:, 1:, None])[:3]), rtol=RTOL, atol=ATOL)
-    with pytest.raises(ValueError, match=r"^pixel_values: expected inputs of Llama4TextModel"):
+    with pytest.raises(ValueError, match=r"^pixel_values: expected only inputs of Llama4TextModel"):
         token_logprobs(model, ids, pixel_values=randn(1, 3, 8, 8))
 
 
@@ -205,11 +205,11 @@ def test_checked_models_are_not_kept_alive() -> None:
         ({"logits_to_keep": 9}, r"logits_to_keep: expected 1 <= logits_to_keep <= L - 1 = 8, got 9"),
         ({"logits_to_keep": 0}, "logits_to_keep: expected 1 <="),
         ({"logits_to_keep": 1.0}, "logits_to_keep: expected an int or None, got float"),
-        ({"past_key_values": object()}, "past_key_values: expected whole sequences and no cache"),
+        ({"past_key_values": object()}, "past_key_values: expected whole sequences without a cache"),
         ({"temperature": 0.0}, r"temperature: expected a finite number above 0, got 0\.0"),
         (
             {"temperature": torch.ones(3, 9)},
-            r"temperature: expected one temperature a row, shape \(3, 8\), got \(3, 9\)",
+            r"temperature: expected one temperature per row, shape \(3, 8\), got \(3, 9\)",
         ),
         ({"temperature": torch.ones(3, 8).long()}, "temperature: expected a number or a floating-point tensor, got "),
         ({"temperature": torch.zeros(3, 8)}, r"temperature: expected finite numbers above 0, got 0\.0"),

@@ -174,7 +174,7 @@ def test_compiled_code_still_checks_its_inputs(op: str) -> None:
     with pytest.raises(ValueError, match=r"^target: expected ids in \[0, 23\), got 23$"):
         function(arguments | {"target": target})
     with pytest.raises(
-        torch._dynamo.exc.Unsupported, match=r"ValueError\('target: expected one id a row, shape \(6,\)"
+        torch._dynamo.exc.Unsupported, match=r"ValueError\('target: expected one id per row, shape \(6,\)"
     ):
         function(arguments | {"target": target[1:]})
 

@@ -80,10 +80,10 @@ def test_gpus_that_torch_cannot_use() -> None:
     assert doctor.traps_of_gpus([], []) == doctor.traps_of_gpus([GPU], ["/dev/nvidia0"]) == []
     with patch("torch.version.cuda", None):
         (trap,) = doctor.traps_of_gpus([], ["/dev/nvidia0"])
-        assert "NVIDIA GPU (/dev/nvidia0)" in trap and trap.endswith("is a build without CUDA: install one with it")
+        assert "NVIDIA GPU (/dev/nvidia0)" in trap and trap.endswith("without CUDA: install a build with CUDA")
     with patch("torch.version.cuda", "13.0"):
         (trap,) = doctor.traps_of_gpus([], ["/dev/nvidia0"])
-        assert "finds none: is the driver new enough for CUDA 13.0" in trap
+        assert "finds none: check the driver (for CUDA 13.0)" in trap
     (trap,) = doctor.traps_of_gpus([dataclasses.replace(GPU, capability=(7, 5))], ["/dev/nvidia0"])
     assert "expected compute capability 8.0 or above" in trap
 
@@ -139,10 +139,10 @@ def test_bfloat16_that_is_slower_than_float32() -> None:
     assert doctor.traps_of_rates([], half) == doctor.traps_of_rates([copy, bf16, fp32], half) == []
     slow = [copy, dataclasses.replace(bf16, median=1e11), fp32]
     assert doctor.traps_of_rates(slow, single) == [
-        "this CPU multiplies bfloat16 slower than float32: model.dtype=auto takes float32 here, leave it so"
+        "this CPU multiplies bfloat16 slower than float32: keep model.dtype=auto, which takes float32 here"
     ]
     (trap,) = doctor.traps_of_rates(slow, half)
-    assert "set model.dtype=float32, as model.dtype=auto takes bfloat16 (its flags)" in trap
+    assert "set model.dtype=float32, because model.dtype=auto takes bfloat16 (its flags)" in trap
 
 
 def test_it_says_what_auto_is() -> None:

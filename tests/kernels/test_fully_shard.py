@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a decoder that the root gathers": (
         lambda model: token_logprobs(model, lm.tokens(2), check=False),
-        "model: expected a decoder whose parameters are whole .*in_forward",
+        "model: expected a decoder with full parameters .*in_forward",
     ),
 }
 

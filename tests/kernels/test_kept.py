@@ -137,7 +137,7 @@ def test_sets_are_those_of_transformers(options: dict[str, Any]) -> None:
 
 def test_a_list_that_is_too_short_is_an_error() -> None:
     stats = entropy_topk(torch.zeros(2, 100), k=10)
-    with pytest.raises(ValueError, match=r"^stats: expected a top-k that holds the tokens with 0.5 of the mass"):
+    with pytest.raises(ValueError, match=r"^stats: expected a top-k with 0.5 of the probability mass"):
         kept_set(stats, top_p=0.5)
     assert (kept_set(stats, top_p=0.5, top_k=10) >= 0).sum(-1).tolist() == [5, 5]  # of 10 equal ones
     assert (kept_set(stats, top_p=0.045) >= 0).sum(-1).tolist() == [5, 5]  # of 100
@@ -150,7 +150,7 @@ def test_a_list_that_is_too_short_is_an_error() -> None:
         ({"top_p": 1.1}, ValueError, r"top_p: expected a number in \(0, 1\], got 1.1"),
         ({"min_p": -0.1}, ValueError, r"min_p: expected a number in \[0, 1\], got -0.1"),
         ({"min_p": True}, TypeError, "min_p: expected a number, got bool"),
-        ({"top_k": 0}, ValueError, "top_k: expected None or a number from 1 on, got 0"),
+        ({"top_k": 0}, ValueError, "top_k: expected None or a number of at least 1, got 0"),
         ({"top_k": 11}, ValueError, "k: expected 0 <= k <= V = 10, got 11"),
     ],
     ids=str,

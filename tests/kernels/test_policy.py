@@ -210,14 +210,14 @@ def test_the_numbers_of_trl(loss_type: str, level: str) -> None:
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": torch.zeros(B, H)}, ValueError, "hidden: expected at least 3 dimension"),
-    ({"advantage": torch.ones(B + 1)}, ValueError, "advantage: expected one weight a row"),
+    ({"advantage": torch.ones(B + 1)}, ValueError, "advantage: expected one weight per row"),
     (
         {"advantage": torch.ones(B, requires_grad=True)},
         ValueError,
         "advantage: expected a tensor that requires no gradient",
     ),
     ({"mask": torch.ones(B)}, ValueError, r"mask: expected shape \(3, 5\)"),
-    ({"old_logprob": torch.zeros(B, 1)}, ValueError, "old_logprob: expected one weight a row"),
+    ({"old_logprob": torch.zeros(B, 1)}, ValueError, "old_logprob: expected one weight per row"),
     ({"options": PolicyOptions(objective="ppo")}, ValueError, "objective: expected one of clip, cispo, got 'ppo'"),
     ({"options": PolicyOptions(ratio="batch")}, ValueError, "ratio: expected one of token, sequence"),
     ({"options": PolicyOptions(kl="k4")}, ValueError, "kl: expected one of k1, k2, k3, full"),

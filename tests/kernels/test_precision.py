@@ -48,7 +48,7 @@ def test_a_cpu(
     [
         ((9, 0), None, "bfloat16", "A GPU multiplies bfloat16"),
         ((8, 0), None, "bfloat16", "A GPU multiplies bfloat16"),
-        ((7, 5), None, "float16", "A GPU (compute capability 7.5) multiplies no bfloat16"),
+        ((7, 5), None, "float16", "A GPU (compute capability 7.5) has no bfloat16 products"),
         ((6, 1), "6.4", "bfloat16", "A GPU multiplies bfloat16"),  # ROCm counts otherwise
     ],
 )

@@ -235,7 +235,7 @@ def test_kept_tokens() -> None:
     assert_same(stats.logprob.sum(), expected[..., 1].sum(), inputs)
     with pytest.raises(ValueError, match=r"^temperature: expected finite numbers above 0, got 0\.0"):
         linear_kept_logprobs(**head, kept=kept, temperature=t * 0)
-    with pytest.raises(ValueError, match=r"^temperature: expected one temperature a row, shape \(2, 3\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"^temperature: expected one temperature per row, shape \(2, 3\), got \(3,\)"):
         linear_kept_logprobs(**head, kept=kept, temperature=t[0])
 
 
@@ -255,7 +255,7 @@ def test_policy_loss(kl: str) -> None:
     given = {n: a[n] for n in ("hidden", "weight", "target", "bias", "lora", "base_hidden")}
     result = linear_policy_loss(**given, advantage=advantage[:, 0], mask=mask, options=options, temperature=spoilt)
     assert_same(result.loss, (terms * mask).sum() / mask.sum(), inputs)
-    with pytest.raises(ValueError, match=r"^temperature: expected one temperature a row, shape \(2, 3\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"^temperature: expected one temperature per row, shape \(2, 3\), got \(2,\)"):
         linear_policy_loss(**given, advantage=advantage[:, 0], temperature=t[:, 0])
 
 

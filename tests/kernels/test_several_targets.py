@@ -90,5 +90,5 @@ def test_wrong_ids(op: str, device: str, impl: str) -> None:
     if device == "cpu":
         with pytest.raises(ValueError, match=r"^target: expected ids in \[0, 23\), got 23"):
             cases.call(op, arguments | {"target": target}, impl=impl)
-    with pytest.raises(ValueError, match=r"^target: expected one id a row"):
+    with pytest.raises(ValueError, match=r"^target: expected one id per row"):
         cases.call(op, arguments | {"target": arguments["target"][None]}, impl=impl)

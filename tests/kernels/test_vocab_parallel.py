@@ -188,5 +188,5 @@ def test_top_k_of_parts_is_that_of_the_whole(seed: int, dtype: torch.dtype) -> N
 
 
 def test_outside_of_torch_distributed() -> None:
-    with pytest.raises(RuntimeError, match=r"group: expected an initialised torch\.distributed"):
+    with pytest.raises(RuntimeError, match=r"group: expected torch\.distributed to be initialised"):
         vocab_parallel_entropy_topk(randn(1, 2), randn(3, 2), start=0)

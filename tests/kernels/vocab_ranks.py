@@ -314,7 +314,7 @@ ERRORS: dict[str, tuple[Callable[[int, int], None], str, str]] = {
     "bias": (partial(stats_with, on_rank_1={"bias": None}), "bias given: ", "1 on rank 0, 0 on rank 1"),
     "overlap": (partial(stats_with, on_rank_1={"start": 3}), r"start: .* got \[0, ", r"start: .*\[3, \d+\) on rank 1"),
     "gap": (partial(stats_with, on_rank_1={"start": 10}), r"start: .* got \[0, ", r"start: .*\[10, \d+\) on rank 1"),
-    "start": (partial(stats_with, on_rank_1={"start": -1}), "start: expected the id", OWN.format("start")),
+    "start": (partial(stats_with, on_rank_1={"start": -1}), "start: expected the first id", OWN.format("start")),
     "start type": (
         partial(stats_with, on_rank_1={"start": 1.0}),
         "start: expected an int, got float",

@@ -153,7 +153,9 @@ def test_what_cannot_be_done_is_refused(tiny_config: Config, tmp_path: Path) -> 
     run = Run(tiny_config)
     with pytest.raises(RunError, match=r"stage 'problems' is not done: run `rmx problems` first"):
         ablate(run, tmp_path)
-    with pytest.raises(AnalysisError, match=r"no variant 'fullseq'; expected some of own, quantile, budget"):
+    with pytest.raises(
+        AnalysisError, match=r"unknown variant 'fullseq'; expected one or more of own, quantile, budget"
+    ):
         ablate(run, tmp_path, ["fullseq"])
     with pytest.raises(AnalysisError, match=r"budget and quantile between 0 and 1, got 1\.2"):
         ablate(run, tmp_path, options=Options(budget=1.2))

@@ -43,7 +43,7 @@ GOOD = '{"question": "q", "answer": "1"}'
         ('{"question": "q", "answer": "1", "answer": "2"}', "duplicate key 'answer'"),
         ('{"question": "q", "answer": null}', "answer: expected text or a number, got None"),
         ('{"question": "q", "answer": [1]}', "answer: expected text or a number"),
-        ('{"question": "q", "answer": "1", "category": "reasoning_gym:x"}', "category: names that begin with"),
+        ('{"question": "q", "answer": "1", "category": "reasoning_gym:x"}', "category: the prefix reasoning_gym:"),
         ("\x00", "not a JSON value"),
         ("{'question': 'q'}", "not a JSON value"),
         ('{"question": "q", "answer": "1"', "not a JSON value"),
@@ -94,7 +94,7 @@ def test_the_same_question_with_another_answer_is_an_error(tmp_path: Path) -> No
     path = tmp_path / "p.jsonl"
     path.write_text('{"question": "q", "answer": "1"}\n{"question": " q ", "answer": "2"}\n')
     with pytest.raises(
-        ArtefactError, match=r"p\.jsonl:2: the question of line 1 with another answer: '1' there, '2' here"
+        ArtefactError, match=r"p\.jsonl:2: the question of line 1 has another answer: '1' there, '2' here"
     ):
         read_jsonl(path, consistent=True)
     path.write_text('{"question": "q", "answer": "1/2"}\n{"question": "q", "answer": 0.5}\n')
@@ -198,12 +198,12 @@ def whole_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.parametrize(
     ("share", "said"),
     [
-        (0.0, "expected a GGUF file, it does not begin as one"),
-        (0.0005, "is cut off within its metadata"),
-        (0.01, "is cut off within its metadata"),
-        (0.05, "is cut off within its metadata"),
-        (0.5, r"is cut off: it has [\d,]+ bytes of [\d,]+: fetch it again"),
-        (0.999, r"is cut off: it has [\d,]+ bytes of [\d,]+: fetch it again"),
+        (0.0, "expected a GGUF file, got one without the GGUF header"),
+        (0.0005, "is truncated in its metadata"),
+        (0.01, "is truncated in its metadata"),
+        (0.05, "is truncated in its metadata"),
+        (0.5, r"is truncated: it has [\d,]+ of [\d,]+ bytes: download it again"),
+        (0.999, r"is truncated: it has [\d,]+ of [\d,]+ bytes: download it again"),
     ],
 )
 def test_a_cut_gguf_file_is_named_as_one(whole_gguf: bytes, tmp_path: Path, share: float, said: str) -> None:

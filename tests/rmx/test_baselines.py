@@ -77,7 +77,7 @@ def test_the_command_and_both_models(finished: Run, tmp_path: Path) -> None:
 def test_what_cannot_be_decoded_is_refused(finished: Run, tmp_path: Path) -> None:
     for options, words in (
         (Options(temperatures=(0.0,)), "--temperature: expected at least 0.001"),
-        (Options(top_ps=(1.5,)), "--top-p: expected over 0 and at most 1, got 1.5"),
+        (Options(top_ps=(1.5,)), "--top-p: expected above 0 and at most 1, got 1.5"),
         (Options(samples=0), "--samples: expected at least 1, got 0"),
     ):
         with pytest.raises(AnalysisError, match=words):

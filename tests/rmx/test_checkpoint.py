@@ -151,9 +151,7 @@ def test_out_of_memory_halves_the_budget_and_says_so(
     monkeypatch.setattr(
         train.forward, "final_hidden", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
     )
-    with pytest.raises(
-        TrainingError, match=r"step 1 with one sequence of 1\d tokens alone: .*activation_checkpointing"
-    ):
+    with pytest.raises(TrainingError, match=r"step 1 with a single sequence of 1\d tokens: .*activation_checkpointing"):
         train_adapter(tiny, fresh(), sequences(), CONFIG, 0)
     monkeypatch.setattr(train.forward, "final_hidden", lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))
     with pytest.raises(RuntimeError, match="another fault"):

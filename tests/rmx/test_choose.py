@@ -104,7 +104,7 @@ def test_one_candidate_needs_no_choice(finished: Run) -> None:
 
 
 def test_candidates_without_problems_to_choose_on_are_refused(tiny_config: Config) -> None:
-    with pytest.raises(ValueError, match=r"train\.candidates needs problems\.choose_count > 0"):
+    with pytest.raises(ValueError, match=r"train\.candidates > 1 needs problems\.choose_count > 0"):
         changed(tiny_config, train={"candidates": 2})
 
 

@@ -102,14 +102,14 @@ def test_what_cannot_be_compared_is_refused(tiny: CausalLM, adapter_path: Path, 
 
     with pytest.raises(AnalysisError, match="no completion tokens"):
         compare_models(tiny, adapter_path, [], tmp_path)
-    with pytest.raises(AnalysisError, match="token id 99: the rollouts are of another model"):
+    with pytest.raises(AnalysisError, match="token id 99 is not in this vocabulary"):
         compare_models(tiny, adapter_path, [Rollout("p", 0, [1], [99], "stop", "")], tmp_path)
     with pytest.raises(AnalysisError, match=r"nowhere/at/all: neither a directory with an adapter nor a model"):
         compare_models(tiny, tmp_path / "nowhere/at/all", rollouts(), tmp_path)
     deeper = save_tiny_model(tmp_path / "deeper", num_hidden_layers=3)
     vocabulary = deeper / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text().replace('"sum"', '"SUM"'))
-    with pytest.raises(AnalysisError, match="deeper: has another tokenizer"):
+    with pytest.raises(AnalysisError, match="deeper: its tokenizer differs"):
         compare_models(tiny, str(deeper), rollouts(), tmp_path)
     from rmx.config import ModelConfig
     from rmx.models import model

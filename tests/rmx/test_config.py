@@ -45,13 +45,13 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path: Path) -> None:
         ("select: {tau: 1.0, budget: 0.1}", "select: .*exactly one of tau, quantile and budget"),
         ("prompt: {style: haiku}", "prompt.style: .*got 'haiku'"),
         ("seed: true", "seed: .*got True"),
-        ("lora: {use_dora: true}", "lora: .*use_dora: DoRA is not supported.*leave it out"),
+        ("lora: {use_dora: true}", "lora: .*use_dora: DoRA .*is not supported; leave it out"),
         ("lora: {rank_patern: {q_proj: 4}}", "lora.rank_patern: unknown key.*rank_pattern"),
         ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern.q_proj: .*got 0"),
         ("lora: {alpha_pattern: {q_proj: wide}}", "lora.alpha_pattern.q_proj: .*got 'wide'"),
-        ("lora: {rank_pattern: {'q_(': 4}}", r"lora.rank_pattern.*'q_\(' is no regular expression"),
+        ("lora: {rank_pattern: {'q_(': 4}}", r"lora.rank_pattern.*'q_\(' is not a regular expression"),
         ("lora: {rank_pattern: {'(a|aa)+': 4}}", "lora.rank_pattern.*repeats a group"),
-        ("lora: {alpha_pattern: {'.*.*.*.*': 4.0}}", "lora.alpha_pattern.*up to 3 repeats"),
+        ("lora: {alpha_pattern: {'.*.*.*.*': 4.0}}", "lora.alpha_pattern.*at most 3 repeats"),
     ],
 )
 def test_an_error_names_the_file_and_the_key(tmp_path: Path, extra: str, named: str) -> None:
@@ -96,10 +96,10 @@ def test_the_demo_configuration_is_valid() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollouts.engine=openai", "expected base_url for engine openai"),
-        ("rollouts.base_url='http://localhost/v1'", "expected base_url for engine openai"),
+        ("rollouts.engine=openai", "expected base_url with engine openai"),
+        ("rollouts.base_url='http://localhost/v1'", "expected base_url with engine openai"),
         ("evaluate={engine: openai, base_url: 'http://localhost/v1'}", "evaluate: .*expected tuned_model"),
-        ("train={compile: true, activation_checkpointing: true}", "do not go together"),
+        ("train={compile: true, activation_checkpointing: true}", "cannot be combined"),
         ("train.anchor_fraction=0", "train.anchor_fraction"),
         ("lora.dropout=1.0", "lora.dropout"),
     ],

@@ -38,7 +38,7 @@ def test_a_first_configuration_has_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected --model, since there is no terminal to ask on"),
+        ([], "expected --model: there is no terminal on which to ask for it"),
         (["--model", "m"], "expected --dataset, --jsonl or --task"),
         (["--model", "m", "--task", "gcd", "--jsonl", "x"], "exactly one of jsonl, task and dataset"),
         (["--model", "m", "--task", "gcd", "--answer", "x"], "answer is a setting of a dataset"),
@@ -79,7 +79,8 @@ def test_every_setting_has_a_meaning_in_the_schema() -> None:
         if "description" not in described and "$ref" not in described and name != "Config"
     ]
     assert not without
-    assert parts["TrainConfig"]["properties"]["learning_rate"]["description"] == "highest; it falls linearly to 0"
+    rate = parts["TrainConfig"]["properties"]["learning_rate"]["description"]
+    assert rate == "peak of the learning rate; it then falls linearly to 0"
     assert "0: greedy" in parts["EvaluateConfig"]["properties"]["temperature"]["description"]
     assert parts["TrainConfig"]["additionalProperties"] is False
 
@@ -97,4 +98,4 @@ def test_the_schema_takes_the_demo_and_refuses_a_typing_mistake() -> None:
 def test_comments_above_and_behind_a_setting_are_its_meaning() -> None:
     assert "graphs" not in config_help.meanings()["ModelConfig"]
     assert config_help.meanings()["ModelConfig"]["cuda_graphs"].startswith("On a GPU, decode steps")
-    assert config_help.meanings()["PromptConfig"]["style"].startswith("auto: by the model")
+    assert config_help.meanings()["PromptConfig"]["style"].startswith("auto: depends on the model")

@@ -185,7 +185,7 @@ def test_the_command_makes_a_curve(finished: Run, tmp_path: Path) -> None:
     assert outcomes["entropy-40"]["decisions"] == outcomes["random-40"]["decisions"]
     assert run.path("ablate/curve.png").read_bytes()[:4] == b"\x89PNG"
     refused = command("ablate", path, "--share", "0.4")
-    assert refused.returncode == 1 and "--share: is of --curve" in refused.stderr
+    assert refused.returncode == 1 and "--share: expected only together with --curve" in refused.stderr
 
 
 def test_the_points_of_a_curve_stand_where_they_are() -> None:

@@ -283,7 +283,7 @@ def test_where_it_cannot_be_kept_this_is_said_and_the_model_loads(
     lm = model.load(config(tiny_gguf))
     assert lm.tokenizer(TEXT).input_ids and len(unpacked) == 1
     said = capsys.readouterr().err
-    assert f"tiny.gguf is loaded without the cache, which takes longer: {cache}: " in said
+    assert f"tiny.gguf is loaded without the cache, which is slower: {cache}: " in said
     assert fault != "the disk is full" or "the disk has 0 MiB left" in said
     assert fault == "a file is in its place" or entries(cache) == []
 
@@ -310,7 +310,7 @@ def test_two_processes_at_once_convert_it_once(tiny_gguf: Path, cache: Path) -> 
         both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
         for process in both:
             assert process.stderr is not None
-            while "waits for another process that converts tiny.gguf" not in process.stderr.readline():
+            while "waiting for another process that converts tiny.gguf" not in process.stderr.readline():
                 assert process.poll() is None
                 time.sleep(0.001)
     outputs = [process.communicate()[0].splitlines() for process in both]

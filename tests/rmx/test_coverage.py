@@ -216,7 +216,7 @@ def test_the_command_writes_table_json_and_picture(tiny_config: Config, tmp_path
     for stage in ("problems", "rollouts"):
         run.execute(stage)
     early = command("coverage", config)  # the gate is a budget, which select will turn into tau
-    assert early.returncode == 1 and "tau: the configuration has none before its select stage" in early.stderr
+    assert early.returncode == 1 and "tau: not known before the select stage" in early.stderr
     assert command("coverage", config, "--tau", 0.5, "--out", tmp_path / "early").returncode == 0
     assert json.loads((tmp_path / "early/coverage.json").read_text())["training"] is None
     run.run()

@@ -89,12 +89,12 @@ def test_expressions(read: str, row: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize(
     ("read", "row", "message"),
     [
-        ("answr", {"answer": "1", "question": "q"}, r"no column 'answr'; there are 'answer', 'question'; did you mean"),
+        ("answr", {"answer": "1", "question": "q"}, r"no column 'answr'; columns: 'answer', 'question'; did you mean"),
         ("{nope}", {"a": "1"}, "no column 'nope'"),
         ("a", {"a": None}, "a: expected text or a number, got None"),
         ("a", {"a": True}, "got True"),
         ("a", {"a": "  "}, "expected text"),
-        ("a: after ####", {"a": "no mark"}, "expected '####' and an answer behind it"),
+        ("a: after ####", {"a": "no mark"}, "expected '####' and an answer after it"),
         ("a: boxed", {"a": "I do not know"}, "expected a solution with an answer"),
         ("a", {"a": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}, r"the roles system, user"),
         ("a", {"a": [{"role": "user", "content": ""}]}, "a: content: expected text"),
@@ -117,7 +117,7 @@ def test_a_wrong_row_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sums\.jsonl train, row 7: solution: expected '####'"):
         read_dataset(ProblemSource(dataset=str(path), **READ), 0)
     path.write_text(json.dumps({**ROWS[0], "kind": "reasoning_gym:gcd"}) + "\n")
-    with pytest.raises(DataError, match="names that begin with reasoning_gym"):
+    with pytest.raises(DataError, match="the prefix reasoning_gym"):
         read_dataset(ProblemSource(dataset=str(path), category="kind", **READ), 0)
 
 

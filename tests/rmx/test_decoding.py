@@ -36,8 +36,8 @@ SERVED: dict[str, hf.PretrainedConfig] = {
 }
 GRIFFIN = {"lru_width": 32, "attention_window_size": 8, "head_dim": 8, "block_types": ["recurrent", "attention"]}
 REFUSED: dict[str, tuple[hf.PretrainedConfig, str]] = {
-    "RWKV": (hf.RwkvConfig(**PLAIN, attention_hidden_size=32), "knows no cache for it"),
-    "RecurrentGemma": (hf.RecurrentGemmaConfig(**FULL, **GRIFFIN), "cannot keep its states from token to token"),
+    "RWKV": (hf.RwkvConfig(**PLAIN, attention_hidden_size=32), "does not support its cache"),
+    "RecurrentGemma": (hf.RecurrentGemmaConfig(**FULL, **GRIFFIN), "cannot carry its states from token to token"),
 }
 
 
@@ -77,7 +77,7 @@ def test_padding_that_reaches_a_state_is_refused_however_little(tiny: CausalLM) 
     lm.model.model.layers[0].register_forward_pre_hook(
         lambda _, args: (args[0] + 1e-3 * args[0].roll(1, 1) * (args[0].shape[1] > 1),)
     )
-    with pytest.raises(EngineError, match=r"padding on the left reaches the states .*set batch_size to samples"):
+    with pytest.raises(EngineError, match=r"padding on the left changes the states .*set batch_size to samples"):
         check_decoding(lm, padded=True)
     check_decoding(lm, padded=False)
 

@@ -91,7 +91,7 @@ def test_what_is_done_is_kept_and_the_rest_goes_on(finished: Run, config_file: P
     done = call("run", config_file)
     found = states(done.output)
     assert (found["problems"], found["rollouts"], found["verify"]) == ("done", "goes on", "to do")
-    assert "3 of 240 completions" in done.output and "still the same" in done.output
+    assert "3 of 240 completions" in done.output and "are unchanged" in done.output
 
 
 def test_one_stage(finished: Run, config_file: Path) -> None:

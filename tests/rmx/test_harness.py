@@ -163,7 +163,7 @@ def test_wrong_inputs(finished: Run, tmp_path: Path) -> None:
     meta, problems = read_records(finished.path("problems.jsonl"), Problem)
     changed = [replace(p, question=f"{p.question} </s>") if p.split == "evaluate" else p for p in problems]
     write_records(finished.path("problems.jsonl"), changed, meta)
-    assert "cannot be given as text" in said()
+    assert "cannot be written as text" in said()
 
 
 @pytest.mark.parametrize(

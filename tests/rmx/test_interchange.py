@@ -143,7 +143,7 @@ def test_a_training_set_comes_and_goes_by_value(tmp_path: Path) -> None:
 
 RECORD_FAULTS = [
     ("problem_id", None, r"records\[1\]: problem_id: Value error, expected text or a number, got None"),
-    ("problem_id", "MATH/train/7", r"records\[1\]: problem_id: the same as of records\[0\]"),
+    ("problem_id", "MATH/train/7", r"records\[1\]: problem_id: the same as in records\[0\]"),
     ("problem_text", " ", r"records\[1\]: problem_text: .*expected text"),
     ("ground_truth", True, r"records\[1\]: ground_truth: .*expected text or a number, got True"),
     ("ground_truth", math.nan, r"records\[1\]: ground_truth: .*expected text or a number, got nan"),
@@ -151,7 +151,7 @@ RECORD_FAULTS = [
 ]
 ROLLOUT_FAULTS = [
     ("problem_id", "", r"rollouts\[1\]: problem_id: .*expected text"),
-    ("gen_index", 0, r"rollouts\[1\]: problem_id and gen_index: the same as of rollouts\[0\]"),
+    ("gen_index", 0, r"rollouts\[1\]: problem_id and gen_index: the same as in rollouts\[0\]"),
     ("gen_index", -1, r"rollouts\[1\]: gen_index: .*greater than or equal to 0, got -1"),
     ("gen_index", True, r"rollouts\[1\]: gen_index: .*valid integer, got True"),
     ("tokens", [1, 3, 6, 4, -9], r"rollouts\[1\]: tokens.4: .*greater than or equal to 0, got -9"),
@@ -169,7 +169,7 @@ ROLLOUT_FAULTS = [
     ("truncated", None, r"rollouts\[1\]: truncated: .*valid boolean, got None"),
 ]
 TRAINING_FAULTS = [
-    ("gen_index", 5, r"rollouts\[1\]: problem_id and gen_index: the same as of rollouts\[0\]"),
+    ("gen_index", 5, r"rollouts\[1\]: problem_id and gen_index: the same as in rollouts\[0\]"),
     ("input_ids", [1, 3, 6, 4], r"rollouts\[0\]: prompt_length: expected 1 to 3 of 4 tokens, got 4"),
     ("input_ids", [1, 3, 6, 4, 8, -7, 2], r"rollouts\[0\]: input_ids.5: .*greater than or equal to 0"),
     ("completion_length", 2, r"rollouts\[0\]: completion_length: expected 3, the input_ids after prompt_length, got 2"),
@@ -318,7 +318,7 @@ def test_held_out_problems_come_from_the_configuration_where_no_file_gives_them(
     with pytest.raises(ArtefactError, match="no problem to evaluate on"):
         import_run(elsewhere(finished, "none"), released)
     (released / "spare.json").rename(released / "held_out.json")
-    with pytest.raises(ArtefactError, match=r"held_out.json: records\[0\]: problem_text: stands in records.json too"):
+    with pytest.raises(ArtefactError, match=r"held_out.json: records\[0\]: problem_text: is also in records.json"):
         import_run(elsewhere(finished, "none"), released)
 
 
@@ -338,8 +338,12 @@ def test_files_that_do_not_agree_are_refused(finished: Run, released: Path) -> N
     del first["problem_id"], scored["problem_id"]
     refused("training_set.json", r"training_set.json: rollouts\[0\]: .* is not in rollouts.json", gen_index=99)
     ids = [*first["input_ids"][:-1], 5]
-    refused("training_set.json", r"rollouts\[0\]: input_ids, prompt_length: not what", input_ids=ids)
-    refused("training_set.json", r"rollouts\[0\]: correct: not what rollouts", correct=not first["correct"])
+    refused("training_set.json", r"rollouts\[0\]: input_ids, prompt_length: differ from this", input_ids=ids)
+    refused(
+        "training_set.json",
+        r"rollouts\[0\]: correct: differs from this rollout in rollouts",
+        correct=not first["correct"],
+    )
     (released / "training_set.json").unlink()
     refused("rollouts.json", r"rollouts.json: rollouts\[0\]: problem_id: 'x' is not in records.json", problem_id="x")
     large = [*scored["tokens"][:-1], 777]
@@ -349,7 +353,7 @@ def test_files_that_do_not_agree_are_refused(finished: Run, released: Path) -> N
 @pytest.mark.thorough
 def test_other_prompts_are_refused_unless_they_are_asked_for(finished: Run, released: Path) -> None:
     other = {"style": "qa"}
-    with pytest.raises(ArtefactError, match=r"rollouts\[0\]: tokens.0: the prompt goes on with '<s>.*set `prompt`"):
+    with pytest.raises(ArtefactError, match=r"rollouts\[0\]: tokens.0: the prompt continues with '<s>.*set `prompt`"):
         import_run(elsewhere(finished, "again", prompt=other), released)
     again = elsewhere(finished, "again", prompt=other)
     import_run(again, released, any_prompt=True)
@@ -363,7 +367,7 @@ def test_a_sequence_that_would_not_be_scored_is_named(finished: Run, released: P
     given = read(released / "training_set.json")
     given["rollouts"] = [entry for entry in given["rollouts"] if entry["correct"]]
     put(released / "training_set.json", json.dumps(given))
-    with pytest.raises(ArtefactError, match=r"rollouts\[0\]: score.problems=mixed leaves it out: set score.problems="):
+    with pytest.raises(ArtefactError, match=r"rollouts\[0\]: score.problems=mixed excludes it: set score.problems="):
         import_run(elsewhere(finished, "again"), released)
     again = elsewhere(finished, "again", score={"problems": "all"})
     import_run(again, released)
@@ -371,7 +375,7 @@ def test_a_sequence_that_would_not_be_scored_is_named(finished: Run, released: P
 
 
 def test_a_run_directory_in_use_and_an_unfinished_run_are_refused(finished: Run, released: Path) -> None:
-    with pytest.raises(RunError, match=r"has stages that are done \(problems, rollouts, .*another run_dir"):
+    with pytest.raises(RunError, match=r"stages are done already \(problems, rollouts, .*another run_dir"):
         import_run(finished, released)
     with pytest.raises(RunError, match="export needs stage 'problems': run `rmx problems` first"):
         export_run(elsewhere(finished, "again"), released)

@@ -197,9 +197,9 @@ def test_the_table_fits_a_terminal() -> None:
 
 def test_what_cannot_be_done_is_refused(run: Run, adapter_path: Path, tiny: CausalLM) -> None:  # noqa: F811
     with paired(run.lm, adapter_path, run.config.model, "") as pair:
-        with pytest.raises(AnalysisError, match=r"expected tau \(nats\) for the entropy gate .* got None"):
+        with pytest.raises(AnalysisError, match=r"expected tau \(nats\) with gate entropy.* got None"):
             intervene(run, pair, run.path("intervene"), "entropy")
-        with pytest.raises(AnalysisError, match=r"for no other, got 1\.0"):
+        with pytest.raises(AnalysisError, match=r"none with disagreement, got 1\.0"):
             intervene(run, pair, run.path("intervene"), "disagreement", 1.0)
 
 

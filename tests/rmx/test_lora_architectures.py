@@ -20,7 +20,7 @@ UNFIT: dict[str, tuple[transformers.PretrainedConfig, str, str]] = {
     "fused experts": (
         transformers.Glm4MoeConfig(**PLAIN, **GLM_MOE, n_group=1, topk_group=1),
         "down_proj",
-        "has a name of the experts",
+        "has the name of an expert layer",
     ),
     "Mamba's weight": (transformers.MambaConfig(**STATE), "x_proj", "is not called by MambaMixer"),
     "Mamba's weight, too": (transformers.MambaConfig(**STATE), "dt_proj", "is not called by MambaMixer"),
@@ -28,7 +28,7 @@ UNFIT: dict[str, tuple[transformers.PretrainedConfig, str, str]] = {
     "PEFT's own rule": (
         transformers.Mamba2Config(**STATE, num_heads=8, head_dim=8, state_size=8, n_groups=1),
         "out_proj",
-        "is a layer that PEFT adapts in no model of type mamba2",
+        "is a layer that PEFT does not adapt in models of type mamba2",
     ),
 }
 

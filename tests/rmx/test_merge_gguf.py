@@ -102,8 +102,8 @@ def test_a_file_with_its_type_from_path(config_file: Path, tmp_path: Path) -> No
     ("script", "words"),
     [
         (FAILS, "ended with code 1:"),
-        (HALF, "ended well, and its file is damaged"),
-        (SILENT, "ended well and wrote no file"),
+        (HALF, "succeeded, but its file is damaged"),
+        (SILENT, "succeeded but wrote no file"),
     ],
 )
 def test_a_converter_that_fails(
@@ -117,7 +117,7 @@ def test_a_converter_that_fails(
         assert "line 39" in str(fault) and "line 20" not in str(fault)
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("*.partial"))
     assert (tmp_path / "merged" / "model.safetensors").is_file()  # whole, as the message says
-    assert f"merged model is whole in {tmp_path / 'merged'}; to try again: {sys.executable}" in str(fault)
+    assert f"merged model is complete in {tmp_path / 'merged'}; to try again: {sys.executable}" in str(fault)
 
 
 def test_mistakes_come_before_the_merge(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +128,11 @@ def test_mistakes_come_before_the_merge(config_file: Path, tmp_path: Path, monke
 
     assert "convert_hf_to_gguf.py is not installed; get llama.cpp (git clone" in said("q8_0")
     monkeypatch.setenv(gguf.VARIABLE, str(tmp_path))
-    assert f"RMX_LLAMA_CPP={tmp_path}: holds no convert_hf_to_gguf.py" in said("q8_0")
+    assert f"RMX_LLAMA_CPP={tmp_path}: contains no convert_hf_to_gguf.py" in said("q8_0")
     assert "did you mean 'bf16'?" in said("bfp16")
-    assert "llama-quantize makes this type" in said("Q4_K_M")
+    assert "llama-quantize converts an f16 file to this type" in said("Q4_K_M")
     (tmp_path / "there.gguf").write_text("")
-    assert "is there already" in said(tmp_path / "there.gguf")
+    assert "already exists" in said(tmp_path / "there.gguf")
     llama_cpp(tmp_path / "llama.cpp", STAND_IN, monkeypatch)
     assert "is a file" in said(tmp_path / "there.gguf" / "m.gguf")
 

@@ -145,9 +145,9 @@ def test_the_operator_of_compiled_layers(window: int | None, width: int) -> None
     both = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    with pytest.raises(PackingError, match="A hands no packing"):
+    with pytest.raises(PackingError, match="A does not pass the packing"):
         packed_attention._attend(q, k, v, ends[:-1], 0.3, window, None, None, "A")
-    with pytest.raises(PackingError, match="A does not tell its attention of the window of 6 tokens"):
+    with pytest.raises(PackingError, match="A does not pass the window of 6 tokens"):
         packed_attention._attend(q, k, v, ends, 0.3, None, None, 6, "A")
 
 

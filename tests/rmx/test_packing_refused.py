@@ -75,7 +75,7 @@ def test_a_state_over_the_whole_row_is_refused_however_small(name: str, dtype: t
     lm = wrapped(config, dtype)
     lm.model.get_input_embeddings().weight.data *= 0.1
     with pytest.raises(
-        PackingError, match=rf"sequences give .*(neighbours \(.*{what}|differ).*set model.packing=false"
+        PackingError, match=rf"sequences give .*(other sequences .*\(.*{what}|differ).*set model.packing=false"
     ):
         forward.check(lm)
     forward.check(dataclasses.replace(lm, packing=False))
@@ -110,7 +110,7 @@ def test_layers_that_hand_on_more_than_states_are_refused_in_bfloat16(monkeypatc
     layers, kept = forward.decoder_layers(lm.model)[1], []
     layers[0].register_forward_hook(lambda _, args, out: kept.append(out))
     layers[2].register_forward_pre_hook(lambda _, args: (args[0] + 1e-2 * kept.pop(),) if kept else None)
-    with pytest.raises(PackingError, match=r"its layers hand on more than hidden states; set lora.first_layer=0"):
+    with pytest.raises(PackingError, match=r"its layers pass on more than hidden states; set lora.first_layer=0"):
         forward.check(lm, 1)
 
 
@@ -119,7 +119,7 @@ def test_what_packing_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(PackingError, match=r"GptOssAttention asks its attention for s_aux; set model.packing=false"):
         forward.check(wrapped(sinks))
     hidden_window = PhimoeConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
-    with pytest.raises(PackingError, match=r"PhimoeAttention does not tell its attention of the window of 4 tokens"):
+    with pytest.raises(PackingError, match=r"PhimoeAttention does not pass the window of 4 tokens"):
         forward.check(wrapped(hidden_window))
     state = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
     with pytest.raises(PackingError, match=r"MambaForCausalLM: packed sequences give"):
@@ -137,7 +137,7 @@ def test_a_rotation_that_follows_the_longest_sequence_is_refused_where_it_would(
     assert error(forward.final_hidden(lm, [short, short]), alone(lm, [short, short])) < 1e-5
     assert error(forward.final_hidden(lm, [long]), alone(lm, [long])) < 1e-5
     with pytest.raises(
-        PackingError, match=rf"rotary embedding \({kind}\) changes .* 12 tokens, more than 8: set score"
+        PackingError, match=rf"rotary embedding \({kind}\) changes .* more than 8 tokens, and one has 12: set score"
     ):
         forward.final_hidden(lm, [short, long])
 

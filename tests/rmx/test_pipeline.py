@@ -257,7 +257,7 @@ def test_a_full_disk_names_the_file_that_had_no_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "error", "message"),
     [
-        ({"lora": {"targets": ["q_porj"]}}, AdapterError, "'q_porj' names no layer"),
+        ({"lora": {"targets": ["q_porj"]}}, AdapterError, "'q_porj' matches no layer"),
         ({"lora": {"first_layer": 2}}, AdapterError, "first_layer=2: the model has layers 0 to 1"),
         ({"rollouts": {"max_new_tokens": 3000}}, PromptError, r"lower rollouts\.max_new_tokens"),
         ({"evaluate": {"max_new_tokens": 3000}}, PromptError, r"only 2048 positions: lower evaluate\.max_new_tokens"),

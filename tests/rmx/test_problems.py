@@ -37,7 +37,7 @@ def test_train_and_held_out_questions_are_disjoint_and_balanced() -> None:
 
 def test_a_small_task_is_exhausted_and_says_so() -> None:
     assert 150 <= len(generate("chain_sum", SUMS, 500, 0)) <= 200  # ten digits, two operators, ten digits
-    with pytest.raises(ProblemsError, match=r"500 train problems wanted, but .* only \d+ distinct"):
+    with pytest.raises(ProblemsError, match=r"500 train problems needed, but .* only \d+ distinct"):
         build_problems(config({"task": "chain_sum", "params": SUMS}, train=500), seed=0)
 
 
@@ -87,7 +87,7 @@ def test_sources_of_one_task_or_file_name_do_not_collide(tmp_path: Path) -> None
     [
         ('{"question": "q", "answer"', "not a JSON value"),
         ('["q", 1]', "expected a JSON object, got list"),
-        ('{"question": "q"}', "no field 'answer'; there are 'question'"),
+        ('{"question": "q"}', "no field 'answer'; fields: 'question'"),
         ('{"question": "", "answer": 1}', "question: expected text or a number, got ''"),
         ('{"question": "q", "answer": true}', "answer: expected text or a number, got True"),
     ],
@@ -101,7 +101,7 @@ def test_a_broken_line_names_file_and_line(tmp_path: Path, line: str, fault: str
 def test_no_file_and_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="no such file"):
         read_jsonl(tmp_path / "absent.jsonl")
-    with pytest.raises(ArtefactError, match="holds no problem"):
+    with pytest.raises(ArtefactError, match="contains no problems"):
         read_jsonl(Path(write(tmp_path / "e.jsonl", [""])))
     latin = tmp_path / "l.jsonl"
     latin.write_bytes('{"question": "é", "answer": 1}'.encode("latin-1"))

@@ -193,12 +193,14 @@ def test_settings_that_a_style_does_not_take_are_refused(tiny: CausalLM) -> None
         with pytest.raises(PromptError, match=message):
             Renderer(tiny.tokenizer, PromptConfig(**config), name)
 
-    refused(r"prompt.system: the style 'qa' takes none, got 'of': expected .*chat, chat_boxed", style="qa", system="of")
-    refused(r"prompt.template: the style 'boxed' takes none, got {'x': 1}", style="boxed", template={"x": 1})
-    refused(r"prompt.system: the style 'qwen_boxed' takes none", name="Qwen2.5-1.5B", system="of")
-    refused(r"prompt.style=qwen_math: expected a tokenizer with the token <\|im_start\|>", style="qwen_math")
+    refused(
+        r"prompt.system: not supported by style 'qa', got 'of': expected .*chat, chat_boxed", style="qa", system="of"
+    )
+    refused(r"prompt.template: not supported by style 'boxed', got {'x': 1}", style="boxed", template={"x": 1})
+    refused(r"prompt.system: not supported by style 'qwen_boxed'", name="Qwen2.5-1.5B", system="of")
+    refused(r"prompt.style=qwen_math: the tokenizer has no token <\|im_start\|>", style="qwen_math")
     tiny.tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    refused("refuses these turns: no system turn", system="of")
+    refused("rejects these messages: no system turn", system="of")
     tiny.tokenizer.chat_template = None
     for style in CHAT:
         refused(f"prompt.style={style}: this model has no chat template", style=style)
@@ -240,7 +242,7 @@ def test_files_of_the_released_code_are_taken_with_their_prompts(
         made.lm = demo_lm
         return made
 
-    with pytest.raises(ArtefactError, match=r"the prompt goes on with .*its style is qa"):
+    with pytest.raises(ArtefactError, match=r"the prompt continues with .*its style is qa"):
         import_run(run("other", "qa"), released)
     taken = run("taken", style)
     import_run(taken, released)

@@ -152,9 +152,9 @@ def test_a_gguf_file_is_refused() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": {"compile": True}}, "model.quantization and train.compile do not go together"),
-        ({"rollouts": {"engine": "vllm"}}, "model.quantization and rollouts.engine=vllm do not go together"),
-        ({"evaluate": {"engine": "vllm"}}, "model.quantization and evaluate.engine=vllm do not go together"),
+        ({"train": {"compile": True}}, "model.quantization and train.compile cannot be combined"),
+        ({"rollouts": {"engine": "vllm"}}, "model.quantization and rollouts.engine=vllm cannot be combined"),
+        ({"evaluate": {"engine": "vllm"}}, "model.quantization and evaluate.engine=vllm cannot be combined"),
     ],
 )
 def test_settings_that_do_not_go_together(tiny_config: Config, sections: dict[str, Any], message: str) -> None:

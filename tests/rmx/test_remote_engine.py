@@ -108,7 +108,7 @@ def test_a_server_that_only_chats_gets_turns(
     assert "applies its own chat template" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(EngineError, match=r"prompt.style=qa is no chat"):
         sampled(tiny, "openai", PromptConfig(style="qa"), base_url=server.url)
-    with pytest.raises(EngineError, match=r"top_k=3: cannot be said to this server"):
+    with pytest.raises(EngineError, match=r"top_k=3: not possible with a prompt as text"):
         sampled(tiny, "openai", prompt, base_url=server.url, top_k=3)
 
 
@@ -149,7 +149,7 @@ def test_a_busy_server_is_asked_again(tiny: CausalLM, stub: Callable[..., Stub],
         ({"choices": [{"finish_reason": "content_filter", "text": ""}] * 4}, r"finish_reason stop or length, got"),
         (
             {"choices": [{"finish_reason": "stop", "token_ids": [5, 21]}] * 4},
-            r"token id 21 where the vocabulary has 21",
+            r"token id 21, but the vocabulary has 21 tokens",
         ),
         (None, r"/v1/completions: no answer: "),
     ],

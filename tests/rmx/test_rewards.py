@@ -92,7 +92,7 @@ def test_what_it_does_to_its_worker_is_an_outcome(file: Path) -> None:
         ("words", "expected a number from 0 to 1, got 'good'"),
         ("pair", r"expected \(reward, reason\), got \(1.0, 2.0\)"),
         ("short", "expected a list with a reward for each completion"),
-        ("constant", "constant is no function"),
+        ("constant", "constant is not a function"),
         ("missing", "has no attribute 'missing'"),
     ],
 )

@@ -38,8 +38,8 @@ def config(name: object, **more: object) -> ModelConfig:
         ("mine.gguf", r"no such file \(a name that ends in .gguf is a path\)"),
         ("folder/mine.safetensors", r"no such file \(a name that ends in .safetensors is a path\)"),
         ("runs/mine", r"no such directory; '.*runs' is one \('runs' is a directory here"),
-        ("runs/mine/merged", "cannot be a name of the Hugging Face hub"),
-        ("my model", "cannot be a name of the Hugging Face hub"),
+        ("runs/mine/merged", "cannot be a name on the Hugging Face hub"),
+        ("my model", "cannot be a name on the Hugging Face hub"),
         ("weights.safetensors", "expected a directory or a .gguf file, got another file"),
         ("notes", "expected a directory or a .gguf file, got another file"),
     ],
@@ -226,7 +226,7 @@ def test_offline_mode_asks_nobody(
     hub_cache: Path, hanging: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set, and the hub's local cache does not hold this model"):
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set, but the hub's local cache does not have this model"):
         model.load(config("owner/typo"))
     assert hanging == []
 

@@ -233,7 +233,8 @@ def test_a_torn_shard_is_made_again_before_training(
     shard.write_bytes(content[:cut])
     capsys.readouterr()
     torn.execute("train")
-    assert f"train: 1 files of {torn.path('scores')} were absent or torn and were made again" in capsys.readouterr().err
+    said = f"train: 1 files of {torn.path('scores')} were missing or incomplete and were made again"
+    assert said in capsys.readouterr().err
     assert adapter_bytes(torn) == adapter_bytes(whole)
     made, before = safetensors.torch.load_file(shard), safetensors.torch.load(content)
     assert made.keys() == before.keys()
@@ -270,7 +271,7 @@ def test_training_without_kept_states_computes_them_and_says_so(
         bare.execute(stage, again=True)
     capsys.readouterr()
     bare.execute("train")
-    assert "the score stage did not keep these base states; they are computed in each step" in capsys.readouterr().err
+    assert "the score stage did not store the base states that training needs" in capsys.readouterr().err
     adapters_close(bare, kept)
     sizes = [sum(p.stat().st_size for p in run.path("scores").iterdir()) for run in (bare, kept)]
     assert sizes[0] < sizes[1] / 4

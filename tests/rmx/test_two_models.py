@@ -92,11 +92,11 @@ def test_base_and_tuned_are_asked_by_their_names(finished: Run, listing: Listed)
 def test_a_name_that_is_not_served_is_an_error_that_lists_those_that_are(finished: Run, listing: Listed) -> None:
     server = listing([BASE, "other"])
     with pytest.raises(
-        EngineError, match=r"/v1: serves no model 'tuned', but 'base-7b', 'other': set .*tuned_model"
+        EngineError, match=r"/v1: no model 'tuned' there, only 'base-7b', 'other': set .*tuned_model"
     ) as e:
         served(finished.config, server.url).execute("evaluate", again=True)
     assert f"--lora-modules tuned={finished.path('adapter')}" in str(e.value)
-    with pytest.raises(EngineError, match=r"serves no model 'base-8b', but 'base-7b', 'other': set server_model") as e:
+    with pytest.raises(EngineError, match=r"no model 'base-8b' there, only 'base-7b', 'other': set server_model") as e:
         served(finished.config, server.url, server_model="base-8b").execute("evaluate", again=True)
     assert "--lora-modules" not in str(e.value)
     assert server.bodies == []  # before anything is sampled
@@ -108,17 +108,17 @@ def test_the_rollouts_name_the_server_s_models_too(tiny_config: Config, listing:
         changed(tiny_config, rollouts={"engine": "openai", "base_url": server.url, "server_model": "no/such-model"})
     )
     run.execute("problems")
-    with pytest.raises(EngineError, match=r"/v1: serves no model 'no/such-model', but 'base-7b', 'tuned'"):
+    with pytest.raises(EngineError, match=r"/v1: no model 'no/such-model' there, only 'base-7b', 'tuned'"):
         run.execute("rollouts")
     silent = listing(None)  # what it says is all there is
     run = Run(changed(run.config, rollouts={"base_url": silent.url}))
-    with pytest.raises(EngineError, match=r"no way of asking: .*status 404: The model `no/such-model` does not exist"):
+    with pytest.raises(EngineError, match=r"no form of request: .*status 404: The model `no/such-model` does not"):
         run.execute("rollouts")
 
 
 def test_a_server_that_lists_nothing_may_have_one_model(tiny: CausalLM, listing: Listed, tmp_path: Any) -> None:
     sampling = EvaluateConfig(engine="openai", base_url=listing(None).url, server_model=BASE, tuned_model=TUNED)
-    with pytest.raises(EngineError, match=r"cannot be asked which models it has \(GET /models\)"):
+    with pytest.raises(EngineError, match=r"does not list its models \(GET /models\)"):
         check_served(tiny, sampling, tmp_path)
     many = listing([f"m{i}" for i in range(50)])
     with pytest.raises(EngineError, match=r"'m19' and 30 more: set"):
@@ -142,7 +142,7 @@ def test_benchmarks_ask_both_models_and_ablations_are_refused(finished: Run, lis
     ("evaluate", "train", "message"),
     [
         ({"tuned_model": None}, {}, "expected tuned_model, the adapter's name on the server"),
-        ({"engine": "loop", "base_url": None}, {}, "tuned_model, .*for no other"),
+        ({"engine": "loop", "base_url": None}, {}, "tuned_model .*with another engine"),
         ({"server_model": TUNED}, {}, "expected two names, got the same one"),
         ({}, {"candidates": 2}, "a server has one tuned model: use another evaluate.engine"),
     ],

@@ -216,7 +216,7 @@ def test_a_run_samples_with_it(tiny_config: Config) -> None:
     [
         (choice([5, 6], "abort"), "expected up to 8 tokens that end by stop or length, got 2 that end by 'abort'"),
         (choice([5] * 9, "length"), "got 9 that end by 'length'"),
-        (choice([5, 21], "stop"), "token id 21 where the vocabulary has 21: another model"),
+        (choice([5, 21], "stop"), "token id 21, but the vocabulary has 21 tokens: another model"),
         (choice([5], "length", lost=1), "8 answers to 9 prompts"),
         (ValueError("prompt is too long"), "engine=vllm: prompt is too long"),
         (RuntimeError("engine core died"), "engine=vllm: engine core died"),
@@ -238,7 +238,7 @@ def test_an_end_that_is_not_told_is_put_back(tiny: CausalLM, monkeypatch: pytest
 def test_why_it_cannot_run_here_is_said(tiny: CausalLM, monkeypatch: pytest.MonkeyPatch, tiny_config: Config) -> None:
     with pytest.raises(EngineError, match="not loaded from files"):
         sampled(dataclasses.replace(tiny, settings=None))
-    with pytest.raises(EngineError, match="the model is a GGUF file"):
+    with pytest.raises(EngineError, match="the weights of this GGUF file"):
         sampled(dataclasses.replace(tiny, gguf=True))
     monkeypatch.setattr(vllm_engine, "_on_gpu", lambda lm: lm.device.type == "cuda")
     with pytest.raises(EngineError, match="needs a CUDA GPU, and the model is on the CPU"):
@@ -257,7 +257,7 @@ def test_a_rank_beyond_its_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 33}')
     assert vllm_engine._rank(tmp_path) == 64
     (tmp_path / "adapter_config.json").write_text('{"r": 513}')
-    with pytest.raises(EngineError, match="has rank 513, vLLM takes up to 512"):
+    with pytest.raises(EngineError, match="has rank 513, vLLM supports at most 512"):
         vllm_engine._rank(tmp_path)
 
 
