@@ -106,7 +106,7 @@ def test_a_server_that_only_chats_gets_turns(
     assert turns in [body.get("messages") for body in server.bodies]
     assert server.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": False}
     assert "applies its own chat template" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(EngineError, match=r"prompt.style=qa is no chat"):
+    with pytest.raises(EngineError, match=r"prompt.style=qa is not a chat style"):
         sampled(tiny, "openai", PromptConfig(style="qa"), base_url=server.url)
     with pytest.raises(EngineError, match=r"top_k=3: not possible with a prompt as text"):
         sampled(tiny, "openai", prompt, base_url=server.url, top_k=3)

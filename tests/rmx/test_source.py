@@ -34,10 +34,10 @@ def config(name: object, **more: object) -> ModelConfig:
         ("./mine", r"no such directory; .* \(the name is a path\)"),
         ("../mine", "the name is a path"),
         ("~/no/such/model", "the name is a path"),
-        ("/no/such/model", r"no such directory; '/' is one \(the name is a path\)"),
+        ("/no/such/model", r"no such directory; the nearest existing one is '/' \(the name is a path\)"),
         ("mine.gguf", r"no such file \(a name that ends in .gguf is a path\)"),
         ("folder/mine.safetensors", r"no such file \(a name that ends in .safetensors is a path\)"),
-        ("runs/mine", r"no such directory; '.*runs' is one \('runs' is a directory here"),
+        ("runs/mine", r"no such directory; the nearest existing one is '.*runs' \('runs' is a directory here"),
         ("runs/mine/merged", "cannot be a name on the Hugging Face hub"),
         ("my model", "cannot be a name on the Hugging Face hub"),
         ("weights.safetensors", "expected a directory or a .gguf file, got another file"),
@@ -272,7 +272,7 @@ def test_an_error_of_the_models_path_too(tmp_path: Path, command: list[str]) -> 
     done = quick(tmp_path, GOOD.format(folder=tmp_path, model="/no/such/model"), *command)
     assert (done.returncode, done.stdout) == (1, "loaded:\n")
     assert done.stderr == (
-        "rmx: error: model.name='/no/such/model': no such directory; '/' is one (the name is a path)\n"
+        "rmx: error: model.name='/no/such/model': no such directory; the nearest existing one is '/' (the name is a path)\n"
     )
 
 

@@ -141,7 +141,7 @@ def test_benchmarks_ask_both_models_and_ablations_are_refused(finished: Run, lis
 @pytest.mark.parametrize(
     ("evaluate", "train", "message"),
     [
-        ({"tuned_model": None}, {}, "expected tuned_model, the adapter's name on the server"),
+        ({"tuned_model": None}, {}, "expected tuned_model .the adapter's name on the server"),
         ({"engine": "loop", "base_url": None}, {}, "tuned_model .*with another engine"),
         ({"server_model": TUNED}, {}, "expected two names, got the same one"),
         ({}, {"candidates": 2}, "a server has one tuned model: use another evaluate.engine"),
