@@ -120,7 +120,7 @@ def test_another_template_on_the_server_is_noticed(tiny: CausalLM, stub: Callabl
         return answer
 
     server = stub(other)
-    with pytest.raises(ServerError, match=r"/v1/chat/completions: the server read a prompt of 9 tokens .* rendered 6"):
+    with pytest.raises(ServerError, match=r"chat/completions: the server read a prompt of 9 tokens, rmx rendered 6"):
         sampled(tiny, "openai", base_url=server.url)
 
 

@@ -272,7 +272,8 @@ def test_an_error_of_the_models_path_too(tmp_path: Path, command: list[str]) -> 
     done = quick(tmp_path, GOOD.format(folder=tmp_path, model="/no/such/model"), *command)
     assert (done.returncode, done.stdout) == (1, "loaded:\n")
     assert done.stderr == (
-        "rmx: error: model.name='/no/such/model': no such directory; the nearest existing one is '/' (the name is a path)\n"
+        "rmx: error: model.name='/no/such/model': no such directory; the nearest existing one is '/' "
+        "(the name is a path)\n"
     )
 
 
