@@ -265,7 +265,7 @@ def test_best_implementation_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors elsewhere, and of a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendUnavailable, match="tensors are on 'cuda', it runs on cpu"):
+    with pytest.raises(BackendUnavailable, match="tensors are on 'cuda', but it runs on cpu"):
         dispatch.choose("entropy_topk", "cpu", "cuda", torch.float32)
     with pytest.raises(BackendUnavailable, match=r"CUDA|triton package"):
         dispatch.choose("entropy_topk", "triton", "cuda", torch.float32)
