@@ -67,7 +67,7 @@ def demo_config(path: Path, seed: int, run_dir: str, overrides: list[str], size:
     said = (
         f"demo: the full size would take about {duration(long)} here (products in {dtype} at {rate / 1e9:.0f} GFLOP/s)"
     )
-    said += f"; the small one is run, about {duration(short)}; --size full insists on the full one"
+    said += f"; the small size runs instead, about {duration(short)}; --size full runs the full one"
     console.print(said, markup=False, highlight=False, soft_wrap=True)
     return small
 

@@ -54,7 +54,7 @@ def test_a_slow_machine_runs_the_small_size_and_says_so(
     assert (problems_of(config), config.select.max_sequences) == (48, 192)
     said = capsys.readouterr().err
     assert "demo: the full size would take about " in said and "products in float32 at 60 GFLOP/s" in said
-    assert "the small one is run, about " in said and "--size full insists" in said
+    assert "the small size runs instead, about " in said and "--size full runs" in said
     assert problems_of(sized(tmp_path, size="full")) == 160
 
 
