@@ -328,7 +328,7 @@ def test_errors_say_what_was_expected_and_what_came(op: str, device: str, impl: 
         ((A, B[:, :2], scale), r"B of shape \[23, 3\], r as in A, got \(23, 2\)"),
         (
             (A, B.double(), scale),
-            r"B of bfloat16, float16 or float32, since hidden is of torch\.float32, got torch\.float64",
+            r"B of bfloat16, float16 or float32, since hidden has torch\.float32, got torch\.float64",
         ),
         ((A, B.to("meta"), scale), rf"B on the device of hidden, {A.device}, got meta"),
         ((A, B, True), "scale to be a number, got bool"),
