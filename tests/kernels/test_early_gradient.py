@@ -7,6 +7,9 @@ import oracles
 import pytest
 import torch
 from cases import tiny_tiles
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rmx_kernels import PolicyOptions, linear_entropy_topk, linear_policy_loss
@@ -86,6 +89,27 @@ def test_gradcheck(device: str, impl: str, fp64: torch.dtype, scaling: Any) -> N
 
     with tiny_tiles():
         assert torch.autograd.gradcheck(function, inputs)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@drawn(
+    lead=st.lists(st.integers(0, 4), max_size=2),
+    V=st.integers(1, 23),
+    H=st.integers(1, 9),
+    r=st.integers(1, 3),
+    tile=st.tuples(st.integers(1, 9), st.integers(1, 4)),
+    scaling=st.sampled_from([{}, cases.SCALED]),
+)
+def test_any_shape_and_tiling(device, impl, fp64, lead, V, H, r, tile, scaling) -> None:
+    """The gradients that are made in the backward pass, whose own tests know the exact ones."""
+    arguments = cases.with_lora(cases.make(OPERATOR, tuple(lead), V, H, fp64, device), r)
+    found = []
+    for early in (True, False):
+        fresh, inputs = cases.leaves(OPERATOR, arguments)
+        with tiny_tiles(*tile):
+            logprob = linear_entropy_topk(**fresh, **scaling, impl=impl, early_gradient=early).logprob
+            found.append(torch.autograd.grad(logprob, inputs, cases.cotangents([logprob])))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["lse", "entropy", "topk_logprobs"])
