@@ -5,6 +5,7 @@ that the work was less than the floor counts (a row without an anchor needs fewe
 """
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ import torch
 from providers import DEVICE
 from torch import Tensor
 
-from rmx_kernels import machine
-
 COPY_BYTES = (2 << 30) if DEVICE == "cuda" else (128 << 20)  # far beyond every cache
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of a GPU
 HEAD_START = 2_000_000  # cycles, about 1 ms, in which a call's launches are queued
-RATE_SECONDS = 2.0  # for each rate: a CPU without bfloat16 takes minutes for a product that a GPU does not notice
+GEMM_SIZES = (256, 512, 1024, 2048, 4096, 8192)[: 6 if DEVICE == "cuda" else 4]  # of square products
+GEMM_SECONDS = 2.0  # for those of a dtype: a CPU without bfloat16 takes minutes for the largest
 LOGIT_BYTES = 1 << 30  # of the products' output, so that a floor fits wherever the inputs do
 
 
@@ -111,6 +111,14 @@ class Rates:
 
 @functools.cache
 def rates() -> Rates:
-    """Medians at the start of the run, of square products and copies as large as RATE_SECONDS allows."""
-    found = {rate.what: rate.median for rate in machine.measure(DEVICE, RATE_SECONDS)}
-    return Rates({name: found[f"GEMM {name}"] for name in ("bf16", "fp32")}, found["copy"])
+    """Medians at the start of the run: the largest square products that GEMM_SECONDS allow, and the large copy."""
+    gemm = {}
+    for name, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
+        for size in GEMM_SIZES:
+            x = torch.randn(size, size, device=DEVICE).to(dtype)  # products of constants run faster
+            out = torch.empty_like(x)
+            times = [seconds(lambda x=x, out=out: torch.mm(x, x, out=out)) for _ in range(6)]  # type: ignore[misc]
+            gemm[name] = 2 * size**3 / statistics.median(times[1:])
+            if 8 * sum(times) > GEMM_SECONDS:  # the next ones
+                break
+    return Rates(gemm, 2 * COPY_BYTES / statistics.median([copy_seconds() for _ in range(6)][1:]))
