@@ -7,6 +7,8 @@ from rmx_kernels.divergences.op import ALPHA, FORWARD_KL, JSD, KINDS, REVERSE_KL
 from rmx_kernels.logits import LoRA, linear
 from rmx_kernels.results import DivergenceStats
 
+ENDS = {JSD: (FORWARD_KL, REVERSE_KL), ALPHA: (REVERSE_KL, FORWARD_KL)}  # what they are at a beta of 0 and of 1
+
 
 def linear_divergence(
     hidden: Tensor,
@@ -86,10 +88,8 @@ def linear_divergence(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     checks.scaling(teacher_temperature, teacher_softcap, hidden, "teacher_")
     _check_kind(kind, beta)
-    if kind == JSD and beta in (0, 1):
-        kind = REVERSE_KL if beta else FORWARD_KL
-    if kind == ALPHA and beta in (0, 1):
-        kind = FORWARD_KL if beta else REVERSE_KL
+    if kind in ENDS and beta in (0, 1):
+        kind = ENDS[kind][int(beta)]
     chosen = choice.chosen("linear_divergence", impl, hidden)
     student = linear(hidden, weight, bias, lora, temperature, softcap)
     constants = (

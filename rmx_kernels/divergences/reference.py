@@ -58,12 +58,24 @@ def log_ratio(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_q - log_p).masked_fill_((p == 0) & (q == 0), 0).clamp_(-FAR, FAR)
 
 
-def alpha_terms(order: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The terms of the alpha divergence, and q l = (q - p^a q^b) / a, of the mean and of the gradient."""
-    a, b = order, 1 - order
-    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
+def alpha_parts(order: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(p, q, where x = log q - log p is near 0, x there, p^a q^b) of a tile."""
+    x = log_q - log_p
     near = x.abs() <= NEAR_POWER
-    x = torch.where(near, x, 0.0)
+    power = (order * log_p + (1 - order) * log_q).exp()
+    return log_p.exp(), log_q.exp(), near, torch.where(near, x, 0.0), power
+
+
+def alpha_slopes(order: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """q l = (q - p^a q^b) / a, of the mean and of the gradient."""
+    _, q, near, x, power = alpha_parts(order, log_p, log_q)
+    return torch.where(near, -q * torch.expm1(-order * x), q - power) / order
+
+
+def alpha_terms(order: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The terms of the alpha divergence."""
+    a, b = order, 1 - order
+    p, q, near, x, power = alpha_parts(order, log_p, log_q)
     coefficients, c, factorial = [], 1.0, 2
     for n in range(2, LAST_POWER + 1):
         coefficients.append(c / factorial)
@@ -71,10 +83,8 @@ def alpha_terms(order: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Ten
     series = torch.full_like(x, coefficients.pop())
     while coefficients:
         series.mul_(x).add_(coefficients.pop())
-    w = (a * log_p + b * log_q).exp()
-    far = ((a * p + b * q - w) / (a * b)).clamp(min=0)
-    found = torch.where(near, series.mul_(x).mul_(x).mul_(p), far)
-    return found, torch.where(near, -q * torch.expm1(-a * x), q - w) / a
+    far = ((a * p + b * q - power) / (a * b)).clamp(min=0)
+    return torch.where(near, series.mul_(x).mul_(x).mul_(p), far)
 
 
 def terms(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +95,7 @@ def terms(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor,
     if kind == REVERSE_KL:
         return kl_terms(p, q, log_p - log_q), (q * (log_q - log_p)).masked_fill_(q == 0, 0)
     if kind == ALPHA:
-        return alpha_terms(beta, log_p, log_q)
+        return alpha_terms(beta, log_p, log_q), alpha_slopes(beta, log_p, log_q)
     x = log_ratio(p, q, log_p, log_q)
     mixture = beta * p + (1 - beta) * q
     of_p = mixture_terms(p, mixture, (1 - beta) * x.expm1())
@@ -100,7 +110,7 @@ def row_gradient(kind: str, beta: float, log_p: Tensor, log_q: Tensor, mean: Ten
     if kind == FORWARD_KL:
         return q - p  # 0 where they are equal
     if kind == ALPHA:
-        return alpha_terms(beta, log_p, log_q)[1] - q * mean[:, None]
+        return alpha_slopes(beta, log_p, log_q) - q * mean[:, None]
     if kind == REVERSE_KL:
         of_q = (log_q - log_p) - mean[:, None]
     else:
