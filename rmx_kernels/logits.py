@@ -1,5 +1,6 @@
 """The operand of every operator: rows of logits, given as they are or as hidden states with an output head."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -144,9 +145,21 @@ class Logits(NamedTuple):
         )
 
     def empty_row_gradients(self, wanted: bool, impl: str) -> tuple[Tensor, Tensor]:
-        """Room for gradients of x and lora_hidden that are still to be multiplied; without elements if not wanted."""
-        shapes = [x.shape if x is not None and wanted else (0,) for x in (self.x, self.lora_hidden)]
+        """Room for the flattened rows of gradients of x and lora_hidden that are still to be multiplied.
+
+        Without elements if not wanted.
+        """
+        N = math.prod(self.lead)  # symbolic where it is traced, unlike numel()
+        shapes = [(N, x.shape[-1]) if x is not None and wanted else (0,) for x in (self.x, self.lora_hidden)]
         x, lora_hidden = (self.x.new_empty(shape, dtype=gradient_dtype(self.x, impl)) for shape in shapes)
+        return x, lora_hidden
+
+    def shaped(self, dx: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the flattened rows in the shape of x and lora_hidden; one without a row dimension as it is."""
+        x, lora_hidden = (
+            g.view(like.shape) if like is not None and g.dim() == 2 else g
+            for g, like in ((dx, self.x), (du, self.lora_hidden))
+        )
         return x, lora_hidden
 
     def empty_gradients(self, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -168,6 +181,24 @@ def spread(gradients: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
     """As autograd takes what an operator returned: one for each of TENSORS, None where not asked for."""
     found = iter(gradients)
     return [next(found) if need else None for need in needs]
+
+
+OF_ROWS = (0, 3)  # the places of x and lora_hidden in TENSORS: a row of their gradients is that of one row of logits
+
+
+def left_after(early: bool, needs: Needs) -> list[bool]:
+    """Which gradients are still to be made, where ``early`` says that those of OF_ROWS were made with the value."""
+    return [need and not (early and place in OF_ROWS) for place, need in enumerate(needs)]
+
+
+def add_early(
+    found: list[Tensor | None], made: Sequence[Tensor], upstream: Tensor, needs: Needs, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """``found`` with the gradients of OF_ROWS that were ``made`` for an upstream of 1, times that upstream."""
+    for place, gradient in zip(OF_ROWS, made, strict=True):
+        if needs[place]:
+            found[place] = torch.ops.rmx_kernels.times(gradient, upstream, dtype)
+    return found
 
 
 def fake_gradients(*arguments: Any) -> list[Tensor]:

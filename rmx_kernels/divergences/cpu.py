@@ -110,20 +110,14 @@ class HeadRows:
         return x, u, z, LogitRows(self.pair, rows, z[:n], teacher_z[:n])
 
     def _back(self, dz: Tensor, rows: slice, dx: Tensor, du: Tensor) -> None:
-        n = rows.stop - rows.start
-        if dx.numel():
-            dx[rows] = self.student.back(dz)[:n]
-        if du.numel():
-            du[rows] = self.student.lora_back(dz)[:n]
+        self.student.back_into(dz, rows, rows.stop - rows.start, dx, du)
 
 
 def divergence(pair: HeadPair, gradient: bool) -> DivergenceForward:
     z, pair = pair.student, pair.rows()
     norms = torch.full((NORMS, pair.student.x.shape[0]), float("nan"), dtype=z.real)
     value, dx, du = HeadRows(pair).values(norms, gradient)
-    dx = dx.view(z.x.shape) if gradient else dx
-    du = du.view(z.lora_hidden.shape) if z.lora_hidden is not None and gradient else du
-    return value.view(z.lead), norms[5].clone().view(z.lead), norms, dx, du
+    return value.view(z.lead), norms[5].clone().view(z.lead), norms, *z.shaped(dx, du)
 
 
 def divergence_backward(pair: HeadPair, norms: Tensor, upstream: Upstream, needs: Needs) -> Gradients:
@@ -133,6 +127,5 @@ def divergence_backward(pair: HeadPair, norms: Tensor, upstream: Upstream, needs
     dx, du = rows.gradients(norms, upstream, needs)
     sink = HeadGradient(z, needs)
     rows.head_gradients(norms, upstream, sink)
-    dx = dx.to(z.x.dtype).view(z.x.shape if needs[0] else -1)
-    du = du.to(z.x.dtype).view(z.lora_hidden.shape if needs[3] and z.lora_hidden is not None else -1)
+    dx, du = z.shaped(dx.to(z.x.dtype), du.to(z.x.dtype))
     return dx, sink.weight, sink.bias, du, sink.lora_weight

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
+from rmx_kernels.logits import OPERANDS, Logits, add_early, asked, fake_gradients, left_after, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import DivergenceStats
 
@@ -81,7 +81,7 @@ def _divergence(*arguments: Any) -> DivergenceForward:
 def _fake_divergence(*arguments: Any) -> DivergenceForward:
     (student, *_), (gradient, impl) = _pair(arguments)
     row = student.x.new_empty(student.lead, dtype=student.real)
-    dx, du = student.empty_row_gradients(gradient, impl)
+    dx, du = student.shaped(*student.empty_row_gradients(gradient, impl))
     return row, torch.empty_like(row), row.new_empty(NORMS, row.numel()), dx, du
 
 
@@ -103,10 +103,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
 def _formula(ctx: Any, g_divergence: Tensor | None, g_entropy: Tensor | None, *_: Any) -> Any:
     norms, dx, du, *saved = ctx.saved_tensors  # read once, for non-reentrant checkpointing
     early = ctx.early and g_entropy is None and g_divergence is not None
-    late = [
-        need and not (early and name in ("x", "lora_hidden"))
-        for name, need in zip(logits.TENSORS, ctx.needs, strict=True)
-    ]
+    late = left_after(early, ctx.needs)
     found: list[Tensor | None] = [None] * len(logits.TENSORS)
     if any(late):
         given = list(ctx.others)
@@ -114,9 +111,8 @@ def _formula(ctx: Any, g_divergence: Tensor | None, g_entropy: Tensor | None, *_
             given[place] = tensor
         gradients = torch.ops.rmx_kernels.divergence_backward(*given, norms, g_divergence, g_entropy, late, ctx.impl)
         found = spread(gradients, late)
-    for place, gradient in ((0, dx), (3, du)):
-        if early and ctx.needs[place] and g_divergence is not None:
-            found[place] = torch.ops.rmx_kernels.times(gradient, g_divergence.unsqueeze(-1), ctx.dtype)
+    if early and g_divergence is not None:
+        found = add_early(found, (dx, du), g_divergence.unsqueeze(-1), ctx.needs, ctx.dtype)
     return *found, *[None] * (ARGUMENTS + 2 - len(logits.TENSORS))
 
 

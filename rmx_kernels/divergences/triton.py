@@ -180,17 +180,13 @@ class HeadRows:
         return dz, size
 
     def _back(self, dz: Tensor, size: Tensor | None, rows: slice, dx: Tensor, du: Tensor) -> None:
-        for gradient, weight in ((dx, self.head.weight), (du, self.head.lora_weight)):
-            if gradient.numel() and weight is not None:
-                self.head.back(dz, weight, size, gradient[rows])
+        self.head.back_into(dz, size, rows, dx, du)
 
 
 def divergence(pair: HeadPair, gradient: bool) -> DivergenceForward:
     z = pair.student
     value, norms, dx, du = HeadRows(pair.rows()).values(gradient)
-    dx = dx.view(z.x.shape) if gradient else dx
-    du = du.view(z.lora_hidden.shape) if gradient and z.lora_hidden is not None else du
-    return value.view(z.lead), norms[5].clone().view(z.lead), norms, dx, du
+    return value.view(z.lead), norms[5].clone().view(z.lead), norms, *z.shaped(dx, du)
 
 
 def divergence_backward(pair: HeadPair, norms: Tensor, upstream: Upstream, needs: Needs) -> Gradients:
@@ -198,7 +194,5 @@ def divergence_backward(pair: HeadPair, norms: Tensor, upstream: Upstream, needs
     g_divergence, g_entropy = (None if g is None else g.contiguous() for g in flat_upstream(upstream, torch.float32))
     dx, du = rows.gradients(norms, (g_divergence, g_entropy), needs)
     rows.head_gradients(norms, (g_divergence, g_entropy), sink)
-    dx, du = dx.to(z.x.dtype), du.to(z.x.dtype)
-    dx = dx.view(z.x.shape) if needs[0] else dx
-    du = du.view(z.lora_hidden.shape) if needs[3] and z.lora_hidden is not None else du
+    dx, du = z.shaped(dx.to(z.x.dtype), du.to(z.x.dtype))
     return dx, sink.weight, sink.bias, du, sink.lora_weight

@@ -89,6 +89,13 @@ class Head:
         assert self.lora_weight is not None
         return self._back(dz, self.lora_weight)
 
+    def back_into(self, dz: Tensor, where: Tensor | slice, n: int, dx: Tensor, du: Tensor) -> None:
+        """The first n rows of :meth:`back` into dx[where] and of :meth:`lora_back` into du[where], if there are any."""
+        if dx.numel():
+            dx[where] = self.back(dz)[:n]
+        if du.numel():
+            du[where] = self.lora_back(dz)[:n]
+
     def _back(self, dz: Tensor, matrix: Tensor) -> Tensor:
         if self.dtype == matrix.dtype:
             return torch.mm(dz, matrix)

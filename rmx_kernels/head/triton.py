@@ -105,6 +105,12 @@ class Head:
             product(dz, weight, total)
             out.copy_(total[:n])
 
+    def back_into(self, dz: Tensor, size: Tensor | None, rows: slice, dx: Tensor, du: Tensor) -> None:
+        """:meth:`back` of W into the rows of dx and of B into those of du, if these have elements."""
+        for gradient, weight in ((dx, self.weight), (du, self.lora_weight)):
+            if gradient.numel() and weight is not None:
+                self.back(dz, weight, size, gradient[rows])
+
     def slices(self) -> Iterator[slice]:
         """Of the vocabulary, for the gradient of a trained head."""
         return chunks(self.V, max(1024, configs.HEAD_TILE_BYTES // (4 * self.H) // 1024 * 1024))

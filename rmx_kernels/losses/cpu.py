@@ -17,7 +17,7 @@ from rmx_kernels import native
 from rmx_kernels.head import cpu as tiles
 from rmx_kernels.head.cpu import Head, scale_of
 from rmx_kernels.head.gradient import HeadGradient
-from rmx_kernels.logits import Gradients, Needs, chunks, gradient_dtype
+from rmx_kernels.logits import Gradients, Needs, chunks
 from rmx_kernels.losses.op import BASE_MASS_TOLERANCE, LossForward, Pair, Terms, Weights
 from rmx_kernels.losses.reference import live_rows
 
@@ -144,11 +144,7 @@ class HeadRows:
         return dx, dx.new_zeros(self.u.shape if self.u is not None and need_lora else 0)
 
     def _back(self, dz: Tensor, rows: slice, dx: Tensor, du: Tensor) -> None:
-        where, n = self._where(rows), rows.stop - rows.start
-        if dx.numel():
-            dx[where] = self.head.back(dz)[:n]
-        if du.numel():
-            du[where] = self.head.lora_back(dz)[:n]
+        self.head.back_into(dz, self._where(rows), rows.stop - rows.start, dx, du)
 
     def _buffer(self, rows: int, columns: int) -> Tensor:
         return self.head.buffer(columns, *self._split(slice(0, min(rows, self.rows.n))))
@@ -213,13 +209,11 @@ def contrastive_loss(pair: Pair, weights: Weights, base_lse: Tensor | None, grad
         terms = torch.stack(found)
     else:
         terms = rows.terms(base_lse is not None)
-        dx, du = (terms.new_empty(0, dtype=gradient_dtype(z.x, "cpu")) for _ in range(2))
+        dx, du = z.empty_row_gradients(False, "cpu")
     whole = terms.new_full((6, z.lead.numel()), float("nan"))  # NaN in rows that are not live
     whole[:, rows.index] = torch.cat([rows.norms, terms])
     logprob, kl = (x.clone().view(z.lead) for x in whole[4:])
-    dx = dx.view(z.x.shape) if gradient else dx
-    du = du.view(z.lora_hidden.shape) if z.lora_hidden is not None and gradient else du
-    return weighted_sum(rows.weights, terms), logprob, kl, whole[:4].clone(), dx, du
+    return weighted_sum(rows.weights, terms), logprob, kl, whole[:4].clone(), *z.shaped(dx, du)
 
 
 def contrastive_loss_backward(pair: Pair, weights: Weights, norms: Tensor, g_loss: Tensor, needs: Needs) -> Gradients:
@@ -252,6 +246,5 @@ def logprob_kl_backward(
     dx, du = rows.gradients(needs[0], needs[3])
     sink = HeadGradient(z, needs)
     rows.d_head(sink)
-    dx = dx.to(z.x.dtype).view(z.x.shape if needs[0] else -1)
-    du = du.to(z.x.dtype).view(z.lora_hidden.shape if needs[3] and z.lora_hidden is not None else -1)
+    dx, du = z.shaped(dx.to(z.x.dtype), du.to(z.x.dtype))
     return dx, sink.weight, sink.bias, du, sink.lora_weight

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
+from rmx_kernels.logits import OPERANDS, Logits, add_early, asked, fake_gradients, left_after, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import ContrastiveLoss, LogprobKL
 
@@ -81,7 +81,7 @@ def _fake_terms(student: Logits) -> Terms:
 def _fake_loss(*arguments: Any) -> LossForward:
     (student, _, _), (_, _, _, gradient, impl) = _pair(arguments)
     logprob, kl, norms = _fake_terms(student)
-    dx, du = student.empty_row_gradients(gradient, impl)
+    dx, du = student.shaped(*student.empty_row_gradients(gradient, impl))
     return logprob.new_empty(()), logprob, kl, norms, dx, du
 
 
@@ -96,10 +96,7 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> 
     constants = student.row_temperature, *of_pair, *weights, output[3]
     ctx.temperature, ctx.softcap, ctx.dtype = student.temperature, student.softcap, student.x.dtype
     ctx.needs = list(ctx.needs_input_grad[: len(logits.TENSORS)])
-    ctx.late = [
-        need and not (gradient and name in ("x", "lora_hidden"))
-        for name, need in zip(logits.TENSORS, ctx.needs, strict=True)
-    ]
+    ctx.early, ctx.late = gradient, left_after(gradient, ctx.needs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:6], *((*student.tensors, *constants) if any(ctx.late) else ()))
 
@@ -114,9 +111,8 @@ def _loss_formula(ctx: Any, g_loss: Tensor | None, *_: Any) -> Any:
                 *saved[:count], ctx.temperature, ctx.softcap, *saved[count:], g_loss, ctx.late, ctx.impl
             )
             found = spread(gradients, ctx.late)
-        for place, early in ((0, dx), (3, du)):
-            if ctx.needs[place] and not ctx.late[place]:
-                found[place] = torch.ops.rmx_kernels.times(early, g_loss, ctx.dtype)
+        if ctx.early:
+            found = add_early(found, (dx, du), g_loss, ctx.needs, ctx.dtype)
     return *found, *[None] * 10
 
 

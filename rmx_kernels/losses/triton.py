@@ -211,9 +211,7 @@ class HeadRows:
         return dz
 
     def _back(self, dz: Tensor, rows: slice, size: Tensor | None, dx: Tensor, du: Tensor) -> None:
-        for gradient, weight in ((dx, self.head.weight), (du, self.head.lora_weight)):
-            if gradient.numel() and weight is not None:
-                self.head.back(dz, weight, size, gradient[rows])
+        self.head.back_into(dz, size, rows, dx, du)
 
 
 def head_rows(pair: Pair, index: Tensor | None, anchored: int | None) -> HeadRows:
@@ -258,12 +256,11 @@ def contrastive_loss(pair: Pair, weights: Weights, base_lse: Tensor | None, grad
     if z.weight is None:
         terms = row_terms(whole(pair), weights, None)
         logprob, kl, norms = terms[0].clone(), terms[1].clone(), terms[2:].clone()
-        dx, du = (z.x.new_empty(0, dtype=gradient_dtype(z.x, "triton")) for _ in range(2))
+        dx, du = z.empty_row_gradients(False, "triton")
     else:
         known = None if base_lse is None else base_lse.reshape(-1)
         logprob, kl, norms, dx, du = live(pair, weights).terms(weights, known, gradient)
-        dx = dx.view(z.x.shape) if gradient else dx
-        du = du.view(z.lora_hidden.shape) if gradient and z.lora_hidden is not None else du
+        dx, du = z.shaped(dx, du)
     return weighted_sum(weights, logprob, kl), logprob.view(lead), kl.view(lead), norms, dx, du
 
 
@@ -292,7 +289,5 @@ def logprob_kl_backward(
     rows, sink = head_rows(pair, None, 0 if upstream[1] is None else None), head_gradient(z, needs)
     dx, du = rows.gradients(weights, norms, needs[0], needs[3])
     rows.head_gradients(weights, norms, sink)
-    dx, du = dx.to(z.x.dtype), du.to(z.x.dtype)
-    dx = dx.view(z.x.shape) if needs[0] else dx
-    du = du.view(z.lora_hidden.shape) if needs[3] and z.lora_hidden is not None else du
+    dx, du = z.shaped(dx.to(z.x.dtype), du.to(z.x.dtype))
     return dx, sink.weight, sink.bias, du, sink.lora_weight

@@ -77,7 +77,7 @@ def forward(z: Logits, target: Tensor | None, k: int, gradient: bool) -> Forward
         logprob = (z.scaled(chosen) - stats.m[:, None]) - stats.log_d[:, None]
     lse, entropy, m, log_d = (x.view(lead) for x in (stats.lse, stats.entropy, stats.m, stats.log_d))
     logprob = m.new_empty(0) if logprob is None or target is None else logprob.view(target.shape)
-    return lse, entropy, logprob, stats.values.view(*lead, k), stats.ids.view(*lead, k), m, log_d, dx, du
+    return lse, entropy, logprob, stats.values.view(*lead, k), stats.ids.view(*lead, k), m, log_d, *z.shaped(dx, du)
 
 
 def _fold_and_turn(z: Logits, stats: RunningStats, dx: Tensor, du: Tensor) -> None:
@@ -91,21 +91,12 @@ def _fold_and_turn(z: Logits, stats: RunningStats, dx: Tensor, du: Tensor) -> No
         stats.fold(native.rows(tile), scale_of(z, rows), rows, 0, head.V)
         stats.finish(rows)
         gradient(native.rows(tile), native.rows(tile), scale_of(z, rows), rows, 0, head.V)
-        _multiply_back(head, tile, of_rows, rows, dx, du)
+        head.back_into(tile, rows, rows.stop - rows.start, dx, du)
 
 
 def _whole_rows(head: Head, z: Logits, rows: slice, buffer: Tensor) -> Tensor:
     """The logits of some of the flattened rows, followed by up to 3 others."""
     return head.logits(head.rows(z.x[rows]), buffer, None, head.lora_rows(z.lora_hidden, rows))
-
-
-def _multiply_back(head: Head, dz: Tensor, z: Logits, rows: slice, dx: Tensor, du: Tensor) -> None:
-    """dx and du of some of the flattened rows, where they have elements."""
-    n = rows.stop - rows.start
-    if dx.numel():
-        dx.view(z.x.shape)[rows] = head.back(dz)[:n].to(dx.dtype)
-    if z.lora_hidden is not None and du.numel():
-        du.view(z.lora_hidden.shape)[rows] = head.lora_back(dz)[:n].to(du.dtype)
 
 
 class StatisticsGradient:
@@ -150,14 +141,15 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         dx = native.scratch(z.x.numel(), z.x.dtype).view(z.x.shape)
         gradient(native.rows(z.x), native.rows(dx), scale_of(z), slice(0, gradient.N), 0, z.V)
         return dx, None, None, None, None
-    dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
     head, of_rows = Head(z), z.rows()
+    dx, _, _, du, _ = of_rows.empty_gradients((needs[0], False, False, needs[3], False))
     if dx.numel() or du.numel():
         buffer = head.buffer(head.V, min(gradient.N, head.row_chunk()))
         for rows in chunks(gradient.N, head.row_chunk()):
             tile = _whole_rows(head, of_rows, rows, buffer)
             gradient(native.rows(tile), native.rows(tile), scale_of(z, rows), rows, 0, head.V)
-            _multiply_back(head, tile, of_rows, rows, dx, du)
+            head.back_into(tile, rows, rows.stop - rows.start, dx, du)
+    dx, du = z.shaped(dx, du)
     sink = HeadGradient(z, needs)
     if sink.wanted:
         _head_gradient(head, of_rows, gradient, sink)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rmx_kernels import checks, dispatch, logits
-from rmx_kernels.logits import OPERANDS, Logits, asked, fake_gradients, spread
+from rmx_kernels.logits import OPERANDS, Logits, add_early, asked, fake_gradients, left_after, spread
 from rmx_kernels.registration import register, without_autocast
 from rmx_kernels.results import VocabStats, named
 
@@ -77,7 +77,7 @@ def _fake(*arguments: Any) -> Forward:
     logprob = real.new_empty(target.shape if target is not None else (0,))
     topk_ids = real.new_empty((*z.lead, k), dtype=torch.int64)
     entropy, m, log_d = (torch.empty_like(real) for _ in range(3))
-    dx, du = z.empty_row_gradients(gradient, impl)
+    dx, du = z.shaped(*z.empty_row_gradients(gradient, impl))
     return real, entropy, logprob, real.new_empty((*z.lead, k)), topk_ids, m, log_d, dx, du
 
 
@@ -123,15 +123,12 @@ def _early(
 ) -> list[Tensor | None]:
     """The same where the log-probs alone have a gradient: those of x and lora_hidden are made already."""
     count = len(logits.TENSORS)
-    late = [need and name not in ("x", "lora_hidden") for need, name in zip(needs, logits.TENSORS, strict=True)]
+    late = left_after(True, needs)
     found: list[Tensor | None] = [None] * count
     if any(late):
         upstream = Upstream(None, None, g_logprob, None)
         found = _late(ctx, saved[: count + 1], Saved(*saved[count + 1 :]), upstream, late)
-    for place, gradient in zip((0, 3), made, strict=True):
-        if needs[place]:
-            found[place] = torch.ops.rmx_kernels.times(gradient, g_logprob.unsqueeze(-1), saved[0].dtype)
-    return found
+    return add_early(found, made, g_logprob.unsqueeze(-1), needs, saved[0].dtype)
 
 
 def _joined(saved: Saved, upstream: Upstream) -> tuple[Saved, Upstream]:

@@ -56,11 +56,11 @@ def forward(z: Logits, target: Tensor | None, k: int, gradient: bool) -> Forward
     lse, entropy, m, log_d = (x.view(lead) for x in (m + log_d, sums.entropy(), m, log_d))
     dx, du = z.empty_row_gradients(gradient, "reference")
     if gradient:
-        sink = GradientSink(tiles.z, (True, False, False, du.numel() > 0, False))
+        sink = GradientSink(tiles.z, (True, False, False, True, False))
         upstream = Upstream(None, None, torch.ones_like(m), None)
         _sweep(tiles, Saved(target, topk[1], m, log_d, entropy), upstream, sink)
-        dx, du = sink.x.view(dx.shape), sink.lora_hidden.view(du.shape) if du.numel() else du
-    return lse, entropy, logprob, *topk, m, log_d, dx, du
+        dx, du = sink.x, sink.lora_hidden
+    return lse, entropy, logprob, *topk, m, log_d, *z.shaped(dx, du)
 
 
 def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradients:

@@ -138,15 +138,8 @@ def forward(z: Logits, target: Tensor | None, k: int, gradient: bool) -> Forward
         statistics.compute(Rows(logits), rows)
         if turn is not None:
             dz = turn.beside(head, logits, rows, 0)
-            _multiply_back(head, dz, of_rows, rows, None if size is None else size[rows], dx, du)
-    return statistics.results(dx, du)
-
-
-def _multiply_back(head: Head, dz: Tensor, z: Logits, rows: slice, size: Tensor | None, dx: Tensor, du: Tensor) -> None:
-    """dx and du of some of the flattened rows, where they have elements; ``size``: what dz was divided by."""
-    for total, like, weight in ((dx, z.x, head.weight), (du, z.lora_hidden, head.lora_weight)):
-        if total.numel() and like is not None and weight is not None:
-            head.back(dz, weight, size, total.view(like.shape)[rows])
+            head.back_into(dz, None if size is None else size[rows], rows, dx, du)
+    return statistics.results(*z.shaped(dx, du))
 
 
 class StatisticsGradient:
@@ -187,8 +180,8 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         dx = torch.empty_like(z.x, memory_format=torch.contiguous_format)
         StatisticsGradient(z, saved, upstream)(Rows(z.x), dx.view(-1, z.V), slice(0, saved.m.numel()), 0)
         return dx, None, None, None, None
-    dx, _, _, du, _ = z.empty_gradients((needs[0], False, False, needs[3], False))
     of_rows, N, size = z.rows(), saved.m.numel(), None
+    dx, _, _, du, _ = of_rows.empty_gradients((needs[0], False, False, needs[3], False))
     x, u = of_rows.x, of_rows.lora_hidden
     if x.dtype == torch.float16 and any(g is not None for g in upstream):
         given = [None if g is None else g.to(torch.float32).reshape(N, *g.shape[saved.m.dim() :]) for g in upstream]
@@ -206,7 +199,8 @@ def backward(z: Logits, saved: Saved, upstream: Upstream, needs: Needs) -> Gradi
         buffer = head.buffer(multiple(min(N, head.chunk)), head.V)
         for rows in chunks(N, head.chunk):
             dz, _, _ = tile(rows, buffer, slice(0, head.V))
-            _multiply_back(head, dz, of_rows, rows, None if size is None else size[rows], dx, du)
+            head.back_into(dz, None if size is None else size[rows], rows, dx, du)
+    dx, du = z.shaped(dx, du)
     for cols in head.slices() if sink.wanted else ():
         sink.open(cols)
         step = head.slice_rows(cols.stop - cols.start)
